@@ -1,0 +1,37 @@
+"""The errors a user can cause. Everything else that is raised is a bug of ours.
+
+    raise VeneerError("rank of q_proj: found 0, expected 1 to 576", hint="set lora.r to 8 or 16")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_BAD_INPUT = 2
+EXIT_REFUSED = 3
+EXIT_INTERRUPTED = 130
+
+
+class VeneerError(ValueError):
+    """Bad input or configuration: what, found, expected, how to mend it; all problems at once.
+
+    Args:
+        problems: one problem, or all of them, one sentence each.
+        hint: how to mend it; printed last.
+    """
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, problems: str | Sequence[str], *, hint: str | None = None) -> None:
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        self.hint = hint
+        text = self.problems[0]
+        if len(self.problems) > 1:
+            text = f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+        super().__init__(text + (f"\n{hint}" if hint else ""))
+
+
+class RefusedError(VeneerError):
+    """It could be started, but it would not fit or would not be exact (exit code 3)."""
+
+    exit_code = EXIT_REFUSED

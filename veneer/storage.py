@@ -1,0 +1,174 @@
+"""Files that are either whole or not there: every write and every read of tensors and JSON.
+
+A write goes to a temporary name in the same folder, is fsynced, then renamed. Reads refuse pickle and
+name the file that is damaged. Only safetensors and JSON: nothing here can run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from veneer.errors import RefusedError, VeneerError
+
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+JSON_LIMIT = 64 << 20  # bytes; no config or index file of any known model is near it
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp makes 0600; an adapter is an ordinary file
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success all its files are fsynced and it is renamed.
+
+    Args:
+        replace: an existing folder at `path` is removed once the new one is complete.
+
+    Raises:
+        VeneerError: `path` exists, is not empty, and `replace` is false.
+    """
+    path = Path(path)
+    if not replace:
+        require_empty_folder(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _fsync(Path(folder) / name)
+            _fsync(Path(folder))
+        if path.is_dir():
+            # rename() needs an empty target; moving the old folder aside first keeps a whole one at all times.
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            path.replace(old)
+            temporary.replace(path)
+            shutil.rmtree(old)
+        else:
+            temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_empty_folder(path: str | Path) -> None:
+    """Raise VeneerError when `path` is a file or a folder that holds something."""
+    path = Path(path)
+    if path.is_file():
+        raise VeneerError(f"output folder {path}: found a file of that name, expected a folder or nothing")
+    if path.is_dir() and any(path.iterdir()):
+        raise VeneerError(
+            f"output folder {path} is not empty",
+            hint="name another folder, or remove this one first; nothing of yours is ever overwritten",
+        )
+
+
+def require_disk_space(path: str | Path, needed: int, what: str) -> None:
+    """Raise RefusedError when the disk that holds `path` has fewer than `needed` bytes free."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RefusedError(
+            f"disk too small for {what}: found {free / 1e6:,.0f} MB free at {folder}, expected {needed / 1e6:,.0f} MB",
+            hint="free some space or choose an output folder on another disk",
+        )
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object; VeneerError names the file when it is missing, damaged, huge or not an object."""
+    path = Path(path)
+    if not path.is_file():
+        raise VeneerError(f"missing file: {path}")
+    if path.stat().st_size > JSON_LIMIT:
+        raise VeneerError(f"{path}: found {path.stat().st_size:,} bytes, expected a JSON file below {JSON_LIMIT:,}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise VeneerError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise VeneerError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to one safetensors file, atomically. Each is made contiguous and moved to the CPU."""
+    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with atomic_file(path) as temporary:
+        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
+
+
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read one safetensors file to the CPU. VeneerError names the file when it is missing, damaged or pickle."""
+    path = Path(path)
+    if path.suffix in PICKLE_SUFFIXES:
+        raise pickle_error(path)
+    if not path.is_file():
+        raise VeneerError(f"missing file: {path}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise VeneerError(
+            f"{path} is not a valid safetensors file: {error}", hint="it is damaged or incomplete; copy it again"
+        ) from error
+
+
+def pickle_error(path: str | Path) -> VeneerError:
+    return VeneerError(
+        f"{path}: found a pickle file, expected safetensors",
+        hint="a pickle file can run any code when it is opened; ask its author for safetensors",
+    )
+
+
+def sha256(path: str | Path) -> str:
+    """Hex sha256 of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,65 @@
+"""Merging: the update becomes part of the weights and the model an ordinary one again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.attach import active_adapter, adapters, lora_layers, require_adapter
+from veneer.errors import VeneerError
+from veneer.quant.linear import Nf4Linear
+
+
+def merged_weight(base: nn.Linear | Nf4Linear, delta: Tensor, dtype: torch.dtype) -> Tensor:
+    """W + delta, (out, in): added in fp32, rounded once to `dtype`."""
+    weight = base.dequantize(torch.float32) if isinstance(base, Nf4Linear) else base.weight.detach().float()
+    return (weight + delta.to(weight.device)).to(dtype)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str | None = None) -> nn.Module:
+    """Fold one adapter (the active one by default) into `model`, in place: a plain transformers model is left.
+
+    A 4-bit base is decoded to its compute dtype first, so the merged model is what the adapter was trained on.
+    All adapters are gone afterwards: keep the adapter's files, they cannot be taken out of the weights again.
+
+    Raises:
+        VeneerError: no such adapter, or the merged weights hold NaN or Inf (the model is unchanged then).
+    """
+    name = name or active_adapter(model)
+    if name is None:
+        raise VeneerError("there is no active adapter to merge", hint="load one first")
+    require_adapter(model, name)
+    layers = lora_layers(model)
+    bad = [p for p, m in layers.items() if name in m.lora_A and not bool(torch.isfinite(m.delta(name)).all())]
+    if bad:
+        raise VeneerError([f"{path}: the update holds NaN or Inf" for path in bad[:8]])
+    for path, layer in layers.items():
+        delta = layer.delta(name) if name in layer.lora_A else None
+        _replace(model, path, _dense(layer.base_layer, delta))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Nf4Linear):
+            _replace(model, path, _dense(module, None))
+    adapters(model).clear()
+    if hasattr(model, "veneer_quantization"):
+        model.veneer_quantization = None
+    return model
+
+
+def _dense(base: nn.Linear | Nf4Linear, delta: Tensor | None) -> nn.Linear:
+    dtype = base.compute_dtype if isinstance(base, Nf4Linear) else base.weight.dtype
+    if isinstance(base, Nf4Linear):
+        dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta", dtype=dtype)
+        if base.bias is not None:
+            dense.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)
+        weight = base.dequantize(dtype) if delta is None else merged_weight(base, delta, dtype)
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        return dense.train(base.training)
+    if delta is not None:
+        base.weight.copy_(merged_weight(base, delta, dtype))
+    return base
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

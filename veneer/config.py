@@ -1,0 +1,257 @@
+"""Every setting there is: the recipe and its three parts, with the only set of defaults.
+
+Strict: an unknown key is an error that names the nearest known one, and all problems are reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from veneer.errors import VeneerError
+
+RECIPE_LIMIT = 1 << 20  # bytes; a recipe is a page of text
+TARGET_PRESETS = ("attention", "mlp", "all-linear")
+
+Quantization = Literal["nf4"]
+Dtype = Literal["bfloat16", "float16", "float32"]
+DataFormat = Literal["prompt_completion", "alpaca", "messages", "text"]
+
+
+class _Strict(type(BaseModel)):  # type: ignore[misc]
+    """Makes `LoraConfig(r=0)` raise our own error; pydantic's own nested validation does not pass here."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            raise VeneerError(_explain(cls, error)) from None
+
+
+class Settings(BaseModel, metaclass=_Strict):
+    """Base of every settings class: unknown keys and wrong types are errors, values cannot change later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LoraConfig(Settings):
+    """Which low-rank adapter is put where (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+    W' = W + scaling * B @ A with A (r, in), B (out, r), scaling = alpha / r,
+    or alpha / sqrt(r) with `rslora` (Kalajdzievski 2023, arXiv 2312.03732).
+    """
+
+    r: int = Field(16, ge=1, description="rank")
+    alpha: float = Field(32.0, gt=0, description="numerator of the scaling")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    targets: str | list[str] = Field(
+        "all-linear", description="attention, mlp, all-linear, a list of name suffixes, or a regex"
+    )
+    init: Literal["kaiming", "gaussian"] = Field("kaiming", description="how A starts; B starts at zero")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @field_validator("targets")
+    @classmethod
+    def _some_target(cls, value: str | list[str]) -> str | list[str]:
+        if not value or any(not part for part in value):
+            raise ValueError("expected attention, mlp, all-linear, a list of name suffixes, or a regex; found nothing")
+        return value
+
+
+class DataConfig(Settings):
+    """Which rows are trained on, and how they become tokens."""
+
+    train: str | list[str] = Field(description="file or files: .jsonl, .json, .csv, .parquet")
+    eval: str | float | None = Field(None, description="a held-out file, or the share of `train` to hold out")
+    format: DataFormat | None = Field(None, description="left out: detected from the columns")
+    columns: dict[str, str] = Field(default_factory=dict, description="our name: the file's, e.g. {completion: label}")
+    system: str | None = Field(None, description="system message put before every conversation that has none")
+    loss_on: Literal["completion", "all"] = Field("completion", description="which tokens are learned")
+    max_length: int = Field(1024, ge=8, description="tokens a row; longer ones lose the start of the prompt")
+    packing: bool = Field(True, description="put several rows in one sequence, isolated from one another")
+    strict: bool = Field(False, description="refuse the run when any row is bad")
+    limit: int | None = Field(None, ge=1, description="use only the first so many rows")
+
+    @field_validator("eval")
+    @classmethod
+    def _share(cls, value: str | float | None) -> str | float | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError(f"found {value:g}, expected a file or a share between 0 and 1")
+        return value
+
+
+class TrainConfig(Settings):
+    """How long, how fast and how safely to train."""
+
+    epochs: float = Field(1.0, gt=0, le=10_000)
+    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps")
+    batch_size: int = Field(16, ge=1, description="rows in one forward and backward")
+    grad_accumulation: int = Field(1, ge=1, description="batches in one optimizer step")
+    learning_rate: float | Literal["auto"] = Field("auto", description="auto: by the model's width")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int | None = Field(None, ge=0, description="left out: 3% of the steps")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of the learning rate left at the end")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
+    seed: int = Field(0, ge=0, lt=2**63)
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    eval_every: int | None = Field(None, ge=1, description="steps; left out: at each epoch's end, and at the end")
+    early_stopping: int | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
+    save_every: int = Field(50, ge=1, description="steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="checkpoints kept")
+    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    out: str | None = Field(None, description="output folder")
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _positive(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 < value <= 1:
+            raise ValueError(f"found {value:g}, expected a number above 0 and at most 1, or auto")
+        return value
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"found {list(value)}, expected two numbers from 0 up to, not including, 1")
+        return value
+
+
+class Recipe(Settings):
+    """One fine-tune, whole: base model, 4-bit or not, adapter, data, training."""
+
+    model: str = Field("smollm2", min_length=1, description="folder, .gguf file, hub id, or smollm2")
+    revision: str | None = None
+    quantize: Quantization | None = Field(None, description="nf4, or left out for 16-bit")
+    double_quant: bool = True
+    dtype: Dtype = "bfloat16"
+    device: str = "auto"
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    data: DataConfig
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+    @model_validator(mode="after")
+    def _early_stopping_needs_eval(self) -> Recipe:
+        if self.train.early_stopping is not None and self.data.eval is None:
+            raise ValueError("train.early_stopping needs held-out rows: set data.eval to a file or to a share like 0.05")
+        return self
+
+
+def parse_recipe(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Check a recipe given as a dict.
+
+    Raises:
+        VeneerError: unknown keys (with the nearest known one), missing keys, wrong types or values; all at once.
+    """
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise VeneerError([f"{source}: {problem}" for problem in _explain(Recipe, error)]) from None
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a YAML recipe file, or a shipped recipe by its name, and apply `a.b=value` overrides.
+
+    Raises:
+        VeneerError: the file is missing, is not YAML, or `parse_recipe` finds something.
+    """
+    file = Path(path)
+    if not file.is_file():
+        shipped = shipped_recipes()
+        if str(path) not in shipped:
+            raise VeneerError(
+                f"recipe {path}: no such file",
+                hint=f"give the path of a YAML file, or one of the shipped recipes: {', '.join(sorted(shipped))}",
+            )
+        file = shipped[str(path)]
+    if file.stat().st_size > RECIPE_LIMIT:
+        raise VeneerError(f"{file}: found {file.stat().st_size:,} bytes, expected a recipe below {RECIPE_LIMIT:,}")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise VeneerError(f"{file} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else f"a {type(values).__name__}"
+        raise VeneerError(f"{file}: found {found}, expected `key: value` lines (model, lora, data, train)")
+    for override in overrides or []:
+        _override(values, override)
+    return parse_recipe(values, str(file))
+
+
+def write_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with the package: name to file."""
+    return {path.stem: path for path in (Path(__file__).parent / "recipes").glob("*.yaml")}
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """` (did you mean X?)` when a known name is close to `name`, else the list of known names."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.55)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise VeneerError(f"--set {override}: expected key.part=value, for example --set train.epochs=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    target = values
+    for part in parts[:-1]:
+        target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise VeneerError(f"--set {override}: {part} is not a group of settings")
+    target[parts[-1]] = value
+
+
+def _explain(root: type[BaseModel], error: ValidationError) -> list[str]:
+    """One plain sentence for each problem pydantic found."""
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        location = [part for part in item["loc"] if isinstance(part, str)]
+        model, path = root, []
+        for part in location:
+            if part not in model.model_fields:
+                break
+            path.append(part)
+            annotation = model.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                model = annotation
+        name = ".".join(path)
+        if item["type"] == "extra_forbidden":
+            unknown = location[len(path)] if len(path) < len(location) else str(item["loc"][-1])
+            where = f" in {name}" if name else ""
+            problems.setdefault(
+                f"{name}.{unknown}",
+                f"unknown key {unknown!r}{where}; {nearest(unknown, list(model.model_fields))}",
+            )
+        elif item["type"] == "missing":
+            problems.setdefault(name, f"missing key {name!r}")
+        else:
+            found = "" if isinstance(item["input"], dict) and not name else f", found {item['input']!r}"
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+            if message.startswith(("found", "expected")):
+                found = ""
+            if name in ("quantize",):
+                message = f"expected one of {', '.join(get_args(Quantization))}, or nothing for 16-bit"
+            problems.setdefault(name, f"{name + ': ' if name else ''}{message}{found}")
+    return list(problems.values())

@@ -1,0 +1,71 @@
+"""Output head and cross-entropy in one, a piece of the rows at a time, so that the full logits never exist.
+
+    loss = sum_n [ logsumexp(h_n W^T) - (h_n W^T)[label_n] ] / items
+
+h (N, D), W (V, D). The gradient is made in the forward pass, while a piece's logits are at hand: the backward
+pass only scales it. Memory: one piece of logits instead of N x V of them, twice, in fp32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PIECE = 256  # rows: 50 MB of fp32 logits at V = 49152, and long enough for a full-speed matrix product
+
+
+def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+    """The definition: fp32 softmax over logits computed in the dtype of `hidden`; labels (N,), all supervised."""
+    return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum") / items
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if want_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        for start in range(0, hidden.shape[0], PIECE):
+            h, label = hidden[start : start + PIECE], labels[start : start + PIECE, None]
+            logits = (h @ weight.T).float()
+            target = logits.gather(1, label)
+            lse = logits.logsumexp(1, keepdim=True)
+            loss += (lse - target).sum()
+            if want_hidden or want_weight:
+                d_logits = logits.sub_(lse).exp_()
+                d_logits.scatter_add_(1, label, torch.full_like(target, -1.0))
+                rounded = d_logits.to(hidden.dtype)
+                if d_hidden is not None:
+                    torch.mm(rounded, weight, out=d_hidden[start : start + PIECE])
+                if d_weight is not None:
+                    d_weight += (rounded.T @ h).float()
+        ctx.save_for_backward(*(g for g in (d_hidden, d_weight) if g is not None))
+        ctx.items, ctx.weight_dtype = items, weight.dtype
+        return loss / items
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = list(ctx.saved_tensors)
+        scale = d_loss / ctx.items
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        d_hidden = gradients.pop(0) if want_hidden else None
+        d_weight = gradients.pop(0) if want_weight else None
+        return (
+            None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+    """Scalar fp32 loss of N supervised rows: hidden (N, D), weight (V, D) of the same dtype, labels (N,) in [0, V).
+
+    Equals `linear_cross_entropy_reference`, gradients of hidden and weight included. `items`: what to divide by.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, labels, items)

@@ -36,6 +36,7 @@ def fuse(model: PreTrainedModel) -> list[str]:
         original = model.forward
         model.forward = types.MethodType(_forward(original), model)  # type: ignore[method-assign]
         done.append("head")
+    model.veneer_parts = done
     return done
 
 

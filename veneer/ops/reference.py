@@ -72,19 +72,19 @@ def nf4_dequantize(packed: Tensor, absmax: Tensor, shape: tuple[int, ...] | torc
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Scales of the scales: absmax (m,) fp32 -> codes uint8 (m,), nested absmax fp32 (ceil(m/256),), offset fp32 ().
 
-    offset = mean(absmax); absmax - offset goes to the nearest value of the dynamic map in blocks of 256.
+    offset = mean(absmax); absmax - offset, in blocks of 256, goes to the nearest value of the dynamic map.
     """
     offset = absmax.mean()
     centred = absmax - offset
     m = centred.numel()
     blocks = torch.nn.functional.pad(centred, (0, -m % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = blocks.abs().amax(1)
-    inverse = torch.where(nested > 0, 1 / nested, torch.zeros_like(nested))
-    scaled = (blocks * inverse.unsqueeze(1)).clamp(-1, 1).reshape(-1)[:m]
+    scaled = (blocks / nested.unsqueeze(1)).reshape(-1)[:m]
+    # bitsandbytes looks the code up in a table of 65,536 steps from -1 to 1; a block of equal scales gets code 0.
+    step = ((scaled + 1) / 2 * 65535 + 0.5).floor() / 65535 * 2 - 1
     table = DYNAMIC_MAP.to(absmax.device)
-    right = torch.bucketize(scaled, table).clamp(1, 255)
-    low, high = table[right - 1], table[right]
-    code = torch.where((scaled - low).abs() <= (high - scaled).abs(), right - 1, right)
+    code = torch.bucketize(step, (table[:-1] + table[1:]) / 2)
+    code = torch.where(scaled.isnan(), torch.zeros_like(code), code)
     return code.to(torch.uint8), nested, offset
 
 

@@ -1,0 +1,437 @@
+"""The training loop: one for a script and for the command line.
+
+    result = train(model, tokenizer, "data.jsonl", TrainConfig(epochs=2), out="runs/first")
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.adapters.attach import active_adapter, adapter_parameters, count_parameters, freeze_base
+from veneer.adapters.files import save_adapter
+from veneer.config import DataConfig, TrainConfig
+from veneer.errors import VeneerError
+from veneer.machine import current_bytes, peak_bytes, reset_peak
+from veneer.optim.schedule import default_learning_rate, lr_factor
+from veneer.storage import atomic_file, require_disk_space, require_empty_folder
+from veneer.training.checkpoint import checkpoint_bytes, newest_checkpoint, restore, save_checkpoint
+from veneer.training.data import IGNORED, Encoded, Rows, Sample, encode_rows, read_rows, split_rows
+from veneer.training.packing import TOKEN_BUDGET, Order, collate_packed, collate_padded, pack
+
+NAN_LIMIT = 3  # steps in a row without a finite loss and gradient before a run gives up
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    config: TrainConfig | None = None,
+    *,
+    out: str | Path | None = None,
+    data_config: DataConfig | None = None,
+    recipe: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train the active adapter of `model` and write it to `out`/adapter.
+
+    Args:
+        data: a file, files, or rows (see `veneer.training.data.read_rows`); left to `data_config` when None.
+        recipe: text kept beside the run as recipe.yaml.
+        resume: go on from the newest whole checkpoint in `out`, at the same step with the same next batch.
+
+    Returns: out, adapter, steps, train_loss, eval_loss, tokens_per_second, peak_bytes, seconds and more.
+
+    Raises:
+        VeneerError: nothing to train, bad data, `out` not empty, no finite loss 3 times in a row, another run's checkpoint.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was written first.
+    """
+    config = config or TrainConfig()
+    folder = out or config.out
+    if folder is None:
+        raise VeneerError("no output folder", hint="give out=..., or train.out in the recipe")
+    return _Run(model, tokenizer, data, config, Path(folder), data_config, recipe, resume, progress).run()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        data: Any,
+        config: TrainConfig,
+        out: Path,
+        data_config: DataConfig | None,
+        recipe: str | None,
+        resume: bool,
+        progress: bool,
+    ) -> None:
+        self.model, self.tokenizer, self.config, self.out, self.progress = model, tokenizer, config, out, progress
+        name = active_adapter(model)
+        if name is None:
+            raise VeneerError("this model has no active adapter to train", hint="veneer.attach(model, LoraConfig(...)) first")
+        if not resume:
+            require_empty_folder(out)
+        self.name, self.parameters = name, adapter_parameters(model, name)
+        self.data = data_config or DataConfig(train="-")
+        self.train_set, self.eval_set, self.notes = prepare_data(data, self.data, tokenizer, config.seed)
+        self.packing = self.data.packing and "attention" in getattr(model, "veneer_parts", ())
+        if self.data.packing and not self.packing:
+            self.notes.append("packing is off: this model's attention does not support isolated packed rows")
+        self.device = next(model.parameters()).device
+        self.order = Order(len(self.train_set.samples), config.batch_size * config.grad_accumulation, config.seed)
+        self.steps = max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
+        if config.max_steps is not None:
+            self.steps = min(self.steps, config.max_steps)
+        self.warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(0.03 * self.steps)
+        self.peak_lr = (
+            default_learning_rate(model.config.get_text_config().hidden_size)
+            if config.learning_rate == "auto"
+            else float(config.learning_rate)
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=self.peak_lr,
+            betas=config.betas,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+        )
+        self.done = 0
+        self.state: dict[str, Any] = {
+            "data": self.train_set.fingerprint(), "seed": config.seed, "per_step": self.order.per_step, "tokens": 0,
+            "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0, "skipped": 0, "best_loss": None, "bad_evaluations": 0,
+        }  # fmt: skip
+        keep = (config.keep_last + 1) * checkpoint_bytes(self.parameters)
+        require_disk_space(out, keep, f"{config.keep_last} checkpoints and the adapter")
+        self.checkpoints = out / "checkpoints"
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        if recipe is not None:
+            with atomic_file(out / "recipe.yaml") as temporary:
+                temporary.write_text(recipe, encoding="utf-8")
+        if resume:
+            self._resume()
+        self.board = _tensorboard(out)
+
+    def run(self) -> dict[str, Any]:
+        config, state = self.config, self.state
+        self._start()
+        started, before = time.monotonic(), state["seconds"]
+        bad_steps, eval_loss, stopped = 0, None, False
+        say = _Progress(self.progress, self.steps)
+        with _training(self.model, config.gradient_checkpointing), _stop_signals() as stop:
+            while self.done < self.steps and not stopped:
+                began = time.monotonic()
+                row = self._step()
+                self.done += 1
+                state["seconds"] = before + time.monotonic() - started
+                row["tokens_per_second"] = round(row["tokens"] / (time.monotonic() - began), 1)
+                if row["applied"]:
+                    bad_steps = 0
+                    state["loss_sum"] += row["loss"]
+                    state["loss_steps"] += 1
+                    state["tokens"] += row["tokens"]
+                else:
+                    bad_steps += 1
+                    state["skipped"] += 1
+                if self._evaluation_due():
+                    eval_loss = row["eval_loss"] = self._evaluate()
+                    stopped = self._keep_best(eval_loss)
+                self._log(row)
+                say.step(self.done, row)
+                if bad_steps == NAN_LIMIT:
+                    raise VeneerError(
+                        f"step {self.done}: no finite loss and gradient in {NAN_LIMIT} steps in a row; none of them was applied",
+                        hint=f"lower train.learning_rate (it was {self.peak_lr:g}; try a half), or look at the rows of these steps",
+                    )
+                if stop.is_set():
+                    self._checkpoint()
+                    say.line(f"stopped at step {self.done}; go on with --resume")
+                    raise KeyboardInterrupt
+                if self.done % config.save_every == 0 and self.done < self.steps and not stopped:
+                    self._checkpoint()
+        self._checkpoint()
+        if config.early_stopping is not None and (best := newest_checkpoint(self.checkpoints / "best")) is not None:
+            restore(best[1], self.parameters, self.optimizer)
+            eval_loss = best[0]["best_loss"]
+        adapter = save_adapter(self.model, self.out / "adapter", self.name, replace=True)
+        if self.board is not None:
+            self.board.close()
+        return {
+            "out": str(self.out),
+            "adapter": str(adapter),
+            "steps": self.done,
+            "train_loss": state["loss_sum"] / max(1, state["loss_steps"]),
+            "eval_loss": eval_loss,
+            "tokens_per_second": state["tokens"] / max(1e-9, state["seconds"]),
+            "peak_bytes": peak_bytes(),
+            "seconds": state["seconds"],
+            "skipped_steps": state["skipped"],
+            "stopped_early": stopped,
+            "learning_rate": self.peak_lr,
+            "trainable_parameters": count_parameters(self.model).trainable,
+            "rows": len(self.train_set.samples),
+            "notes": self.notes,
+        }
+
+    # ---- one step ---------------------------------------------------------------------------------------------
+
+    def _step(self) -> dict[str, Any]:
+        lr = self.peak_lr * lr_factor(self.done, self.steps, self.warmup, self.config.schedule, self.config.min_lr_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        samples = [self.train_set.samples[i] for i in self.order.step(self.done)]
+        # One divisor for the whole step: however it is cut into micro-batches, every learned token weighs the same.
+        items = sum(sample.supervised for sample in samples)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = 0.0
+        for batch in self._batches(samples, self.config.batch_size):
+            part = batch_loss(self.model, batch, items)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if not gradients:
+            raise VeneerError("no adapter weight received a gradient", hint="this is a fault of the model's code or of ours")
+        norm = torch.nn.utils.get_total_norm(gradients)
+        finite = math.isfinite(loss) and bool(torch.isfinite(norm))
+        if finite:
+            if self.config.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
+            self.optimizer.step()
+        return {
+            "step": self.done + 1,
+            "loss": loss if math.isfinite(loss) else str(loss),
+            "grad_norm": float(norm) if torch.isfinite(norm) else str(float(norm)),
+            "learning_rate": lr,
+            "tokens": sum(len(sample.input_ids) for sample in samples),
+            "supervised_tokens": items,
+            "applied": finite,
+            **({} if finite else {"note": "loss or gradient was not finite: this step was not applied"}),
+        }
+
+    def _batches(self, samples: list[Sample], size: int) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(samples), size):
+            rows = samples[start : start + size]
+            yield from batches(rows, self.packing, self.tokenizer, max(TOKEN_BUDGET, self.data.max_length), self.device)
+
+    # ---- around the steps ---------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        reset_peak()
+        say = _Progress(self.progress, self.steps)
+        say.line(f"{count_parameters(self.model)}; {len(self.train_set.samples):,} rows, {self.steps:,} steps")
+        for note in self.notes:
+            say.line(f"note: {note}")
+
+    def _resume(self) -> None:
+        found = newest_checkpoint(self.checkpoints)
+        if found is None:
+            self.notes.append("nothing to resume: no checkpoint yet, starting at step 0")
+            return
+        state, tensors, problems = found
+        self.notes += [f"skipped a damaged checkpoint: {problem}" for problem in problems]
+        differs = [
+            f"{what}: the checkpoint has {state.get(key)!r}, this run {self.state[key]!r}"
+            for key, what in (("data", "training data (sha256)"), ("seed", "train.seed"), ("per_step", "rows a step"))
+            if state.get(key) != self.state[key]
+        ]
+        if differs:
+            raise VeneerError(differs, hint="--resume needs the recipe and the data of the first start")
+        restore(tensors, self.parameters, self.optimizer)
+        self.done = int(state["step"])
+        self.state |= {key: state[key] for key in self.state if key in state}
+        _drop_log_after(self.out / "metrics.jsonl", self.done)
+        self.notes.append(f"resumed after step {self.done}")
+
+    def _checkpoint(self) -> None:
+        save_checkpoint(
+            self.checkpoints, self.done, self.parameters, self.optimizer, self.state, self.config.keep_last
+        )
+
+    def _evaluation_due(self) -> bool:
+        if self.eval_set is None:
+            return False
+        every = self.config.eval_every or self.order.steps_per_epoch
+        return self.done % every == 0 or self.done == self.steps
+
+    def _evaluate(self) -> float:
+        assert self.eval_set is not None
+        self.model.eval()
+        try:
+            return evaluation_loss(self.model, self.eval_set.samples, self.packing, self.tokenizer)["loss"]
+        finally:
+            self.model.train()
+
+    def _keep_best(self, loss: float) -> bool:
+        """Remember the best evaluation; True when it is time to stop."""
+        state, patience = self.state, self.config.early_stopping
+        if state["best_loss"] is None or loss < state["best_loss"]:
+            state["best_loss"], state["bad_evaluations"] = loss, 0
+            if patience is not None:
+                save_checkpoint(self.checkpoints / "best", self.done, self.parameters, self.optimizer, state, 1)
+        else:
+            state["bad_evaluations"] += 1
+        return patience is not None and state["bad_evaluations"] >= patience
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.done % self.config.log_every and self.done != self.steps and row["applied"] and "eval_loss" not in row:
+            return
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, "memory_bytes": current_bytes(), "seconds": round(self.state["seconds"], 3)}) + "\n")
+        if self.board is not None:
+            for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss"):
+                if isinstance(row.get(key), float):
+                    self.board.add_scalar(key, row[key], self.done)
+
+
+def prepare_data(data: Any, config: DataConfig, tokenizer: Any, seed: int) -> tuple[Encoded, Encoded | None, list[str]]:
+    """Rows read, split and encoded: (train, held out, notes for the user)."""
+    how: dict[str, Any] = {"format": config.format, "columns": config.columns, "strict": config.strict}
+    found = read_rows(config.train if data is None else data, limit=config.limit, **how)
+    notes = _bad_row_notes(found)
+    rows, held = found.rows, None
+    if isinstance(config.eval, float):
+        rows, held = split_rows(rows, config.eval, seed)
+    elif config.eval is not None:
+        other = read_rows(config.eval, **how)
+        notes += _bad_row_notes(other)
+        held = other.rows
+    encode: dict[str, Any] = {"max_length": config.max_length, "loss_on": config.loss_on, "system": config.system}
+    train_set = encode_rows(rows, tokenizer, **encode)
+    eval_set = None if held is None else encode_rows(held, tokenizer, **encode)
+    notes += train_set.warnings
+    if train_set.truncated:
+        notes.append(f"{train_set.truncated:,} rows were longer than {config.max_length} tokens and lost the start of their prompt")
+    if train_set.dropped:
+        notes.append(f"{train_set.dropped:,} rows were dropped: no learned token was left")
+    return train_set, eval_set, notes
+
+
+def batches(samples: list[Sample], packing: bool, tokenizer: Any, budget: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Samples as model inputs: packed sequences of at most `budget` tokens, or one padded batch."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    made = [collate_packed(group) for group in pack(samples, budget)] if packing else [collate_padded(samples, pad)]
+    for batch in made:
+        yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def batch_loss(model: Any, batch: dict[str, Any], items: int) -> Tensor:
+    """The sum of the batch's cross-entropies over learned tokens, divided by `items`; fp32 scalar."""
+    if "head" in getattr(model, "veneer_parts", ()):
+        return model(**batch, num_items_in_batch=items, skip_logits=True, use_cache=False).loss  # type: ignore[no-any-return]
+    labels = batch["labels"]
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    return F.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum") / items
+
+
+@torch.no_grad()
+def evaluation_loss(model: Any, samples: list[Sample], packing: bool, tokenizer: Any) -> dict[str, float]:
+    """Mean cross-entropy over learned tokens, and how many there are."""
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    for start in range(0, len(samples), 16):
+        rows = samples[start : start + 16]
+        for batch in batches(rows, packing, tokenizer, TOKEN_BUDGET, device):
+            total += float(batch_loss(model, batch, 1))
+        tokens += sum(sample.supervised for sample in rows)
+    return {"loss": total / tokens, "tokens": tokens}
+
+
+@contextmanager
+def _training(model: nn.Module, checkpointing: bool) -> Iterator[None]:
+    """Train mode for the adapter's dropout only: the base has none (`freeze_base`)."""
+    freeze_base(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        if checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Set the event on Ctrl-C and SIGTERM, so that the step in progress is finished first."""
+    event = threading.Event()
+    with ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous = signal.signal(number, lambda *_: event.set())
+                stack.callback(signal.signal, number, previous)
+        yield event
+
+
+class _Progress:
+    """One line on stderr: rewritten in place on a terminal, every 10 seconds otherwise."""
+
+    def __init__(self, on: bool, steps: int) -> None:
+        self.on, self.steps, self.live = on, steps, sys.stderr.isatty()
+        self.started, self.shown, self.first, self.pending = time.monotonic(), 0.0, 0, False
+
+    def line(self, text: str) -> None:
+        if self.on:
+            print(("\n" if self.pending else "") + text, file=sys.stderr, flush=True)
+            self.pending = False
+
+    def step(self, done: int, row: dict[str, Any]) -> None:
+        self.first = self.first or done - 1
+        now = time.monotonic()
+        if not self.on or (not self.live and now - self.shown < 10 and done < self.steps and "eval_loss" not in row and row["applied"]):
+            return
+        self.shown = now
+        left = (now - self.started) / max(1, done - self.first) * (self.steps - done)
+        loss = f"{row['loss']:.4f}" if isinstance(row["loss"], float) else row["loss"]
+        text = (
+            f"step {done}/{self.steps}  loss {loss}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"{current_bytes() / 1e9:.1f} GB  {left / 60:.1f} min left"
+        )
+        text += f"  held-out loss {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+        text += "" if row["applied"] else "  NOT APPLIED: not finite"
+        keep = not self.live or "eval_loss" in row or not row["applied"] or done == self.steps
+        print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, end="\n" if keep else "", flush=True)
+        self.pending = not keep
+
+
+def _bad_row_notes(found: Rows) -> list[str]:
+    notes = [f"bad row skipped: {bad}" for bad in found.bad[:20]]
+    if len(found.bad) > 20:
+        notes.append(f"and {len(found.bad) - 20} more bad rows skipped")
+    return notes
+
+
+def _drop_log_after(path: Path, step: int) -> None:
+    """A killed run may have logged steps that its last checkpoint does not hold: they will be logged again."""
+    if path.is_file():
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    lines.append(line)
+            except (ValueError, KeyError):
+                continue  # cut off in the middle of a line
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _tensorboard(out: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard"))

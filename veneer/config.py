@@ -144,7 +144,9 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _early_stopping_needs_eval(self) -> Recipe:
         if self.train.early_stopping is not None and self.data.eval is None:
-            raise ValueError("train.early_stopping needs held-out rows: set data.eval to a file or to a share like 0.05")
+            raise ValueError(
+                "train.early_stopping needs held-out rows: set data.eval to a file or to a share like 0.05"
+            )
         return self
 
 

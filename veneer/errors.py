@@ -1,6 +1,6 @@
 """The errors a user can cause. Everything else that is raised is a bug of ours.
 
-    raise VeneerError("rank of q_proj: found 0, expected 1 to 576", hint="set lora.r to 8 or 16")
+raise VeneerError("rank of q_proj: found 0, expected 1 to 576", hint="set lora.r to 8 or 16")
 """
 
 from __future__ import annotations

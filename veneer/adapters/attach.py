@@ -16,7 +16,10 @@ from veneer.errors import VeneerError
 from veneer.quant.linear import Nf4Linear
 
 Linear = nn.Linear | Nf4Linear | LoraLinear
-_PRESET_PARENT = {"attention": re.compile(r"(^|_)(attn|attention)", re.I), "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I)}
+_PRESET_PARENT = {
+    "attention": re.compile(r"(^|_)(attn|attention)", re.I),
+    "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
+}
 
 
 @dataclass
@@ -40,7 +43,9 @@ class ParameterCount:
         return f"trainable {self.trainable:,} of {self.total:,} parameters ({100 * self.ratio:.2f}%)"
 
 
-def attach(model: nn.Module, config: LoraConfig | None = None, *, name: str = "default", seed: int | None = None) -> nn.Module:
+def attach(
+    model: nn.Module, config: LoraConfig | None = None, *, name: str = "default", seed: int | None = None
+) -> nn.Module:
     """Freeze `model` and put a new, active, trainable adapter on it, in place. The model's output does not change.
 
     Args:
@@ -112,7 +117,11 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
 
 def freeze_base(model: nn.Module) -> None:
     """No base parameter is trained and no dropout is active in the base, even after `model.train()`."""
-    own = {id(parameter) for layer in lora_layers(model).values() for parameter in (*layer.lora_A.values(), *layer.lora_B.values())}
+    own = {
+        id(parameter)
+        for layer in lora_layers(model).values()
+        for parameter in (*layer.lora_A.values(), *layer.lora_B.values())
+    }
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)

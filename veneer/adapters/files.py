@@ -28,7 +28,15 @@ from veneer.adapters.attach import (
 from veneer.adapters.lora import check_adapter_name
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError
-from veneer.storage import PICKLE_SUFFIXES, atomic_folder, pickle_error, read_json, read_tensors, write_json, write_tensors
+from veneer.storage import (
+    PICKLE_SUFFIXES,
+    atomic_folder,
+    pickle_error,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
@@ -80,7 +88,9 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
             {KEY_PREFIX + key: value for key, value in factors.items()},
             metadata={"veneer.base_quantization": str(getattr(model, "veneer_quantization", None) or "none")},
         )
-        (folder / "README.md").write_text(_model_card(config, sum(v.numel() for v in factors.values())), encoding="utf-8")
+        (folder / "README.md").write_text(
+            _model_card(config, sum(v.numel() for v in factors.values())), encoding="utf-8"
+        )
     return path
 
 
@@ -164,7 +174,9 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
                 if tuple(pair[k].shape) != expected[k]
             ]
             factors[layer] = (pair["A"], pair["B"])
-    problems += [f"{layer}: in target_modules, but not in {WEIGHTS_FILE}" for layer in _expected(model, raw) - set(found)]
+    problems += [
+        f"{layer}: in target_modules, but not in {WEIGHTS_FILE}" for layer in _expected(model, raw) - set(found)
+    ]
     if problems:
         shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
         base = raw.get("base_model_name_or_path")

@@ -62,8 +62,10 @@ inline float Load(const void* data, int dtype, int64_t i) {
 }
 
 inline void Store(void* data, int dtype, int64_t i, float value) {
-  if (dtype == kFloat32) static_cast<float*>(data)[i] = value;
-  else static_cast<uint16_t*>(data)[i] = dtype == kBFloat16 ? ToBFloat16(value) : ToFloat16(value);
+  if (dtype == kFloat32)
+    static_cast<float*>(data)[i] = value;
+  else
+    static_cast<uint16_t*>(data)[i] = dtype == kBFloat16 ? ToBFloat16(value) : ToFloat16(value);
 }
 
 // ---- scalar: any length, and the short last block of every path -----------------------------------------------
@@ -152,8 +154,8 @@ TARGET_AVX2 void DequantizeAvx2(const uint8_t* packed, float absmax, const float
     uint32_t bytes;
     std::memcpy(&bytes, packed + 4 * j, 4);
     // weight 2i is the high nibble of byte i, weight 2i+1 the low one
-    __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bytes)),
-                                      _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
+    __m256i index =
+        _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bytes)), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
     index = _mm256_and_si256(index, _mm256_set1_epi32(15));
     __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index),
                                     _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));

@@ -14,7 +14,13 @@ from transformers import TextIteratorStreamer
 
 @torch.no_grad()
 def generate_greedy(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], *, max_new_tokens: int, batch_size: int = 32, progress: str = ""
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    progress: str = "",
 ) -> list[str]:
     """The greedy answer to each prompt (token ids), in order; special tokens left out.
 
@@ -53,7 +59,9 @@ def generate_greedy(
     return answers
 
 
-def stream_answer(model: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens: int, temperature: float = 0.0) -> Any:
+def stream_answer(
+    model: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens: int, temperature: float = 0.0
+) -> Any:
     """Yield the pieces of one answer as they are made. temperature 0: greedy."""
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)

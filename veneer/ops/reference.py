@@ -48,7 +48,9 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     flat = weight.detach().reshape(-1).float()
     n = flat.numel()
     whole = n // BLOCK * BLOCK
-    code = torch.full((n + n % 2,), 7, dtype=torch.uint8, device=flat.device)  # 7 is zero: what an odd end is padded with
+    code = torch.full(
+        (n + n % 2,), 7, dtype=torch.uint8, device=flat.device
+    )  # 7 is zero: what an odd end is padded with
     midpoints = NF4_MIDPOINTS.to(flat.device)
     blocks = flat[:whole].view(-1, BLOCK)
     absmax = blocks.abs().amax(1) if whole else flat.new_empty(0)

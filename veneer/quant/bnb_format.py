@@ -66,7 +66,9 @@ def unpack_layer(tensors: Mapping[str, Tensor], name: str, compute_dtype: torch.
         offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
         sizes["weight.nested_absmax"] = (nested.numel(), -(-blocks // NESTED_BLOCK))
         if int(state.get("nested_blocksize", 0)) != NESTED_BLOCK:
-            raise VeneerError(f"{name}: found nested blocks of {state.get('nested_blocksize')}, expected {NESTED_BLOCK}")
+            raise VeneerError(
+                f"{name}: found nested blocks of {state.get('nested_blocksize')}, expected {NESTED_BLOCK}"
+            )
     wrong = [f"{name}.{k}: found {f} elements, expected {e}" for k, (f, e) in sizes.items() if f != e]
     absmax = tensors["weight.absmax"].reshape(-1)
     kind = torch.uint8 if nested is not None else torch.float32

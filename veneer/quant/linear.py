@@ -38,7 +38,9 @@ class Nf4Linear(nn.Module):
     nested_absmax: Tensor | None
     offset: Tensor | None
 
-    def __init__(self, weight: Nf4Tensor, bias: Tensor | None = None, compute_dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, weight: Nf4Tensor, bias: Tensor | None = None, compute_dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.compute_dtype = compute_dtype

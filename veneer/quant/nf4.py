@@ -29,10 +29,14 @@ class Nf4Tensor:
             VeneerError: the weight is empty, not a floating-point tensor, or holds NaN or Inf.
         """
         if weight.numel() == 0 or not weight.is_floating_point():
-            raise VeneerError(f"NF4: found {weight.dtype} of shape {tuple(weight.shape)}, expected floating-point weights")
+            raise VeneerError(
+                f"NF4: found {weight.dtype} of shape {tuple(weight.shape)}, expected floating-point weights"
+            )
         packed, absmax = ops.nf4_quantize(weight)
         if not bool(torch.isfinite(absmax).all()):
-            raise VeneerError("NF4: found NaN or Inf in the weight", hint="the model's file is damaged or its training diverged")
+            raise VeneerError(
+                "NF4: found NaN or Inf in the weight", hint="the model's file is damaged or its training diverged"
+            )
         if not double_quant:
             return cls(packed, absmax, weight.shape)
         codes, nested, offset = ops.double_quantize(absmax)

@@ -80,12 +80,16 @@ def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], opt
         if name in saved and saved[name].shape != p.shape
     ]
     if problems:
-        raise VeneerError(sorted(problems)[:12], hint="it was written by another recipe; lora settings must not change on --resume")
+        raise VeneerError(
+            sorted(problems)[:12], hint="it was written by another recipe; lora settings must not change on --resume"
+        )
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(saved[name])
         moments = {
-            key.split("/", 2)[1]: value for key, value in tensors.items() if key.startswith("optimizer/") and key.endswith(f"/{name}")
+            key.split("/", 2)[1]: value
+            for key, value in tensors.items()
+            if key.startswith("optimizer/") and key.endswith(f"/{name}")
         }
         if moments:
             optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in moments.items()}

@@ -141,7 +141,9 @@ def read_rows(
     if len(result.bad) > 20:
         shown.append(f"and {len(result.bad) - 20} more bad rows")
     if result.bad and (strict or not result.rows):
-        raise VeneerError(shown, hint="mend or remove these rows" + (", or leave strict out to skip them" if strict else ""))
+        raise VeneerError(
+            shown, hint="mend or remove these rows" + (", or leave strict out to skip them" if strict else "")
+        )
     if not result.rows:
         raise VeneerError(f"data {', '.join(map(str, paths)) or 'given'}: found no rows, expected at least one")
     return result
@@ -198,7 +200,8 @@ def encode_rows(
         )
     if not result.samples:
         raise VeneerError(
-            f"no learned token in any of {len(plan)} rows", hint="check data.columns and data.format, or raise data.max_length"
+            f"no learned token in any of {len(plan)} rows",
+            hint="check data.columns and data.format, or raise data.max_length",
         )
     return result
 
@@ -293,7 +296,9 @@ def _in_memory(source: Any) -> Iterator[tuple[str, int, Any]]:
 
 def _renamed(row: dict[str, Any], columns: dict[str, str], file: str) -> dict[str, Any]:
     known = sorted({name for names in _NEEDED.values() for name in names} | {"input", "system"})
-    problems = [f"data.columns: {ours!r} is not a name of ours; {nearest(ours, known)}" for ours in columns if ours not in known]
+    problems = [
+        f"data.columns: {ours!r} is not a name of ours; {nearest(ours, known)}" for ours in columns if ours not in known
+    ]
     there = [str(name) for name in row]
     problems += [
         f"data.columns.{ours}: {file} has no column {theirs!r}; {nearest(theirs, there)}"
@@ -314,7 +319,9 @@ def _detect(row: dict[str, Any], file: str) -> str:
     labels = sorted(_LABELS & row.keys())
     if "text" in row and not labels:
         return "text"
-    example = f"{{prompt: text, completion: {labels[0]}}}" if labels and "text" in row else "{prompt: ..., completion: ...}"
+    example = (
+        f"{{prompt: text, completion: {labels[0]}}}" if labels and "text" in row else "{prompt: ..., completion: ...}"
+    )
     raise VeneerError(
         f"data {file}: found the columns {', '.join(map(str, row))}; "
         "expected messages, prompt and completion, instruction and output, or text",
@@ -406,8 +413,10 @@ def _guarded(text: str, tokenizer: Any) -> str:
 def _render(messages: Sequence[dict[str, str]], tokenizer: Any, *, opening: bool) -> str:
     guarded = [{**turn, "content": _guarded(turn["content"], tokenizer)} for turn in messages]
     if tokenizer.chat_template is None:  # a base model: the turns, a line each
-        return _bos(tokenizer) + "".join(turn["content"] + "\n" for turn in guarded[: None if opening else -1]) + (
-            "" if opening else guarded[-1]["content"] + (tokenizer.eos_token or "")
+        return (
+            _bos(tokenizer)
+            + "".join(turn["content"] + "\n" for turn in guarded[: None if opening else -1])
+            + ("" if opening else guarded[-1]["content"] + (tokenizer.eos_token or ""))
         )
     try:
         return str(tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=opening))
@@ -415,7 +424,9 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any, *, opening: bool
         raise VeneerError(f"the chat template refused a conversation: {error}") from error
 
 
-def _conversation(messages: Sequence[dict[str, str]], tokenizer: Any, system: str | None) -> tuple[list[tuple[str, bool]], bool]:
+def _conversation(
+    messages: Sequence[dict[str, str]], tokenizer: Any, system: str | None
+) -> tuple[list[tuple[str, bool]], bool]:
     """The rendered conversation as (piece, learned); False when only the last answer could be marked."""
     turns = _with_system(messages, system)
     full = _render(turns, tokenizer, opening=False)
@@ -434,9 +445,15 @@ def _conversation(messages: Sequence[dict[str, str]], tokenizer: Any, system: st
         at = end
     if not parts:
         before = _render(turns[:-1], tokenizer, opening=True)
-        start = full.rfind(_guarded(turns[-1]["content"], tokenizer).strip()) if not full.startswith(before) else len(before)
+        start = (
+            full.rfind(_guarded(turns[-1]["content"], tokenizer).strip())
+            if not full.startswith(before)
+            else len(before)
+        )
         if start < 0:
-            raise VeneerError("the chat template does not show the assistant's answer", hint="use a model with another template")
+            raise VeneerError(
+                "the chat template does not show the assistant's answer", hint="use a model with another template"
+            )
         return [(full[:start], False), (full[start : _turn_end(full, start, tokenizer.eos_token)], True)], False
     return parts, exact  # what follows the last answer's end-of-turn token is never generated, so it is left out
 
@@ -466,7 +483,9 @@ def _tokenize(pieces: list[str], tokenizer: Any) -> list[list[int]]:
         at = 0
         for match in [*template.finditer(piece), None]:
             plain = piece[at : match.start() if match else None]
-            plain = standins.sub(lambda m: controls[ord(m[0]) - _STANDIN] if ord(m[0]) - _STANDIN < len(controls) else m[0], plain)
+            plain = standins.sub(
+                lambda m: controls[ord(m[0]) - _STANDIN] if ord(m[0]) - _STANDIN < len(controls) else m[0], plain
+            )
             if plain:
                 found += tokenizer(plain, add_special_tokens=False, split_special_tokens=True).input_ids
             if match:

@@ -1,6 +1,6 @@
 """The training loop: one for a script and for the command line.
 
-    result = train(model, tokenizer, "data.jsonl", TrainConfig(epochs=2), out="runs/first")
+result = train(model, tokenizer, "data.jsonl", TrainConfig(epochs=2), out="runs/first")
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class _Run:
         self.model, self.tokenizer, self.config, self.out, self.progress = model, tokenizer, config, out, progress
         name = active_adapter(model)
         if name is None:
-            raise VeneerError("this model has no active adapter to train", hint="veneer.attach(model, LoraConfig(...)) first")
+            raise VeneerError(
+                "this model has no active adapter to train", hint="veneer.attach(model, LoraConfig(...)) first"
+            )
         if not resume:
             require_empty_folder(out)
         self.name, self.parameters = name, adapter_parameters(model, name)
@@ -189,7 +191,9 @@ class _Run:
     # ---- one step ---------------------------------------------------------------------------------------------
 
     def _step(self) -> dict[str, Any]:
-        lr = self.peak_lr * lr_factor(self.done, self.steps, self.warmup, self.config.schedule, self.config.min_lr_ratio)
+        lr = self.peak_lr * lr_factor(
+            self.done, self.steps, self.warmup, self.config.schedule, self.config.min_lr_ratio
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         samples = [self.train_set.samples[i] for i in self.order.step(self.done)]
@@ -203,7 +207,9 @@ class _Run:
             loss += float(part.detach())
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         if not gradients:
-            raise VeneerError("no adapter weight received a gradient", hint="this is a fault of the model's code or of ours")
+            raise VeneerError(
+                "no adapter weight received a gradient", hint="this is a fault of the model's code or of ours"
+            )
         norm = torch.nn.utils.get_total_norm(gradients)
         finite = math.isfinite(loss) and bool(torch.isfinite(norm))
         if finite:
@@ -256,9 +262,7 @@ class _Run:
         self.notes.append(f"resumed after step {self.done}")
 
     def _checkpoint(self) -> None:
-        save_checkpoint(
-            self.checkpoints, self.done, self.parameters, self.optimizer, self.state, self.config.keep_last
-        )
+        save_checkpoint(self.checkpoints, self.done, self.parameters, self.optimizer, self.state, self.config.keep_last)
 
     def _evaluation_due(self) -> bool:
         if self.eval_set is None:
@@ -289,7 +293,9 @@ class _Run:
         if self.done % self.config.log_every and self.done != self.steps and row["applied"] and "eval_loss" not in row:
             return
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "memory_bytes": current_bytes(), "seconds": round(self.state["seconds"], 3)}) + "\n")
+            file.write(
+                json.dumps({**row, "memory_bytes": current_bytes(), "seconds": round(self.state["seconds"], 3)}) + "\n"
+            )
         if self.board is not None:
             for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss"):
                 if isinstance(row.get(key), float):
@@ -313,13 +319,17 @@ def prepare_data(data: Any, config: DataConfig, tokenizer: Any, seed: int) -> tu
     eval_set = None if held is None else encode_rows(held, tokenizer, **encode)
     notes += train_set.warnings
     if train_set.truncated:
-        notes.append(f"{train_set.truncated:,} rows were longer than {config.max_length} tokens and lost the start of their prompt")
+        notes.append(
+            f"{train_set.truncated:,} rows were longer than {config.max_length} tokens and lost the start of their prompt"
+        )
     if train_set.dropped:
         notes.append(f"{train_set.dropped:,} rows were dropped: no learned token was left")
     return train_set, eval_set, notes
 
 
-def batches(samples: list[Sample], packing: bool, tokenizer: Any, budget: int, device: torch.device) -> Iterator[dict[str, Any]]:
+def batches(
+    samples: list[Sample], packing: bool, tokenizer: Any, budget: int, device: torch.device
+) -> Iterator[dict[str, Any]]:
     """Samples as model inputs: packed sequences of at most `budget` tokens, or one padded batch."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     made = [collate_packed(group) for group in pack(samples, budget)] if packing else [collate_padded(samples, pad)]
@@ -392,7 +402,9 @@ class _Progress:
     def step(self, done: int, row: dict[str, Any]) -> None:
         self.first = self.first or done - 1
         now = time.monotonic()
-        if not self.on or (not self.live and now - self.shown < 10 and done < self.steps and "eval_loss" not in row and row["applied"]):
+        if not self.on or (
+            not self.live and now - self.shown < 10 and done < self.steps and "eval_loss" not in row and row["applied"]
+        ):
             return
         self.shown = now
         left = (now - self.started) / max(1, done - self.first) * (self.steps - done)

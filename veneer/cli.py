@@ -1,0 +1,321 @@
+"""The command line: one function a verb. Parse, call, print; results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from veneer.errors import EXIT_INTERRUPTED, VeneerError
+
+app = typer.Typer(
+    help="Fine-tune language models with LoRA and QLoRA on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or smollm2.")]
+Quantize = Annotated[str | None, typer.Option(help="nf4: load the base in 4 bits.")]
+Adapter = Annotated[Path | None, typer.Option(help="A folder with a LoRA adapter in PEFT's format.")]
+System = Annotated[str | None, typer.Option(help="System message put before every conversation that has none.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe by name.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. train.epochs=2")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in train.out.")] = False,
+    strict: Annotated[bool, typer.Option(help="Refuse the run when any row is bad.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter as a recipe says."""
+    from veneer.config import read_recipe, write_recipe
+
+    plan = read_recipe(recipe, [*(set_ or []), *(["data.strict=true"] if strict else [])])
+    if plan.train.out is None:
+        raise VeneerError(
+            "train.out is missing: where should the adapter go?", hint="for example --set train.out=runs/first"
+        )
+    import veneer
+    from veneer.storage import require_empty_folder
+
+    if not resume:
+        require_empty_folder(plan.train.out)
+    model, tokenizer = veneer.load(
+        plan.model, quantize=plan.quantize, double_quant=plan.double_quant, dtype=plan.dtype, device=plan.device,
+        revision=plan.revision,
+    )  # fmt: skip
+    veneer.attach(model, plan.lora, seed=plan.train.seed)
+    result = veneer.train(
+        model, tokenizer, None, plan.train, data_config=plan.data, recipe=write_recipe(plan), resume=resume
+    )
+    if as_json:
+        _print_json(result)
+        return
+    held = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
+    print(
+        f"{result['steps']} steps in {result['seconds']:.0f} s ({result['tokens_per_second']:,.0f} tokens/s), "
+        f"loss {result['train_loss']:.4f}{held}, peak memory {result['peak_bytes'] / 1e9:.1f} GB"
+    )
+    quantize = f" --quantize {plan.quantize}" if plan.quantize else ""
+    print(f"adapter: {result['adapter']}\ntry it:  veneer chat {plan.model} --adapter {result['adapter']}{quantize}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Rows: .jsonl, .json, .csv or .parquet.")],
+    adapter: Adapter = None,
+    quantize: Quantize = None,
+    system: System = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", metavar="OURS=THEIRS", help="e.g. completion=label")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    generate: Annotated[bool, typer.Option(help="Also answer each row and compare.")] = True,
+    strict: Annotated[bool, typer.Option(help="Refuse when any row is bad.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Loss, perplexity, exact match and JSON-field match on rows."""
+    import veneer
+    from veneer.training.data import read_rows
+
+    pairs = [pair.partition("=")[::2] for pair in columns or []]
+    rows = read_rows(data, columns=dict(pairs), limit=limit, strict=strict)
+    for bad in rows.bad:
+        print(f"bad row skipped: {bad}", file=sys.stderr)
+    loaded, tokenizer = _load(model, adapter, quantize)
+    result = veneer.evaluate(
+        loaded,
+        tokenizer,
+        rows.rows,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        generate=generate,
+    )
+    result["bad_rows"] = len(rows.bad)
+    if as_json:
+        _print_json(result)
+        return
+    print(f"rows {result['rows']}   loss {result['loss']:.4f}   perplexity {result['perplexity']:.3f}")
+    for key, name in (("exact_match", "exact match"), ("json_match", "JSON fields equal")):
+        if result[key] is not None:
+            print(f"{name} {100 * result[key]:.1f}%")
+
+
+@app.command()
+def chat(
+    model: Model,
+    adapter: Adapter = None,
+    quantize: Quantize = None,
+    system: System = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+    single: Annotated[bool, typer.Option(help="Forget each exchange before the next one.")] = False,
+) -> None:
+    """Talk with a model in the terminal. An empty line or Ctrl-D ends it."""
+    from veneer.inference.generate import stream_answer
+    from veneer.training.data import encode_prompt
+
+    loaded, tokenizer = _load(model, adapter, quantize)
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        turns = [*([] if single else turns), {"role": "user", "content": text}]
+        answer = ""
+        prompt = encode_prompt(turns, tokenizer, system)
+        for piece in stream_answer(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature):
+            print(piece, end="", flush=True)
+            answer += piece
+        print(flush=True)
+        turns.append({"role": "assistant", "content": answer})
+
+
+@app.command()
+def quantize(
+    model: Model, out: Annotated[Path, typer.Option(help="The folder to write.")], as_json: Json = False
+) -> None:
+    """Write a model as a 4-bit (NF4, double quantised) folder, in bitsandbytes' format."""
+    import veneer
+    from veneer.models.load import describe_model
+    from veneer.storage import require_empty_folder
+
+    require_empty_folder(out)
+    loaded, tokenizer = veneer.load(model, quantize="nf4", fused=False)
+    veneer.save_model(loaded, tokenizer, out)
+    _show(describe_model(out), as_json)
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder with a LoRA adapter.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    onto: Annotated[str, typer.Option(help="auto, 16-bit or nf4: the base the adapter was trained on.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Fold an adapter into a 16-bit model that plain transformers loads, and say what that changed."""
+    import veneer
+    from veneer.adapters.files import base_quantization
+    from veneer.storage import require_empty_folder
+
+    if onto not in ("auto", "16-bit", "nf4"):
+        raise VeneerError(f"--onto: found {onto!r}, expected auto, 16-bit or nf4")
+    require_empty_folder(out)
+    kind = base_quantization(adapter) if onto == "auto" else {"nf4": "nf4"}.get(onto)
+    loaded, tokenizer = _load(model, adapter, kind)
+    difference = merge_and_measure(loaded, tokenizer)
+    veneer.save_model(loaded, tokenizer, out)
+    result = {"out": str(out), "onto": kind or "16-bit", **difference}
+    if as_json:
+        _print_json(result)
+        return
+    base = "the 4-bit base it was trained on, decoded to 16 bits" if kind else "the 16-bit base"
+    print(f"merged onto {base}: {out}")
+    print(
+        f"largest logit difference between adapter and merged model: {difference['max_logit_difference']:.4g} "
+        f"(same likeliest token at {100 * difference['top1_agreement']:.1f}% of {difference['tokens']} positions)"
+    )
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="An adapter folder, a model folder, a .gguf file, or smollm2.")],
+    as_json: Json = False,
+) -> None:
+    """What an adapter or a model is."""
+    from veneer.adapters.files import CONFIG_FILE, base_quantization, read_adapter
+    from veneer.models.load import describe_model
+
+    if not (Path(path) / CONFIG_FILE).is_file():
+        _show(describe_model(path), as_json)
+        return
+    config, tensors = read_adapter(path)
+    r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    _show(
+        {
+            "kind": "adapter",
+            "base_model": config.get("base_model_name_or_path"),
+            "trained_on": base_quantization(path) or "16-bit, or not known",
+            "r": r,
+            "alpha": alpha,
+            "scaling": alpha / (r**0.5 if config.get("use_rslora") else r),
+            "targets": config["target_modules"],
+            "layers": sum(".lora_A" in key for key in tensors),
+            "parameters": sum(t.numel() for t in tensors.values()),
+            "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        },
+        as_json,
+    )
+
+
+@app.command()
+def kernels(as_json: Json = False) -> None:
+    """Which implementation of each operation this machine uses, and why."""
+    from veneer import ops
+
+    rows = ops.describe()
+    if as_json:
+        _print_json({"operations": rows})
+        return
+    for row in rows:
+        print(f"{row['operation']:22} {row['chosen']:10} {row['reason']}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the data, the adapter and the merged model go.")] = Path("runs/demo"),
+    rows: Annotated[int, typer.Option(min=64, help="Training rows.")] = 2400,
+    tests: Annotated[int, typer.Option(min=8, help="Test rows of each kind.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """The whole life of an adapter on the embedded model, in minutes."""
+    from veneer.demo import run_demo
+
+    result = run_demo(out, train_rows=rows, test_rows=tests)
+    if as_json:
+        _print_json(result)
+
+
+def merge_and_measure(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Merge the active adapter in place; compare logits before and after on a fixed text."""
+    import torch
+
+    import veneer
+    from veneer.training.data import encode_prompt
+
+    texts = (
+        "Turn on the lights in the kitchen.",
+        "Explain in two sentences why the sky is blue.",
+        "List three prime numbers.",
+    )
+    prompts = [torch.tensor([encode_prompt([{"role": "user", "content": t}], tokenizer)]) for t in texts]
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        before = [model(input_ids=p.to(device)).logits.float() for p in prompts]
+        veneer.merge(model)
+        after = [model(input_ids=p.to(device)).logits.float() for p in prompts]
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(before, after, strict=True)])
+    return {
+        "max_logit_difference": max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)),
+        "top1_agreement": float(same.float().mean()),
+        "tokens": int(same.numel()),
+    }
+
+
+def _load(model: str, adapter: Path | None, quantize: str | None) -> tuple[Any, Any]:
+    import veneer
+
+    loaded, tokenizer = veneer.load(model, quantize=quantize)  # type: ignore[arg-type]
+    if adapter is not None:
+        veneer.load_adapter(loaded, adapter)
+    return loaded, tokenizer
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def _show(value: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(value)
+        return
+    for key, item in value.items():
+        shown = f"{item:,}" if isinstance(item, int) and not isinstance(item, bool) and item >= 10_000 else item
+        print(f"{key:20} {', '.join(map(str, item)) if isinstance(item, list) else shown}")
+
+
+def main() -> None:
+    """Run a verb; what a user caused becomes one plain message and exit code 2 or 3, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except VeneerError as error:
+        print(f"veneer: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("veneer: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -173,6 +173,7 @@ def merge(
     """Fold an adapter into a 16-bit model that plain transformers loads, and say what that changed."""
     import veneer
     from veneer.adapters.files import base_quantization
+    from veneer.evaluation import compare_logits
     from veneer.storage import require_empty_folder
 
     if onto not in ("auto", "16-bit", "nf4"):
@@ -180,7 +181,7 @@ def merge(
     require_empty_folder(out)
     kind = base_quantization(adapter) if onto == "auto" else {"nf4": "nf4"}.get(onto)
     loaded, tokenizer = _load(model, adapter, kind)
-    difference = merge_and_measure(loaded, tokenizer)
+    difference = compare_logits(loaded, tokenizer, lambda: veneer.merge(loaded))
     veneer.save_model(loaded, tokenizer, out)
     result = {"out": str(out), "onto": kind or "16-bit", **difference}
     if as_json:
@@ -251,32 +252,6 @@ def demo(
     result = run_demo(out, train_rows=rows, test_rows=tests)
     if as_json:
         _print_json(result)
-
-
-def merge_and_measure(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Merge the active adapter in place; compare logits before and after on a fixed text."""
-    import torch
-
-    import veneer
-    from veneer.training.data import encode_prompt
-
-    texts = (
-        "Turn on the lights in the kitchen.",
-        "Explain in two sentences why the sky is blue.",
-        "List three prime numbers.",
-    )
-    prompts = [torch.tensor([encode_prompt([{"role": "user", "content": t}], tokenizer)]) for t in texts]
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        before = [model(input_ids=p.to(device)).logits.float() for p in prompts]
-        veneer.merge(model)
-        after = [model(input_ids=p.to(device)).logits.float() for p in prompts]
-    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in zip(before, after, strict=True)])
-    return {
-        "max_logit_difference": max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True)),
-        "top1_agreement": float(same.float().mean()),
-        "tokens": int(same.numel()),
-    }
 
 
 def _load(model: str, adapter: Path | None, quantize: str | None) -> tuple[Any, Any]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from veneer.inference.generate import generate_greedy
 from veneer.training.data import Row, encode_prompt, encode_rows
@@ -73,3 +76,20 @@ def json_match(answer: str, wanted: str) -> float | None:
     names = expected.keys() | found.keys()
     same = sum(name in expected and name in found and expected[name] == found[name] for name in names)
     return same / len(names) if names else 1.0
+
+
+@torch.no_grad()
+def compare_logits(model: Any, tokenizer: Any, change: Callable[[], Any]) -> dict[str, Any]:
+    """Logits of `model` on three fixed prompts before and after `change` (a merge in place): how far apart they are."""
+    texts = ("Turn on the lights in the kitchen.", "Explain in two sentences why the sky is blue.", "List three primes.")
+    device = next(model.parameters()).device
+    prompts = [torch.tensor([encode_prompt([{"role": "user", "content": t}], tokenizer)], device=device) for t in texts]
+    before = [model(input_ids=prompt).logits.float() for prompt in prompts]
+    change()
+    pairs = [(logits, model(input_ids=prompt).logits.float()) for logits, prompt in zip(before, prompts, strict=True)]
+    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs])
+    return {
+        "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
+        "top1_agreement": float(same.float().mean()),
+        "tokens": int(same.numel()),
+    }

@@ -1,0 +1,127 @@
+import json
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file, save_file
+
+import veneer
+from veneer.adapters.attach import adapter_parameters
+from veneer.quant.linear import quantize_model
+
+IDS = torch.arange(1, 30)[None]
+
+
+def trained(seed=0, **config):
+    model = make_model()
+    veneer.attach(model, veneer.LoraConfig(**{"r": 4, **config}), seed=seed)
+    torch.manual_seed(seed)
+    for parameter in adapter_parameters(model, "default").values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("config", [{}, {"targets": ["q_proj", "down_proj"]}, {"rslora": True, "targets": "attention"}])
+def test_round_trip(tmp_path, config):
+    model = trained(**config)
+    veneer.save_adapter(model, tmp_path / "a")
+    other = make_model()
+    veneer.load_adapter(other, tmp_path / "a", name="billing")
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS).logits, other(input_ids=IDS).logits)
+    veneer.save_adapter(other, tmp_path / "b")
+    assert json.loads((tmp_path / "a/adapter_config.json").read_text()) == json.loads(
+        (tmp_path / "b/adapter_config.json").read_text()
+    )
+
+
+def damaged(tmp_path, change_config=None, change_tensors=None):
+    path = tmp_path / "a"
+    if not path.exists():
+        veneer.save_adapter(trained(), path)
+    config, tensors = json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
+    (change_config or (lambda c: None))(config)
+    (change_tensors or (lambda t: None))(tensors)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "words"),
+    [
+        (None, lambda t: t[KEY].fill_(float("nan")), "NaN"),
+        (None, lambda t: t.pop(KEY), "only lora_B"),
+        (None, lambda t: t.update({KEY: torch.zeros(4, 50)}), r"found \(4, 50\), expected \(4, 48\)"),
+        (None, lambda t: t.update({"base_model.model.x.lora_A.weight": torch.zeros(4, 4)}), "no such linear layer"),
+        (lambda c: c.update(use_dora=True), None, "use_dora"),
+        (lambda c: c.update(modules_to_save=["lm_head"]), None, "modules_to_save"),
+        (lambda c: c.update(init_lora_weights="pissa"), None, "init_lora_weights"),
+        (lambda c: c.update(peft_type="IA3"), None, "IA3"),
+        (lambda c: c.update(r=0), None, "found 0"),
+    ],
+)
+def test_bad_adapters_are_refused_whole(tmp_path, config, tensors, words):
+    path = damaged(tmp_path, config, tensors)
+    model = make_model()
+    with pytest.raises(veneer.VeneerError, match=words):
+        veneer.load_adapter(model, path)
+    assert not [n for n, _ in model.named_modules() if "lora" in n]
+
+
+def test_missing_layer_and_other_base(tmp_path):
+    path = damaged(tmp_path, None, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp.up_proj" in k])
+    with pytest.raises(veneer.VeneerError, match=r"layers\.1\.mlp\.up_proj: in target_modules"):
+        veneer.load_adapter(make_model(), path)
+    with pytest.raises(veneer.VeneerError, match="it was made for|found"):
+        veneer.load_adapter(make_model(hidden_size=64), path)
+
+
+def test_pickle_and_missing_files(tmp_path):
+    path = damaged(tmp_path)
+    (path / "adapter_model.safetensors").rename(path / "adapter_model.bin")
+    with pytest.raises(veneer.VeneerError, match="pickle"):
+        veneer.load_adapter(make_model(), path)
+    with pytest.raises(veneer.VeneerError, match="no such folder"):
+        veneer.load_adapter(make_model(), tmp_path / "none")
+
+
+def test_nan_is_not_saved_and_full_folders_not_overwritten(tmp_path):
+    model = trained()
+    veneer.save_adapter(model, tmp_path / "a")
+    with pytest.raises(veneer.VeneerError, match="not empty"):
+        veneer.save_adapter(model, tmp_path / "a")
+    next(iter(adapter_parameters(model, "default").values())).data[0, 0] = float("inf")
+    with pytest.raises(veneer.VeneerError, match="NaN or Inf"):
+        veneer.save_adapter(model, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_merge_gives_the_same_logits_and_a_plain_model(four_bit, tmp_path, tokenizer):
+    model = make_model()
+    if four_bit:
+        quantize_model(model, compute_dtype=torch.float32)
+    veneer.attach(model, veneer.LoraConfig(r=4))
+    for parameter in adapter_parameters(model, "default").values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        before = model(input_ids=IDS).logits
+        merged = veneer.merge(model)
+        torch.testing.assert_close(merged(input_ids=IDS).logits, before, rtol=1e-5, atol=1e-5)
+    veneer.save_model(merged, tokenizer, tmp_path / "merged")
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=IDS).logits, before, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_adapter_is_named():
+    with pytest.raises(veneer.VeneerError, match="adapters there are: default"):
+        veneer.set_adapter(trained(), "billing")
+    with pytest.raises(veneer.VeneerError, match="adapter name"):
+        veneer.attach(make_model(), veneer.LoraConfig(r=2), name="../evil")

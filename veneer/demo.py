@@ -30,13 +30,17 @@ def run_demo(out: str | Path, *, train_rows: int = 2400, test_rows: int = 200) -
     _say("Task: a spoken home command becomes a JSON intent, the job of a local voice assistant.\n")
     data = build_demo_data(0, train_rows, test_rows)
     paths = write_demo_data(out / "data", data)
-    _say(f"data: {len(data.train):,} commands to learn from, {len(data.unseen_sentences)} new sentences of known templates,")
+    _say(
+        f"data: {len(data.train):,} commands to learn from, {len(data.unseen_sentences)} new sentences of known templates,"
+    )
     _say(f"      {len(data.unseen_templates)} sentences of templates never seen (in {out / 'data'})")
     recipe = read_recipe(
         "demo",
         [f"data.train={paths['train']}", f"train.out={out / 'run'}"],
     )
-    model, tokenizer = load(recipe.model, quantize=recipe.quantize, double_quant=recipe.double_quant, dtype=recipe.dtype)
+    model, tokenizer = load(
+        recipe.model, quantize=recipe.quantize, double_quant=recipe.double_quant, dtype=recipe.dtype
+    )
     tests = {name: read_rows(paths[name]).rows for name in ("unseen_sentences", "unseen_templates")}
     result: dict[str, Any] = {"out": str(out)}
     how: dict[str, Any] = {"system": SYSTEM, "max_new_tokens": MAX_NEW_TOKENS}
@@ -81,7 +85,10 @@ def run_demo(out: str | Path, *, train_rows: int = 2400, test_rows: int = 200) -
 def _report(result: dict[str, Any]) -> None:
     before, after = result["exact_match_before"], result["exact_match"]
     _say("\nexact match                       before    after")
-    for name, title in (("unseen_sentences", "new sentences, known templates"), ("unseen_templates", "templates never seen")):
+    for name, title in (
+        ("unseen_sentences", "new sentences, known templates"),
+        ("unseen_templates", "templates never seen"),
+    ):
         _say(f"  {title:30} {100 * before[name]:6.1f}%  {100 * after[name]:6.1f}%")
     _say(f"trained {result['trainable_parameters']:,} parameters, adapter {result['adapter_bytes'] / 1e6:.1f} MB")
     _say(

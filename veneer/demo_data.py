@@ -163,7 +163,9 @@ def _hold_out(templates: list[_Template], rng: random.Random) -> tuple[list[_Tem
     return [t for t in templates if id(t) not in held], [t for t in templates if id(t) in held]
 
 
-def _draw(templates: list[_Template], count: int, rng: random.Random, answers: dict[str, set[str]]) -> list[tuple[str, str]]:
+def _draw(
+    templates: list[_Template], count: int, rng: random.Random, answers: dict[str, set[str]]
+) -> list[tuple[str, str]]:
     """`count` different sentences, the templates taking turns; `answers` collects all answers of each sentence."""
     rows: dict[str, str] = {}
     for _ in range(40):

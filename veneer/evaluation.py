@@ -81,7 +81,11 @@ def json_match(answer: str, wanted: str) -> float | None:
 @torch.no_grad()
 def compare_logits(model: Any, tokenizer: Any, change: Callable[[], Any]) -> dict[str, Any]:
     """Logits of `model` on three fixed prompts before and after `change` (a merge in place): how far apart they are."""
-    texts = ("Turn on the lights in the kitchen.", "Explain in two sentences why the sky is blue.", "List three primes.")
+    texts = (
+        "Turn on the lights in the kitchen.",
+        "Explain in two sentences why the sky is blue.",
+        "List three primes.",
+    )
     device = next(model.parameters()).device
     prompts = [torch.tensor([encode_prompt([{"role": "user", "content": t}], tokenizer)], device=device) for t in texts]
     before = [model(input_ids=prompt).logits.float() for prompt in prompts]

@@ -39,7 +39,10 @@ def damaged(tmp_path, change_config=None, change_tensors=None):
     path = tmp_path / "a"
     if not path.exists():
         veneer.save_adapter(trained(), path)
-    config, tensors = json.loads((path / "adapter_config.json").read_text()), load_file(path / "adapter_model.safetensors")
+    config, tensors = (
+        json.loads((path / "adapter_config.json").read_text()),
+        load_file(path / "adapter_model.safetensors"),
+    )
     (change_config or (lambda c: None))(config)
     (change_tensors or (lambda t: None))(tensors)
     (path / "adapter_config.json").write_text(json.dumps(config))

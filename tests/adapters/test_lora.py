@@ -87,13 +87,22 @@ def test_scaling_and_rslora():
 
 def test_initial_factors():
     a, b = initial_factors(64, 1000, 50)
-    assert not b.any() and float(a.abs().max()) <= 1000**-0.5 and float(a.std()) == pytest.approx((3000) ** -0.5, rel=0.05)
+    assert (
+        not b.any() and float(a.abs().max()) <= 1000**-0.5 and float(a.std()) == pytest.approx((3000) ** -0.5, rel=0.05)
+    )
     assert float(initial_factors(64, 1000, 50, "gaussian")[0].std()) == pytest.approx(1 / 64, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("targets", "count"),
-    [("attention", 8), ("mlp", 6), ("all-linear", 14), (["q_proj", "v_proj"], 4), (r".*layers\.1\..*proj", 7), (["lm_head"], 1)],
+    [
+        ("attention", 8),
+        ("mlp", 6),
+        ("all-linear", 14),
+        (["q_proj", "v_proj"], 4),
+        (r".*layers\.1\..*proj", 7),
+        (["lm_head"], 1),
+    ],
 )
 def test_targets(targets, count):
     assert len(resolve_targets(make_model(), targets)) == count

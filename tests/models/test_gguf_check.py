@@ -17,7 +17,12 @@ def text(value):
 def gguf(tensors=1, keys=None, offset=0, shape=(32, 2), kind=2, data=36):
     keys = keys or [text("general.architecture") + struct.pack("<I", 8) + text("llama")]
     raw = b"GGUF" + struct.pack("<IQQ", 3, tensors, len(keys)) + b"".join(keys)
-    raw += text("w") + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape) + struct.pack("<IQ", kind, offset)
+    raw += (
+        text("w")
+        + struct.pack("<I", len(shape))
+        + struct.pack(f"<{len(shape)}Q", *shape)
+        + struct.pack("<IQ", kind, offset)
+    )
     raw += b"\0" * (-len(raw) % 32)
     return raw + b"\0" * data
 
@@ -50,7 +55,7 @@ BAD = {
     "dimensions": gguf(shape=(32, 1, 1, 1, 1)),
     "a ggml type": gguf(kind=99),
     "architecture is missing": gguf(keys=[text("a") + struct.pack("<IB", 0, 1)]),
-    "bytes left": gguf()[:40],
+    "bytes left": gguf()[:6],
 }
 
 

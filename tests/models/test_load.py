@@ -61,7 +61,11 @@ def test_damage_and_wrong_names_are_clear(folder, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(veneer.VeneerError, match=words):
             veneer.load(name)
-    for kwargs, words in [({"quantize": "fp4"}, "nf4"), ({"dtype": "int8"}, "bfloat16"), ({"device": "toaster"}, "device")]:
+    for kwargs, words in [
+        ({"quantize": "fp4"}, "nf4"),
+        ({"dtype": "int8"}, "bfloat16"),
+        ({"device": "toaster"}, "device"),
+    ]:
         with pytest.raises(veneer.VeneerError, match=words):
             veneer.load(folder, **kwargs)
     weights = folder / "model.safetensors"

@@ -106,4 +106,6 @@ def test_bitsandbytes_layout_damage_is_named():
     with pytest.raises(VeneerError, match="missing"):
         bnb_format.unpack_layer({"weight": tensors["weight"]}, "q", torch.float32)
     with pytest.raises(VeneerError, match="not the JSON"):
-        bnb_format.unpack_layer({**tensors, bnb_format.STATE_KEY: torch.zeros(3, dtype=torch.uint8)}, "q", torch.float32)
+        bnb_format.unpack_layer(
+            {**tensors, bnb_format.STATE_KEY: torch.zeros(3, dtype=torch.uint8)}, "q", torch.float32
+        )

@@ -55,6 +55,7 @@ def test_packed_samples_do_not_see_each_other():
     cut = len(rows[0].input_ids)
     with torch.no_grad():
         a, b = (model(**{k: v for k, v in collate_packed(r).items() if k != "labels"}).logits for r in (rows, changed))
+    assert a.shape[1] % 64 == 0
     assert torch.equal(a[:, cut:], b[:, cut:]) and not torch.equal(a[:, :cut], b[:, :cut])
 
 

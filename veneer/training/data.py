@@ -445,11 +445,12 @@ def _conversation(
         at = end
     if not parts:
         before = _render(turns[:-1], tokenizer, opening=True)
-        start = (
-            full.rfind(_guarded(turns[-1]["content"], tokenizer).strip())
-            if not full.startswith(before)
-            else len(before)
-        )
+        start = len(before)
+        if not full.startswith(before):  # the last answer, looked for before its end-of-turn token
+            body = (
+                full[: full.rfind(tokenizer.eos_token)] if tokenizer.eos_token and tokenizer.eos_token in full else full
+            )
+            start = body.rfind(_guarded(turns[-1]["content"], tokenizer).strip())
         if start < 0:
             raise VeneerError(
                 "the chat template does not show the assistant's answer", hint="use a model with another template"

@@ -15,6 +15,7 @@ import torch
 from veneer.training.data import IGNORED, Sample
 
 TOKEN_BUDGET = 2048  # tokens in one packed sequence: enough for full-speed products, little memory
+ROUND_TO = 64  # packed lengths: every new matrix shape makes torch compile and keep another kernel
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,15 @@ def pack(samples: Sequence[Sample], budget: int = TOKEN_BUDGET) -> list[list[Sam
     return bins
 
 
-def collate_packed(samples: Sequence[Sample]) -> dict[str, Any]:
+def collate_packed(samples: Sequence[Sample], pad_id: int = 0) -> dict[str, Any]:
     """One sequence (1, T) of samples isolated from one another: position ids restart, `cu_seq_lens` say where.
 
     The names are those of transformers' padding-free batches. The first label of each sample is IGNORED.
+    T is rounded up to a multiple of ROUND_TO by one more sample of padding, of which nothing is learned.
     """
+    missing = -sum(len(sample.input_ids) for sample in samples) % ROUND_TO
+    if missing:
+        samples = [*samples, Sample([pad_id] * missing, [IGNORED] * missing)]
     lengths = [len(sample.input_ids) for sample in samples]
     starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     return {

@@ -1,0 +1,55 @@
+import pytest
+
+from veneer.config import parse_recipe, read_recipe, shipped_recipes, write_recipe
+from veneer.errors import VeneerError
+
+DATA = {"data": {"train": "x.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"modle": "x", **DATA}, "unknown key 'modle'; did you mean 'model'"),
+        ({**DATA, "train": {"batchsize": 2}}, "unknown key 'batchsize' in train; did you mean 'batch_size'"),
+        ({**DATA, "lora": {"r": 0}}, "lora.r"),
+        ({**DATA, "lora": {"targets": []}}, "lora.targets"),
+        ({**DATA, "quantize": "fp4"}, "expected one of nf4"),
+        ({**DATA, "train": {"learning_rate": -1}}, "above 0"),
+        ({"data": {"train": "x", "eval": 1.5}}, "between 0 and 1"),
+        ({**DATA, "train": {"early_stopping": 2}}, "data.eval"),
+        ({}, "missing key 'data'"),
+    ],
+)
+def test_bad_recipes(values, words):
+    with pytest.raises(VeneerError, match=words):
+        parse_recipe(values)
+
+
+def test_all_problems_at_once():
+    with pytest.raises(VeneerError) as caught:
+        parse_recipe({"modle": 1, "lora": {"r": 0, "rnk": 2}, "train": {"epochs": "many"}, **DATA})
+    assert len(caught.value.problems) == 4
+
+
+def test_files_overrides_and_round_trip(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("data: {train: a.jsonl}\ntrain: {learning_rate: 2e-3}\n")
+    recipe = read_recipe(path, ["train.epochs=3", "lora.r=8", "data.columns={prompt: text}"])
+    assert (recipe.train.learning_rate, recipe.train.epochs, recipe.lora.r) == (0.002, 3, 8)
+    path.write_text(write_recipe(recipe))
+    assert read_recipe(path) == recipe
+    for text, words in [("a: [", "not valid YAML"), ("", "found nothing"), ("- 1", "found a list")]:
+        path.write_text(text)
+        with pytest.raises(VeneerError, match=words):
+            read_recipe(path)
+    for override in ("x", "a..b=1", "data.train.x.y=1"):
+        path.write_text("data: {train: a.jsonl}")
+        with pytest.raises(VeneerError):
+            read_recipe(path, [override])
+    with pytest.raises(VeneerError, match="shipped recipes: demo, production, quality, quick"):
+        read_recipe("none.yaml")
+
+
+@pytest.mark.parametrize("name", ["demo", "production", "quality", "quick"])
+def test_shipped_recipes_are_valid(name):
+    assert name in shipped_recipes() and read_recipe(name).lora.r in (16, 32, 64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,7 +23,13 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 DataFormat = Literal["prompt_completion", "alpaca", "messages", "text"]
 
 
-class _Strict(type(BaseModel)):  # type: ignore[misc]
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+
+class _Strict(ModelMetaclass):
     """Makes `LoraConfig(r=0)` raise our own error; pydantic's own nested validation does not pass here."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:

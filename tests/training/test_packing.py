@@ -13,7 +13,7 @@ def samples(count=7, seed=0):
     for _ in range(count):
         size = int(torch.randint(2, 40, (1,), generator=g))
         ids = torch.randint(0, 256, (size,), generator=g).tolist()
-        out.append(Sample(ids, [IGNORED] + [i if k % 3 else IGNORED for k, i in enumerate(ids)][1:]))
+        out.append(Sample(ids, [IGNORED, *[i if k % 3 else IGNORED for k, i in enumerate(ids)][1:]]))
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
 from veneer.quant.linear import Nf4Linear
 
-Linear = nn.Linear | Nf4Linear | LoraLinear
+Linear: TypeAlias = nn.Linear | Nf4Linear | LoraLinear
 _PRESET_PARENT = {
     "attention": re.compile(r"(^|_)(attn|attention)", re.I),
     "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),

@@ -33,37 +33,33 @@ def fuse(model: PreTrainedModel) -> list[str]:
         model.set_attn_implementation(ATTENTION)
         done.append("attention")
     if type(model).__name__ in PLAIN_HEADS and type(model.get_output_embeddings()) is nn.Linear:
-        original = model.forward
-        model.forward = types.MethodType(_forward(original), model)  # type: ignore[method-assign]
+        model.forward = types.MethodType(_forward, model)  # type: ignore[method-assign]
         done.append("head")
     model.veneer_parts = done
     return done
 
 
-def _forward(original: Any) -> Any:
-    def forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwargs: Any) -> Any:
-        """As transformers' forward. With `skip_logits` and `labels`: the loss alone, logits None, much less memory."""
-        labels = kwargs.get("labels")
-        if not skip_logits or labels is None or args:
-            return original(*args, **kwargs)
-        items = kwargs.pop("num_items_in_batch", None)
-        kwargs.pop("labels")
-        kwargs.pop("logits_to_keep", None)
-        hidden = self.get_decoder()(**kwargs).last_hidden_state
-        # Position t predicts token t + 1; rows of the last position and unsupervised ones never reach the head.
-        target = labels[:, 1:].reshape(-1)
-        keep = (target != -100).nonzero().view(-1)
-        rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep]
-        head = self.get_output_embeddings()
-        count = max(1, keep.numel()) if items is None else items
-        if head.bias is not None:  # rare: the bias as one more column
-            rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
-            weight = torch.cat([head.weight, head.bias[:, None]], 1)
-        else:
-            weight = head.weight
-        return CausalLMOutputWithPast(loss=ops.linear_cross_entropy(rows, weight, target[keep], count))
-
-    return forward
+def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwargs: Any) -> Any:
+    """As transformers' forward. With `skip_logits` and `labels`: the loss alone, logits None, much less memory."""
+    labels = kwargs.get("labels")
+    if not skip_logits or labels is None or args:
+        # by the class, not by a bound method kept from before: a deep copy of the model must run its own weights
+        return type(self).forward(self, *args, **kwargs)
+    items = kwargs.pop("num_items_in_batch", None)
+    kwargs.pop("labels")
+    kwargs.pop("logits_to_keep", None)
+    hidden = self.get_decoder()(**kwargs).last_hidden_state
+    # Position t predicts token t + 1; rows of the last position and unsupervised ones never reach the head.
+    target = labels[:, 1:].reshape(-1)
+    keep = (target != -100).nonzero().view(-1)
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep]
+    head = self.get_output_embeddings()
+    weight = head.weight
+    if head.bias is not None:  # rare: the bias as one more column
+        rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
+        weight = torch.cat([weight, head.bias[:, None]], 1)
+    count = max(1, keep.numel()) if items is None else items
+    return CausalLMOutputWithPast(loss=ops.linear_cross_entropy(rows, weight, target[keep], count))
 
 
 class _Segments:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -36,7 +36,7 @@ class _Strict(ModelMetaclass):
         try:
             return super().__call__(*args, **kwargs)
         except ValidationError as error:
-            raise VeneerError(_explain(cls, error)) from None
+            raise VeneerError(_explain(cast(type[BaseModel], cls), error)) from None
 
 
 class Settings(BaseModel, metaclass=_Strict):

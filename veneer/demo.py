@@ -19,7 +19,7 @@ from veneer.training.loop import train
 
 SHOWN = 4  # answers printed before and after
 MAX_NEW_TOKENS = 64  # the longest answer has fewer
-BEFORE_ROWS = 64  # of each kind: the base model scores about 0 and rambles to the limit, so fewer rows will do
+BEFORE_ROWS = 32  # of each kind: the base model scores about 0 and rambles to the limit, so fewer rows will do
 
 
 def run_demo(out: str | Path, *, train_rows: int = 2400, test_rows: int = 200) -> dict[str, Any]:

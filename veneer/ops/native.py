@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sysconfig
 from pathlib import Path
 
 import torch  # before the library: it then shares torch's OpenMP threads
@@ -16,7 +17,10 @@ from torch import Tensor
 from veneer.errors import VeneerError
 from veneer.ops.reference import BLOCK, NF4_CODE, NF4_MIDPOINTS
 
-LIBRARY = Path(__file__).parent.parent / "_kernels.so"
+# Beside the package; with an editable install the package is the source tree and the library is in site-packages.
+LIBRARIES = [
+    folder / "_kernels.so" for folder in (Path(__file__).parent.parent, Path(sysconfig.get_path("platlib"), "veneer"))
+]
 ISAS = ("scalar", "avx2", "avx512")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -24,10 +28,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The loaded library, or the reason why there is none."""
-    if not LIBRARY.is_file():
+    path = next((path for path in LIBRARIES if path.is_file()), None)
+    if path is None:
         return "not built: no C++ compiler was found when veneer was installed"
     try:
-        library = ctypes.CDLL(str(LIBRARY))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"cannot be loaded: {error}"
     pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64

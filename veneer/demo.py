@@ -17,6 +17,7 @@ from veneer.storage import require_empty_folder
 from veneer.training.data import read_rows
 from veneer.training.loop import train
 
+MERGE_ROWS = 32  # of the new sentences, answered by the merged model too
 SHOWN = 4  # answers printed before and after
 MAX_NEW_TOKENS = 64  # the longest answer has fewer
 BEFORE_ROWS = 32  # of each kind: the base model scores about 0 and rambles to the limit, so fewer rows will do
@@ -62,7 +63,9 @@ def run_demo(out: str | Path, *, train_rows: int = 2400, test_rows: int = 200) -
     difference = compare_logits(model, tokenizer, lambda: merge(model))
     merged = save_model(model, tokenizer, out / "merged")
     again, _ = load(str(merged))
-    check = evaluate(again, tokenizer, tests["unseen_sentences"][:32], **how)
+    checked = tests["unseen_sentences"][:MERGE_ROWS]
+    check = evaluate(again, tokenizer, checked, **how)
+    unmerged = after["unseen_sentences"]["answers"][:MERGE_ROWS]
     result |= {
         "exact_match_before": {name: before[name]["exact_match"] for name in tests},
         "exact_match": {name: after[name]["exact_match"] for name in tests},
@@ -76,6 +79,7 @@ def run_demo(out: str | Path, *, train_rows: int = 2400, test_rows: int = 200) -
         "merged": str(merged),
         "merge": difference,
         "merged_exact_match": check["exact_match"],
+        "unmerged_exact_match": sum(a == r.completion for a, r in zip(unmerged, checked, strict=True)) / len(checked),
         "seconds": time.monotonic() - started,
     }
     _report(result)
@@ -99,7 +103,8 @@ def _report(result: dict[str, Any]) -> None:
     _say(
         f"merged into a plain 16-bit model: largest logit difference {merge_['max_logit_difference']:.3g}, same likeliest "
         f"token at {100 * merge_['top1_agreement']:.0f}% of {merge_['tokens']} positions; "
-        f"{100 * result['merged_exact_match']:.0f}% exact on 32 of the new sentences"
+        f"on {MERGE_ROWS} of the new sentences {100 * result['merged_exact_match']:.0f}% exact, "
+        f"unmerged {100 * result['unmerged_exact_match']:.0f}%"
     )
     _say(
         f"\nNow you:\n  veneer chat smollm2 --quantize nf4 --adapter {result['adapter']} --system '{SYSTEM}' --single\n"

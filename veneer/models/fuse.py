@@ -104,7 +104,8 @@ def packed_attention(
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     whole = query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    if cu_seqlens is None or not whole or kwargs.get("sliding_window") or kwargs.get("dropout"):
+    unusual = any(kwargs.get(name) for name in ("sliding_window", "softcap", "dropout"))
+    if cu_seqlens is None or not whole or unusual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     segments = _segments(cu_seqlens)
     q, k, v = segments.unpack(query), segments.unpack(key), segments.unpack(value)

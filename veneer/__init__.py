@@ -1,13 +1,22 @@
-"""Veneer: LoRA and QLoRA on the machine people have. The public names, nothing else."""
+"""Veneer: LoRA and QLoRA on the machine people have. The public names, nothing else.
 
-from veneer.adapters.attach import attach, count_parameters, remove_adapter, set_adapter
-from veneer.adapters.files import load_adapter, save_adapter
-from veneer.adapters.merge import merge
-from veneer.config import DataConfig, LoraConfig, Recipe, TrainConfig
-from veneer.errors import RefusedError, VeneerError
-from veneer.evaluation import evaluate
-from veneer.models.load import load, save_model
-from veneer.training.loop import train
+Each name is imported when it is first used: `veneer --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from veneer.adapters.attach import attach, count_parameters, remove_adapter, set_adapter
+    from veneer.adapters.files import load_adapter, save_adapter
+    from veneer.adapters.merge import merge
+    from veneer.config import DataConfig, LoraConfig, Recipe, TrainConfig
+    from veneer.errors import RefusedError, VeneerError
+    from veneer.evaluation import evaluate
+    from veneer.models.load import load, save_model
+    from veneer.training.loop import train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,3 +38,26 @@ __all__ = [
     "set_adapter",
     "train",
 ]
+_HOMES = {
+    "veneer.adapters.attach": ("attach", "count_parameters", "remove_adapter", "set_adapter"),
+    "veneer.adapters.files": ("load_adapter", "save_adapter"),
+    "veneer.adapters.merge": ("merge",),
+    "veneer.config": ("DataConfig", "LoraConfig", "Recipe", "TrainConfig"),
+    "veneer.errors": ("RefusedError", "VeneerError"),
+    "veneer.evaluation": ("evaluate",),
+    "veneer.models.load": ("load", "save_model"),
+    "veneer.training.loop": ("train",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -38,10 +38,17 @@ def test_files_overrides_and_round_trip(tmp_path):
     assert (recipe.train.learning_rate, recipe.train.epochs, recipe.lora.r) == (0.002, 3, 8)
     path.write_text(write_recipe(recipe))
     assert read_recipe(path) == recipe
-    for text, words in [("a: [", "not valid YAML"), ("", "found nothing"), ("- 1", "found a list")]:
+    for text, words in [
+        ("a: [", "not valid YAML"),
+        ("", "found nothing"),
+        ("- 1", "found a list"),
+        ("a: 2020-13-45", "not valid YAML: month must be"),
+    ]:
         path.write_text(text)
         with pytest.raises(VeneerError, match=words):
             read_recipe(path)
+    path.write_text("data: {train: a.jsonl}")
+    assert read_recipe(path, ["train.out=2020-13-45"]).train.out == "2020-13-45"  # no date: plain text
     for override in ("x", "a..b=1", "data.train.x.y=1"):
         path.write_text("data: {train: a.jsonl}")
         with pytest.raises(VeneerError):

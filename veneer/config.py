@@ -187,7 +187,7 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise VeneerError(f"{file}: found {file.stat().st_size:,} bytes, expected a recipe below {RECIPE_LIMIT:,}")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date like 2020-13-45
         raise VeneerError(f"{file} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         found = "nothing" if values is None else f"a {type(values).__name__}"
@@ -220,7 +220,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise VeneerError(f"--set {override}: expected key.part=value, for example --set train.epochs=2")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     target = values
     for part in parts[:-1]:

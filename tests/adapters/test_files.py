@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer.adapters.attach import adapter_parameters
-from veneer.quant.linear import quantize_model
 
 IDS = torch.arange(1, 30)[None]
 
@@ -101,26 +100,6 @@ def test_nan_is_not_saved_and_full_folders_not_overwritten(tmp_path):
     with pytest.raises(veneer.VeneerError, match="NaN or Inf"):
         veneer.save_adapter(model, tmp_path / "b")
     assert not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_merge_gives_the_same_logits_and_a_plain_model(four_bit, tmp_path, tokenizer):
-    model = make_model()
-    if four_bit:
-        quantize_model(model, compute_dtype=torch.float32)
-    veneer.attach(model, veneer.LoraConfig(r=4))
-    for parameter in adapter_parameters(model, "default").values():
-        torch.nn.init.normal_(parameter, std=0.2)
-    with torch.no_grad():
-        before = model(input_ids=IDS).logits
-        merged = veneer.merge(model)
-        torch.testing.assert_close(merged(input_ids=IDS).logits, before, rtol=1e-5, atol=1e-5)
-    veneer.save_model(merged, tokenizer, tmp_path / "merged")
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    with torch.no_grad():
-        torch.testing.assert_close(plain(input_ids=IDS).logits, before, rtol=1e-5, atol=1e-5)
 
 
 def test_an_unknown_adapter_is_named():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +19,12 @@ def merged_weight(base: nn.Linear | Nf4Linear, delta: Tensor, dtype: torch.dtype
 
 
 @torch.no_grad()
-def merge(model: nn.Module, name: str | None = None) -> nn.Module:
+def merge(model: Any, name: str | None = None) -> Any:
     """Fold one adapter (the active one by default) into `model`, in place: a plain transformers model is left.
 
     A 4-bit base is decoded to its compute dtype first, so the merged model is what the adapter was trained on.
-    All adapters are gone afterwards: keep the adapter's files, they cannot be taken out of the weights again.
+    An update of a tied output head gives the head a weight of its own (the config then says so): the input
+    embeddings stay what they were. All adapters are gone afterwards: keep the adapter's files, they cannot be taken out of the weights again.
 
     Raises:
         VeneerError: no such adapter, or the merged weights hold NaN or Inf (the model is unchanged then).
@@ -34,12 +37,15 @@ def merge(model: nn.Module, name: str | None = None) -> nn.Module:
     bad = [p for p, m in layers.items() if name in m.lora_A and not bool(torch.isfinite(m.delta(name)).all())]
     if bad:
         raise VeneerError([f"{path}: the update holds NaN or Inf" for path in bad[:8]])
+    tied = _is_tied(model)
     for path, layer in layers.items():
         delta = layer.delta(name) if name in layer.lora_A else None
         _replace(model, path, _dense(layer.base_layer, delta))
     for path, module in list(model.named_modules()):
         if isinstance(module, Nf4Linear):
             _replace(model, path, _dense(module, None))
+    if tied and not _is_tied(model):
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     adapters(model).clear()
     if hasattr(model, "veneer_quantization"):
         model.veneer_quantization = None
@@ -55,9 +61,14 @@ def _dense(base: nn.Linear | Nf4Linear, delta: Tensor | None) -> nn.Linear:
         weight = base.dequantize(dtype) if delta is None else merged_weight(base, delta, dtype)
         dense.weight = nn.Parameter(weight, requires_grad=False)
         return dense.train(base.training)
-    if delta is not None:
-        base.weight.copy_(merged_weight(base, delta, dtype))
+    if delta is not None:  # a new parameter, never in place: a tied head's weight is the input embedding too
+        base.weight = nn.Parameter(merged_weight(base, delta, dtype), requires_grad=False)
     return base
+
+
+def _is_tied(model: Any) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -4,12 +4,18 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import veneer
-from veneer.models.load import describe_model
+from veneer.models.load import describe_model, stored_quantization
 from veneer.quant.linear import Nf4Linear
 
 IDS = torch.arange(1, 30)[None]
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
 
 
 @pytest.fixture
@@ -19,8 +25,7 @@ def folder(tmp_path, tokenizer):
 
 def test_folder_round_trip(folder, tokenizer):
     model, again = veneer.load(folder, dtype="float32")
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=IDS).logits, make_model()(input_ids=IDS).logits)
+    assert torch.equal(logits(model), logits(make_model()))
     assert again("hé <|im_end|>").input_ids == tokenizer("hé <|im_end|>").input_ids
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -36,8 +41,7 @@ def test_sharded_folder_and_a_missing_shard(folder):
         weight_map |= dict.fromkeys(part, f"model-0000{shard + 1}-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     model, _ = veneer.load(folder, dtype="float32")
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=IDS).logits, make_model()(input_ids=IDS).logits)
+    assert torch.equal(logits(model), logits(make_model()))
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(veneer.VeneerError, match="shard model-00002-of-00002"):
         veneer.load(folder)
@@ -48,8 +52,7 @@ def test_four_bit_folder_is_read_back(folder, tmp_path):
     veneer.save_model(model, tokenizer, tmp_path / "four")
     again, _ = veneer.load(tmp_path / "four", dtype="float32")
     assert isinstance(again.model.layers[1].mlp.down_proj, Nf4Linear)
-    with torch.no_grad():
-        assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    assert torch.equal(logits(again), logits(model))
     assert describe_model(tmp_path / "four")["quantization"] == "nf4"
     with pytest.raises(veneer.VeneerError, match="4-bit already"):
         veneer.load(tmp_path / "four", quantize="nf4")
@@ -83,9 +86,134 @@ def test_weights_of_another_model_are_listed(folder):
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
     with pytest.raises(veneer.VeneerError, match=r"found \(96, 48\), expected \(128, 48\)"):
         veneer.load(folder)
-    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.py"}}))
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    with pytest.raises(veneer.VeneerError, match=r"layers\.1\.mlp\.up_proj\.weight: left over"):
+        veneer.load(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(veneer.VeneerError, match=r"layers\.2\.mlp\.up_proj\.weight: missing"):
+        veneer.load(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 4096}))
+    with pytest.raises(veneer.VeneerError, match=r"config\.json describes"):
+        veneer.load(folder)
+
+
+def test_keys_of_a_config_never_reach_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    keys = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+    (folder / "config.json").write_text(
+        json.dumps({**config, **dict.fromkeys(keys, "evil/kernel"), "auto_map": {"AutoModelForCausalLM": "evil.Model"}})
+    )
+    (folder / "evil.py").write_text("raise SystemExit('this was run')")
+    with pytest.warns(UserWarning, match="code of its own"):
+        model, _ = veneer.load(folder, dtype="float32")
+    assert "evil" not in str(model.config.to_dict()) and model.config._attn_implementation == "veneer"
+    assert torch.equal(logits(model), logits(make_model()))
+    (folder / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": {"AutoModel": "evil.Model"}}))
     with pytest.raises(veneer.VeneerError, match="code of its own"):
         veneer.load(folder)
+
+
+def test_a_common_generation_config_is_kept(folder, tmp_path):
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
+    model, tokenizer = veneer.load(folder)
+    again, _ = veneer.load(veneer.save_model(model, tokenizer, tmp_path / "again"))
+    assert again.generation_config.temperature == 0.6 and again.generation_config.do_sample is False
+
+
+SMALL = {
+    "vocab_size": 258, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "bos_token_id": 257, "eos_token_id": 256, "pad_token_id": 256,
+}  # fmt: skip
+FAMILIES = {
+    "gemma": {"num_key_value_heads": 2, "head_dim": 16},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2_moe": {
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "gpt_neox": {},
+    "phi3": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+def family(kind):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL, **FAMILIES[kind])
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_folders_that_transformers_writes(kind, tmp_path, tokenizer):
+    model = family(kind)
+    model.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    ours, _ = veneer.load(tmp_path / "theirs", dtype="float32")
+    torch.testing.assert_close(logits(ours), logits(model))
+    veneer.save_model(ours, tokenizer, tmp_path / "ours")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    torch.testing.assert_close(logits(plain), logits(model))
+    torch.testing.assert_close(logits(veneer.load(tmp_path / "ours", dtype="float32")[0]), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "mixtral", "gpt_neox"])
+def test_four_bit_folders_of_other_families(kind, tmp_path, tokenizer):
+    model = family(kind)
+    model.save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    four, _ = veneer.load(tmp_path / "plain", quantize="nf4", dtype="float32")
+    again, _ = veneer.load(veneer.save_model(four, tokenizer, tmp_path / "four"), dtype="float32")
+    assert again.veneer_quantization == "nf4"
+    assert torch.equal(logits(again), logits(four))
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """Makes a folder the cached snapshot of the hub id lab/tiny, as huggingface_hub lays it out; nothing is online."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repo = tmp_path / "hub/models--lab--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text("0" * 40)
+
+    def put(folder):
+        (repo / "snapshots").mkdir(exist_ok=True)
+        (repo / "snapshots" / ("0" * 40)).symlink_to(folder, target_is_directory=True)
+
+    return put
+
+
+def test_a_hub_id_is_its_cached_folder(cached, folder):
+    cached(folder)
+    model, _ = veneer.load("lab/tiny", dtype="float32")
+    assert torch.equal(logits(model), logits(make_model())) and model.name_or_path == "lab/tiny"
+    assert describe_model("lab/tiny")["model_type"] == "llama"
+    with pytest.raises(veneer.VeneerError, match="local cache"):
+        veneer.load("lab/tiny", revision="other")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(veneer.VeneerError, match=r"model\.norm\.weight: missing"):
+        veneer.load("lab/tiny")
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(veneer.VeneerError, match="not a valid safetensors"):
+        veneer.load("lab/tiny")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(veneer.VeneerError, match="pickle"):
+        veneer.load("lab/tiny")
+
+
+def test_a_four_bit_hub_id(cached, folder, tmp_path):
+    model, tokenizer = veneer.load(folder, quantize="nf4", dtype="float32")
+    cached(veneer.save_model(model, tokenizer, tmp_path / "four"))
+    assert stored_quantization("lab/tiny") == "nf4"
+    assert torch.equal(logits(veneer.load("lab/tiny", dtype="float32")[0]), logits(model))
 
 
 def test_fused_head_and_packed_attention_equal_the_original():

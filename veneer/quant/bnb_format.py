@@ -50,7 +50,8 @@ def unpack_layer(tensors: Mapping[str, Tensor], name: str, compute_dtype: torch.
         state = json.loads(bytes(tensors[STATE_KEY].to(torch.uint8).tolist()))
         shape = torch.Size(int(size) for size in state["shape"])
         found = (state["quant_type"], int(state["blocksize"]), len(shape))
-    except (ValueError, KeyError, TypeError) as error:
+        nested_block, nested_offset = int(state.get("nested_blocksize", 0)), float(state.get("nested_offset", "nan"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VeneerError(f"{name}.{STATE_KEY}: not the JSON bitsandbytes writes: {error!r}") from None
     if found != ("nf4", BLOCK, 2):
         raise VeneerError(f"{name}: found {found[0]} in blocks of {found[1]}, expected nf4 in blocks of {BLOCK}")
@@ -58,17 +59,17 @@ def unpack_layer(tensors: Mapping[str, Tensor], name: str, compute_dtype: torch.
     blocks = -(-n // BLOCK)
     packed = tensors["weight"].contiguous().view(torch.uint8).reshape(-1)
     sizes = {"weight": (packed.numel(), (n + 1) // 2), "weight.absmax": (tensors["weight.absmax"].numel(), blocks)}
+    if "bias" in tensors:
+        sizes["bias"] = (tensors["bias"].numel(), shape[0])
     nested = offset = None
     if "nested_offset" in state:
         if "weight.nested_absmax" not in tensors:
             raise VeneerError(f"{name}.weight.nested_absmax: missing")
         nested = tensors["weight.nested_absmax"].float()
-        offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+        offset = torch.tensor(nested_offset, dtype=torch.float32)
         sizes["weight.nested_absmax"] = (nested.numel(), -(-blocks // NESTED_BLOCK))
-        if int(state.get("nested_blocksize", 0)) != NESTED_BLOCK:
-            raise VeneerError(
-                f"{name}: found nested blocks of {state.get('nested_blocksize')}, expected {NESTED_BLOCK}"
-            )
+        if nested_block != NESTED_BLOCK:
+            raise VeneerError(f"{name}: found nested blocks of {nested_block}, expected {NESTED_BLOCK}")
     wrong = [f"{name}.{k}: found {f} elements, expected {e}" for k, (f, e) in sizes.items() if f != e]
     absmax = tensors["weight.absmax"].reshape(-1)
     kind = torch.uint8 if nested is not None else torch.float32

@@ -5,7 +5,9 @@ from torch import nn
 
 import veneer
 from veneer.adapters.attach import adapter_parameters, lora_layers, resolve_targets
-from veneer.adapters.lora import LoraLinear, initial_factors, lora_reference
+from veneer.adapters.lora import LoraLinear, initial_factors
+from veneer.ops import reference
+from veneer.ops.blocks import AdaptedLinear
 from veneer.quant.linear import Nf4Linear, quantize_model
 
 IDS = torch.arange(1, 30)[None]
@@ -25,7 +27,7 @@ def test_layer_equals_reference_with_all_gradients(shape, four_bit):
     weight = base.dequantize(torch.float32) if four_bit else base.weight
     x = torch.randn(4, 2, inner, requires_grad=True)
     inputs = (x, layer.lora_A["a"], layer.lora_B["a"])
-    expected = lora_reference(x, weight, base.bias, inputs[1], inputs[2], 0.7)
+    expected = reference.linear(x, AdaptedLinear(weight, base.bias, inputs[1], inputs[2], 0.7))
     found = layer(x)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     dy = torch.randn_like(found)

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from veneer import ops
 from veneer.ops import cross_entropy as ce
+from veneer.ops import native, reference
 
 
 @pytest.mark.parametrize("rows", [1, 255, 257, 600])
@@ -11,17 +13,54 @@ def test_loss_and_gradients_equal_the_reference(rows, trained_head):
     hidden = torch.randn(rows, 24, generator=g, requires_grad=True)
     weight = torch.randn(101, 24, generator=g).requires_grad_(trained_head)
     labels = torch.randint(0, 101, (rows,), generator=g)
-    expected = ce.linear_cross_entropy_reference(hidden, weight, labels, 7)
+    expected = reference.linear_cross_entropy(hidden, weight, labels, 7)
     inputs = (hidden, weight) if trained_head else (hidden,)
     wanted = torch.autograd.grad(3 * expected, inputs)
-    found = ce.linear_cross_entropy(hidden, weight, labels, 7)
+    found = ops.linear_cross_entropy(hidden, weight, labels, 7)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     for a, b in zip(torch.autograd.grad(3 * found, inputs), wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (3, 16), (257, 101), (300, 1000)])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_native_form_is_as_close_to_fp32_as_torch_in_bf16(isa, rows, vocabulary, trained_head):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, 32, generator=g).bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, 32, generator=g).bfloat16().requires_grad_(trained_head)
+    labels = torch.randint(0, vocabulary, (rows,), generator=g)
+    inputs = (hidden, weight) if trained_head else (hidden,)
+    exact = [x.detach().float().requires_grad_(x.requires_grad) for x in (hidden, weight)]
+    expected = reference.linear_cross_entropy(*exact, labels, 7)
+    wanted = torch.autograd.grad(expected, [x for x in exact if x.requires_grad])
+    loss = ce.native_form(hidden, weight, labels, 7)
+    torch.testing.assert_close(loss, expected, rtol=3e-3, atol=1e-3)
+    for found, want in zip(torch.autograd.grad(loss, inputs), wanted, strict=True):
+        assert float((found.float() - want).norm() / want.norm().clamp(min=1e-6)) < 0.01
+
+
+def test_native_softmax_in_place(isa):
+    logits = (torch.randn(5, 77, generator=torch.Generator().manual_seed(1)) * 30).bfloat16()
+    labels = torch.tensor([0, 76, 3, 10, 64])
+    wide = logits.float()
+    expected = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+    gradient = wide.softmax(1) - torch.nn.functional.one_hot(labels, 77)
+    loss = native.cross_entropy_(logits, labels, True)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.float(), gradient, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_logit_gives_a_bad_loss(isa, bad):
+    logits = torch.zeros(2, 40, dtype=torch.bfloat16)
+    logits[1, 7] = bad
+    loss = native.cross_entropy_(logits, torch.tensor([1, 2]), True)
+    assert loss[0].isfinite() and not loss[1].isfinite()
+
+
 def test_no_supervised_row_gives_zero():
-    hidden = torch.randn(0, 8, requires_grad=True)
-    loss = ce.linear_cross_entropy(hidden, torch.randn(11, 8), torch.empty(0, dtype=torch.long), 1)
-    loss.backward()
-    assert float(loss) == 0 and hidden.grad.shape == (0, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden = torch.randn(0, 8, dtype=dtype, requires_grad=True)
+        loss = ops.linear_cross_entropy(hidden, torch.randn(11, 8, dtype=dtype), torch.empty(0, dtype=torch.long), 1)
+        loss.backward()
+        assert float(loss) == 0 and hidden.grad.shape == (0, 8)

@@ -7,17 +7,6 @@ from veneer.ops import native, reference
 
 SHAPES = [(1,), (2,), (63,), (64,), (65,), (127, 5), (48, 96), (33, 64), (100, 333)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_library = pytest.mark.skipif(native.missing() is not None, reason="no compiler built the kernels")
-
-
-@pytest.fixture(params=native.ISAS)
-def isa(request, monkeypatch):
-    monkeypatch.setenv("VENEER_ISA", request.param)
-    try:
-        native.isa()
-    except VeneerError as error:
-        pytest.skip(str(error))
-    return request.param
 
 
 def weights(shape, dtype, kind):
@@ -31,7 +20,6 @@ def weights(shape, dtype, kind):
     return w.to(dtype)
 
 
-@needs_library
 @pytest.mark.parametrize("kind", ["normal", "zeros", "denormal", "large"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -46,10 +34,27 @@ def test_native_equals_reference_bit_for_bit(isa, shape, dtype, kind):
         )
 
 
-@needs_library
 def test_non_contiguous_weight(isa):
     w = torch.randn(96, 70).T
     assert torch.equal(native.nf4_quantize(w)[0], reference.nf4_quantize(w)[0])
+
+
+@pytest.mark.parametrize("m", [1, 255, 256, 257, 5000])
+@pytest.mark.parametrize("kind", ["spread", "equal", "tiny"])
+def test_double_quantisation_equals_reference_bit_for_bit(isa, m, kind):
+    absmax = torch.rand(m, generator=torch.Generator().manual_seed(2)) * (1e-30 if kind == "tiny" else 0.1)
+    absmax = torch.full((m,), 0.25) if kind == "equal" else absmax
+    for found, expected in zip(native.double_quantize(absmax), reference.double_quantize(absmax), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_double_quantised_weight_is_decoded_in_one_go(isa):
+    packed, absmax = reference.nf4_quantize(torch.randn(700, 65, generator=torch.Generator().manual_seed(3)))
+    parts = reference.double_quantize(absmax)
+    expected = reference.nf4_dequantize(packed, reference.double_dequantize(*parts), (700, 65), torch.bfloat16)
+    out = torch.empty(700, 65, dtype=torch.bfloat16)
+    found = native.nf4_dequantize(packed, parts[0], (700, 65), torch.bfloat16, *parts[1:], out=out)
+    assert found is out and torch.equal(found, expected)
 
 
 def test_every_code_value_survives():

@@ -16,52 +16,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer import ops
 from veneer.errors import VeneerError
-from veneer.quant.linear import Nf4Linear
+from veneer.ops.blocks import AdaptedLinear
+from veneer.quant.linear import Nf4Linear, autocast
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
-def lora_reference(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The definition, in plain torch; `LoraFunction` must equal it, gradients included."""
-    return F.linear(x, weight, bias) + scaling * ((x @ a.to(x.dtype).T) @ b.to(x.dtype).T)
-
-
-def base_weight(base: nn.Linear | Nf4Linear, dtype: torch.dtype) -> Tensor:
-    """The dense (out, in) weight of a frozen linear in `dtype`; a 4-bit one is decoded anew each time."""
-    return base.dequantize(dtype) if isinstance(base, Nf4Linear) else base.weight.to(dtype)
-
-
 class LoraFunction(torch.autograd.Function):
-    """`lora_reference` on a frozen base in one node.
+    """`ops.reference.linear` on a frozen base in one node.
 
-    Saves x and h = x A^T (r columns), nothing of the base: a 4-bit weight is decoded again in the backward pass.
+    Saves x and h = scaling x A^T (r columns), nothing of the base: a 4-bit weight is decoded again in the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear | Nf4Linear, scaling: float) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
-        h_NR = x_ND @ a.to(x.dtype).T
-        y_NO = F.linear(x_ND, base_weight(base, x.dtype), None if base.bias is None else base.bias.to(x.dtype))
-        y_NO.addmm_(h_NR, b.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x_ND, h_NR, a, b)
-        ctx.base, ctx.scaling, ctx.shape = base, scaling, x.shape
+        scaled, b_ = (a * scaling).to(x.dtype), b.to(x.dtype)
+        h_NR = ops.product([(x_ND, scaled, True)])
+        bias = None if base.bias is None else base.bias.to(x.dtype)
+        y_NO = ops.product([(x_ND, frozen_weight(base, x.dtype), True), (h_NR, b_, True)], bias)
+        ctx.save_for_backward(x_ND, h_NR, scaled, b_)
+        ctx.base, ctx.scaling, ctx.shape, ctx.types = base, scaling, x.shape, (a.dtype, b.dtype)
         return y_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, h_NR, a, b = ctx.saved_tensors
+        x_ND, h_NR, scaled, b_ = ctx.saved_tensors
         dy_NO = dy.reshape(-1, dy.shape[-1])
-        dh_NR = (dy_NO @ b.to(dy.dtype)).mul_(ctx.scaling)
-        dx = None
+        dh_NR = ops.product([(dy_NO, b_, False)])
+        dx = da = db = None
         if ctx.needs_input_grad[0]:
-            dx = dy_NO @ base_weight(ctx.base, dy.dtype)
-            dx.addmm_(dh_NR, a.to(dy.dtype))
-            dx = dx.view(ctx.shape)
-        da = (dh_NR.T @ x_ND).to(a.dtype) if ctx.needs_input_grad[1] else None
-        db = (dy_NO.T @ h_NR).to(b.dtype).mul_(ctx.scaling) if ctx.needs_input_grad[2] else None
+            weight = frozen_weight(ctx.base, dy.dtype)
+            dx = ops.product([(dy_NO, weight, False), (dh_NR, scaled, False)]).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            da = ops.outer_sum(dh_NR, x_ND).mul_(ctx.scaling).to(ctx.types[0])
+        if ctx.needs_input_grad[2]:
+            db = ops.outer_sum(h_NR, dy_NO, transposed=True).to(ctx.types[1])
         return dx, da, db, None, None
+
+
+def frozen_weight(base: nn.Linear | Nf4Linear, dtype: torch.dtype) -> Any:
+    """The weight (out, in) of a frozen linear as `ops.product` takes it: a tensor in `dtype`, or the 4-bit one."""
+    return base.tensor() if isinstance(base, Nf4Linear) else base.weight.detach().to(dtype)
 
 
 class LoraLinear(nn.Module):
@@ -115,6 +114,7 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.active is None:
             return self.base_layer(x)
+        x = autocast(x)
         a, b, scaling = self.lora_A[self.active], self.lora_B[self.active], self.scaling[self.active]
         dropout = self.dropout[self.active] if self.training else 0.0
         if dropout > 0:
@@ -122,9 +122,24 @@ class LoraLinear(nn.Module):
             return self.base_layer(x) + scaling * (h @ b.to(x.dtype).T)
         return LoraFunction.apply(x, a, b, self.base_layer, scaling)
 
+    def frozen(self) -> AdaptedLinear | None:
+        """This layer as the fused halves of a transformer layer take it; None when its dropout is at work."""
+        base = self.base_layer
+        if self.active is None:
+            return plain_linear(base)
+        if self.training and self.dropout[self.active] > 0:
+            return None
+        a, b = self.lora_A[self.active], self.lora_B[self.active]
+        return AdaptedLinear(frozen_weight(base, torch.bfloat16), base.bias, a, b, self.scaling[self.active])
+
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: r={self.rank(name)}" for name in self.lora_A)
         return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{ranks}}}"
+
+
+def plain_linear(layer: nn.Linear | Nf4Linear) -> AdaptedLinear:
+    """A layer without an adapter, as the fused halves take it."""
+    return AdaptedLinear(frozen_weight(layer, torch.bfloat16), layer.bias)
 
 
 def initial_factors(

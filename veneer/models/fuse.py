@@ -1,6 +1,7 @@
-"""Faster parts for transformers' own models, same results: isolated packed attention, and head + cross-entropy.
+"""Faster parts for transformers' own models, same results: layers on the native kernels, isolated packed attention,
+RMS norms, and head + cross-entropy on learned tokens only.
 
-A part that is not recognised stays as it was.
+A part that is not recognised, or that a call uses in an unusual way, runs as it was.
 """
 
 from __future__ import annotations
@@ -17,13 +18,28 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from veneer import ops
+from veneer.adapters.lora import LoraLinear, plain_linear
+from veneer.ops import native
+from veneer.ops.blocks import AdaptedLinear, Attention, Mlp, Norm, Recompute
+from veneer.quant.linear import Nf4Linear
 
 ATTENTION = "veneer"
 # Their forward is: decoder, head, shifted cross-entropy, with nothing done to the logits.
 PLAIN_HEADS = {
     "LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Phi3ForCausalLM",
-    "SmolLM3ForCausalLM",
+    "SmolLM3ForCausalLM", "GemmaForCausalLM",
 }  # fmt: skip
+# Their forward is: norm, attention with a half-split rotary embedding, residual, norm, gated MLP, residual.
+PLAIN_LAYERS = {
+    "LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "Phi3DecoderLayer",
+    "SmolLM3DecoderLayer", "GemmaDecoderLayer",
+}  # fmt: skip
+# RMS norms: what is added to their weight.
+NORMS = {
+    "LlamaRMSNorm": 0.0, "MistralRMSNorm": 0.0, "Qwen2RMSNorm": 0.0, "Qwen3RMSNorm": 0.0, "Phi3RMSNorm": 0.0,
+    "SmolLM3RMSNorm": 0.0, "GemmaRMSNorm": 1.0,
+}  # fmt: skip
+ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
 
 def fuse(model: PreTrainedModel) -> list[str]:
@@ -31,18 +47,50 @@ def fuse(model: PreTrainedModel) -> list[str]:
     done = []
     if model.config._attn_implementation == "sdpa" and getattr(model, "_supports_attention_backend", False):
         model.set_attn_implementation(ATTENTION)
-        done.append("attention")
+        if not _mixes_tokens_elsewhere(model):
+            done.append("attention")
     if type(model).__name__ in PLAIN_HEADS and type(model.get_output_embeddings()) is nn.Linear:
         model.forward = types.MethodType(_forward, model)  # type: ignore[method-assign]
         done.append("head")
-    model.veneer_parts = done
-    return done
+    for module in model.modules():
+        name = type(module).__name__
+        if name in NORMS:
+            module.forward = types.MethodType(_norm_forward, module)  # type: ignore[method-assign]
+            done.append("norm")
+        elif (
+            name in PLAIN_LAYERS
+            and type(module.mlp.act_fn if hasattr(module.mlp, "act_fn") else module.mlp.activation_fn).__name__
+            in ACTIVATIONS
+        ):  # type: ignore[union-attr]
+            module.forward = types.MethodType(_layer_forward, module)  # type: ignore[method-assign]
+            module.veneer_recompute = "none"
+            done.append("layer")
+    model.veneer_parts = sorted(set(done))
+    return model.veneer_parts  # type: ignore[no-any-return]
+
+
+def set_recompute(model: nn.Module, how: Recompute) -> bool:
+    """What fused layers make again in the backward pass instead of keeping it; False: this model has no such layers."""
+    layers = [module for module in model.modules() if hasattr(module, "veneer_recompute")]
+    for layer in layers:
+        layer.veneer_recompute = how
+    return bool(layers)
+
+
+def _mixes_tokens_elsewhere(model: nn.Module) -> bool:
+    """Whether anything but attention carries information between tokens: packed rows could see each other there."""
+    kinds = getattr(model.config, "layer_types", None) or []  # type: ignore[union-attr]
+    other = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention", "chunked_attention")]
+    return bool(other) or any(isinstance(module, nn.Conv1d) for module in model.modules())
+
+
+# ---- head ---------------------------------------------------------------------------------------------------------
 
 
 def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwargs: Any) -> Any:
     """As transformers' forward. With `skip_logits` and `labels`: the loss alone, logits None, much less memory."""
-    labels = kwargs.get("labels")
-    if not skip_logits or labels is None or args:
+    labels, head = kwargs.get("labels"), self.get_output_embeddings()
+    if not skip_logits or labels is None or args or type(head) is not nn.Linear:
         # by the class, not by a bound method kept from before: a deep copy of the model must run its own weights
         return type(self).forward(self, *args, **kwargs)
     items = kwargs.pop("num_items_in_batch", None)
@@ -53,7 +101,6 @@ def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwa
     target = labels[:, 1:].reshape(-1)
     keep = (target != -100).nonzero().view(-1)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep]
-    head = self.get_output_embeddings()
     weight = head.weight
     if head.bias is not None:  # rare: the bias as one more column
         rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
@@ -62,37 +109,136 @@ def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwa
     return CausalLMOutputWithPast(loss=ops.linear_cross_entropy(rows, weight, target[keep], count))
 
 
-class _Segments:
-    """Where the tokens of packed rows lie in a padded batch; made once a step, for all layers."""
-
-    def __init__(self, cu_seqlens: Tensor) -> None:
-        lengths = cu_seqlens.diff()
-        self.count, self.longest = int(lengths.numel()), int(lengths.max())
-        row = torch.repeat_interleave(torch.arange(self.count, device=cu_seqlens.device), lengths)
-        column = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device) - cu_seqlens[:-1].long()[row]
-        self.slot = row * self.longest + column
-
-    def unpack(self, x_1HTD: Tensor) -> Tensor:
-        """(1, H, T, D) -> (rows, H, longest, D), zeros behind each row's end."""
-        _, heads, _, width = x_1HTD.shape
-        padded = x_1HTD.new_zeros(self.count * self.longest, heads, width)
-        padded = padded.index_copy(0, self.slot, x_1HTD[0].transpose(0, 1))
-        return padded.view(self.count, self.longest, heads, width).transpose(1, 2)
-
-    def pack(self, x_BHLD: Tensor) -> Tensor:
-        """(rows, H, longest, D) -> (1, T, H, D)."""
-        flat = x_BHLD.transpose(1, 2).reshape(self.count * self.longest, x_BHLD.shape[1], x_BHLD.shape[3])
-        return flat.index_select(0, self.slot).unsqueeze(0)
+# ---- layer --------------------------------------------------------------------------------------------------------
 
 
-_last: tuple[Tensor, _Segments] | None = None
+def _norm(module: Any) -> Norm | None:
+    name = type(module).__name__
+    if name not in NORMS or module.weight.requires_grad:
+        return None
+    epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return Norm(module.weight, epsilon, NORMS[name])
 
 
-def _segments(cu_seqlens: Tensor) -> _Segments:
+def _norm_forward(self: Any, x: Tensor) -> Tensor:
+    norm = _norm(self)
+    if norm is None or not native.takes(x, norm.weight):
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    return ops.rms_norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
+
+
+def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
+    """The layers of these names as the fused halves take them; None when one of them is not such a layer now."""
+    found = []
+    for name in names:
+        layer: Any = getattr(parent, name)
+        base = layer.base_layer if isinstance(layer, LoraLinear) else layer
+        if isinstance(base, nn.Linear):
+            if type(base) is not nn.Linear or base.weight.requires_grad or base.weight.dtype != torch.bfloat16:
+                return None
+        elif not isinstance(base, Nf4Linear):
+            return None
+        if base.in_features % 2 or base.out_features % 2:
+            return None
+        ready = layer.frozen() if isinstance(layer, LoraLinear) else plain_linear(layer)
+        if ready is None or (base.bias is not None and (base.bias.requires_grad or base.bias.dtype != torch.bfloat16)):
+            return None
+        found.append(ready)
+    return found
+
+
+def _layer_forward(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """As transformers' forward of a decoder layer; each half on the native kernels when nothing unusual is asked of it."""
+    given: dict[str, Any] = {
+        "attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values,
+        "use_cache": use_cache, "position_embeddings": position_embeddings, **kwargs,
+    }  # fmt: skip
+    if past_key_values is not None or not native.takes(hidden_states) or position_embeddings is None:
+        return type(self).forward(self, hidden_states, **given)  # type: ignore[no-any-return]
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    attention = _attention_half(self, hidden_states.shape[:2], attention_mask, position_embeddings, kwargs)
+    if attention is not None:
+        x = ops.attention_block(x, attention)
+    else:
+        out, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
+        x = (hidden_states + out).reshape(x.shape)
+    mlp = _mlp_half(self)
+    if mlp is not None:
+        x = ops.mlp_block(x, mlp)
+    else:
+        x = x + self.mlp(self.post_attention_layernorm(x.view(hidden_states.shape))).reshape(x.shape)
+    return x.view(hidden_states.shape)
+
+
+def _attention_half(
+    layer: Any, shape: torch.Size, mask: Tensor | None, rotary: tuple[Tensor, Tensor], kwargs: dict[str, Any]
+) -> Attention | None:
+    attn, norm = layer.self_attn, _norm(layer.input_layernorm)
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    packed = cu_seqlens is not None and shape[0] == 1
+    window = attn.sliding_window if hasattr(attn, "sliding_window") else getattr(attn.config, "sliding_window", None)
+    longest = kwargs.get("max_length_q", shape[1]) if packed else shape[1]
+    if (mask is not None and not packed) or (window and longest > window) or kwargs.get("output_attentions"):
+        return None
+    width = attn.head_dim
+    fused = hasattr(attn, "qkv_proj")
+    qkv = _linears(attn, "qkv_proj") if fused else _linears(attn, "q_proj", "k_proj", "v_proj")
+    out = _linears(attn, "o_proj")
+    if norm is None or qkv is None or out is None or width % 16 or width > native.MAX_WIDTH:
+        return None
+    if layer.training and getattr(attn, "attention_dropout", 0.0):
+        return None
+    heads, kv_heads = attn.config.num_attention_heads, attn.config.num_key_value_heads
+    q_norm, k_norm = (_norm(attn.q_norm), _norm(attn.k_norm)) if hasattr(attn, "q_norm") else (None, None)
+    if hasattr(attn, "q_norm") and (q_norm is None or k_norm is None):
+        return None
+    cos, sin, starts = _places(shape, rotary, cu_seqlens if packed else None)
+    if not getattr(attn, "use_rope", True):
+        cos = sin = None
+    return Attention(
+        norm, qkv, out[0], heads, kv_heads, width, attn.scaling, cos, sin, starts, q_norm, k_norm,
+        layer.veneer_recompute,
+    )  # fmt: skip
+
+
+def _mlp_half(layer: Any) -> Mlp | None:
+    mlp, norm = layer.mlp, _norm(layer.post_attention_layernorm)
+    fused = hasattr(mlp, "gate_up_proj")
+    gate_up = _linears(mlp, "gate_up_proj") if fused else _linears(mlp, "gate_proj", "up_proj")
+    down = _linears(mlp, "down_proj")
+    if norm is None or gate_up is None or down is None:
+        return None
+    activation = ACTIVATIONS[type(mlp.activation_fn if fused else mlp.act_fn).__name__]
+    return Mlp(norm, gate_up, down[0], activation, layer.veneer_recompute)
+
+
+_last: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]] | None = None
+
+
+def _places(
+    shape: torch.Size, rotary: tuple[Tensor, Tensor], cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cos and sin (tokens, half the rotated width) fp32 and the starts of the rows: made once a step, for all layers."""
     global _last
-    if _last is None or _last[0] is not cu_seqlens:
-        _last = (cu_seqlens, _Segments(cu_seqlens))
-    return _last[1]
+    if _last is None or _last[0] is not rotary[0] or _last[1] is not cu_seqlens:
+        rows, length = shape
+        half = rotary[0].shape[-1] // 2
+        cos, sin = (x[..., :half].expand(rows, length, half).reshape(-1, half).float() for x in rotary)
+        starts = torch.arange(rows + 1) * length if cu_seqlens is None else cu_seqlens
+        _last = (rotary[0], cu_seqlens, (cos.contiguous(), sin.contiguous(), starts.to(torch.int32)))
+    return _last[2]
+
+
+# ---- attention of layers that are not recognised -------------------------------------------------------------------
 
 
 def packed_attention(
@@ -104,16 +250,43 @@ def packed_attention(
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     whole = query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    unusual = any(kwargs.get(name) for name in ("sliding_window", "softcap", "dropout"))
+    unusual = any(kwargs.get(name) for name in ("softcap", "dropout"))
+    window = kwargs.get("sliding_window")
+    if window and window < kwargs.get("max_length_q", query.shape[2]):
+        unusual = True
     if cu_seqlens is None or not whole or unusual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    segments = _segments(cu_seqlens)
-    q, k, v = segments.unpack(query), segments.unpack(key), segments.unpack(value)
-    out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=kwargs.get("scaling"), enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return segments.pack(out), None
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    if native.takes(query, key, value) and query.shape[-1] % 16 == 0 and query.shape[-1] == value.shape[-1]:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return ops.attention(q, k, v, None, None, cu_seqlens, scale)[None], None
+    rows = [
+        F.scaled_dot_product_attention(
+            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True, scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        for start, end in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True)
+    ]  # fmt: skip
+    return torch.cat(rows, 2).transpose(1, 2), None
+
+
+def causal_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """transformers' mask for sdpa; None as well for rows padded on the right, where it changes nothing that is learned:
+
+    under causal attention no real token sees the padding behind it.
+    """
+    padding = kwargs.get("attention_mask")
+    plain = kwargs.get("allow_is_causal_skip", True) and kwargs.get("local_size") is None
+    if (
+        plain
+        and padding is not None
+        and padding.dim() == 2
+        and padding.shape[1] == kwargs.get("q_length") == kwargs.get("kv_length")
+    ):
+        if bool((padding[:, 1:] <= padding[:, :-1]).all()):
+            kwargs["attention_mask"] = None
+    return sdpa_mask(*args, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, causal_mask)

@@ -1,59 +1,77 @@
 """The table of operations: everything that has more than one implementation, with one contract each.
 
-| operation | reference | native (C++) | triton |
-Tensors on the CPU take the native column when the library is there; what is missing falls to the reference.
+| operation | reference | native (C++) | torch |
+`reference` is the definition. `native` runs on CPU tensors when the library is there; where it says so, bf16 only.
+`torch` is our own form in torch's operations, for any device and type: taken where native cannot be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.ops import cross_entropy, native, reference
+from veneer.ops import blocks, cross_entropy, native, products, reference
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One row: the definition in plain torch and, where there is one, the native or the fused form."""
+    """One row of the table. bf16: the native form takes bf16 only."""
 
     reference: Callable[..., Any]
     native: Callable[..., Any] | None = None
-    torch: Callable[..., Any] | None = None  # our own autograd in torch ops, for any device
+    torch: Callable[..., Any] | None = None
+    bf16: bool = False
 
 
 TABLE = {
     "nf4_quantize": Operation(reference.nf4_quantize, native=native.nf4_quantize),
     "nf4_dequantize": Operation(reference.nf4_dequantize, native=native.nf4_dequantize),
-    "double_quantize": Operation(reference.double_quantize),
+    "double_quantize": Operation(reference.double_quantize, native=native.double_quantize),
     "double_dequantize": Operation(reference.double_dequantize),
+    "product": Operation(reference.product, native=native.product, torch=products.product, bf16=True),
+    "outer_sum": Operation(reference.outer_sum, native=native.outer_sum, torch=products.outer_sum, bf16=True),
+    "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
+    "rms_norm": Operation(lambda x, norm: reference.rms_norm(x, *norm), native=blocks.rms_norm, bf16=True),
+    "attention_block": Operation(reference.attention_block, native=blocks.attention_block, bf16=True),
+    "mlp_block": Operation(reference.mlp_block, native=blocks.mlp_block, bf16=True),
     "linear_cross_entropy": Operation(
-        cross_entropy.linear_cross_entropy_reference, torch=cross_entropy.linear_cross_entropy
+        reference.linear_cross_entropy, native=cross_entropy.native_form, torch=cross_entropy.torch_form, bf16=True
     ),
 }
 
 
-def choose(name: str, device: torch.device | str = "cpu") -> tuple[Callable[..., Any], str, str]:
-    """The implementation of an operation for a device, the column it is from, and why."""
+def choose(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+) -> tuple[Callable[..., Any], str, str]:
+    """The implementation of an operation for a device and a type of the activations, the column it is from, and why."""
     row = TABLE[name]
+    why = _not_native(row, device, dtype)
+    if why is None:
+        assert row.native is not None
+        return row.native, "native", f"instruction set {native.isa()}" + (", bf16" if row.bf16 else "")
     if row.torch is not None:
-        return row.torch, "torch", "in pieces, gradient in the forward pass"
+        return row.torch, "torch", why
+    return row.reference, "reference", why
+
+
+def _not_native(row: Operation, device: torch.device | str, dtype: torch.dtype) -> str | None:
     if row.native is None:
-        return row.reference, "reference", "no other implementation yet"
+        return "no other implementation yet"
     if torch.device(device).type != "cpu":
-        return row.reference, "reference", "the native kernels are for the CPU"
+        return "the native kernels are for the CPU"
+    if row.bf16 and dtype != torch.bfloat16:
+        return f"the native kernel is for bf16, not {str(dtype).removeprefix('torch.')}"
     reason = native.missing()
-    if reason is not None:
-        return row.reference, "reference", f"native kernels {reason}"
-    return row.native, "native", f"instruction set {native.isa()}"
+    return None if reason is None else f"native kernels {reason}"
 
 
-def describe(device: torch.device | str = "cpu") -> list[dict[str, str]]:
+def describe(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[dict[str, str]]:
     """What `veneer kernels` prints: each operation, the implementation chosen, and the reason."""
-    return [{"operation": n, "chosen": (c := choose(n, device))[1], "reason": c[2]} for n in TABLE]
+    return [{"operation": n, "chosen": (c := choose(n, device, dtype))[1], "reason": c[2]} for n in TABLE]
 
 
 def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,9 +79,20 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return choose("nf4_quantize", weight.device)[0](weight)  # type: ignore[no-any-return]
 
 
-def nf4_dequantize(packed: Tensor, absmax: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """The weight again, code * absmax in fp32 rounded once to `dtype`, in the given shape."""
-    return choose("nf4_dequantize", packed.device)[0](packed, absmax, shape, dtype)  # type: ignore[no-any-return]
+def nf4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, ...] | torch.Size,
+    dtype: torch.dtype,
+    nested: Tensor | None = None,
+    offset: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weight again, code * absmax in fp32 rounded once to `dtype`, in the given shape.
+
+    With `nested` and `offset`, absmax holds the uint8 codes of `double_quantize`. out: a buffer to write into.
+    """
+    return choose("nf4_dequantize", packed.device)[0](packed, absmax, shape, dtype, nested, offset, out)  # type: ignore[no-any-return]
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,6 +105,54 @@ def double_dequantize(code: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     return choose("double_dequantize", code.device)[0](code, nested, offset)  # type: ignore[no-any-return]
 
 
+def product(
+    terms: Sequence[tuple[Tensor, Any, bool]], bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """y (m, n) = sum of a W^T (W (n, depth), third item true) or a W (W (depth, n)) [+ bias (n,)] [+ residual (m, n)].
+
+    Each term is (a (m, depth), W, by_row); W is a tensor or a 4-bit weight (`quant.nf4.Nf4Tensor`). The native form
+    sums all terms in fp32 and rounds once. No gradient flows: it is for the inside of autograd functions.
+    """
+    a = terms[0][0]
+    form = choose("product", a.device, a.dtype)[0]
+    if form is native.product and not native.worth_it(terms):
+        form = products.product
+    return form(terms, bias, residual)  # type: ignore[no-any-return]
+
+
+def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
+    """left (tokens, r), right (tokens, n) -> left^T right (r, n) in fp32; `transposed`: (n, r)."""
+    return choose("outer_sum", left.device, left.dtype)[0](left, right, transposed=transposed)  # type: ignore[no-any-return]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, scale: float
+) -> Tensor:
+    """Causal attention with the rotary embedding, packed rows isolated: q (T, H, W), k and v (T, G, W) -> (T, H, W).
+
+    cos and sin fp32 (T, rotated width / 2), or None; starts int32 (rows + 1), from 0 to T. Differentiable in q, k, v.
+    """
+    return choose("attention", q.device, q.dtype)[0](q, k, v, cos, sin, starts, scale)  # type: ignore[no-any-return]
+
+
+def rms_norm(x: Tensor, norm: blocks.Norm) -> Tensor:
+    """x (T, D) -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once. Differentiable in x."""
+    return choose("rms_norm", x.device, x.dtype)[0](x, norm)  # type: ignore[no-any-return]
+
+
+def attention_block(x: Tensor, block: blocks.Attention) -> Tensor:
+    """y (T, D) = x + o(attention(rotate(q), rotate(k), v)), q, k, v = linears(rms_norm(x)); all linears frozen + LoRA."""
+    return choose("attention_block", x.device, x.dtype)[0](x, block)  # type: ignore[no-any-return]
+
+
+def mlp_block(x: Tensor, block: blocks.Mlp) -> Tensor:
+    """y (T, D) = x + down(activation(gate) * up), gate, up = linears(rms_norm(x)); all linears frozen + LoRA."""
+    return choose("mlp_block", x.device, x.dtype)[0](x, block)  # type: ignore[no-any-return]
+
+
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
     """Scalar fp32 sum of cross-entropies / items: hidden (N, D), weight (V, D), labels (N,), all supervised."""
-    return choose("linear_cross_entropy", hidden.device)[0](hidden, weight, labels, items)  # type: ignore[no-any-return]
+    form = choose("linear_cross_entropy", hidden.device, hidden.dtype)[0]
+    if weight.dtype != hidden.dtype:
+        form = cross_entropy.torch_form
+    return form(hidden, weight, labels, items)  # type: ignore[no-any-return]

@@ -8,41 +8,52 @@ pass only scales it. Memory: one piece of logits instead of N x V of them, twice
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-PIECE = 256  # rows: 50 MB of fp32 logits at V = 49152, and long enough for a full-speed matrix product
+from veneer.ops import native
+
+PIECE = 256  # rows: 25 MB of bf16 logits at V = 49152, and long enough for a full-speed matrix product
 
 
-def linear_cross_entropy_reference(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
-    """The definition: fp32 softmax over logits computed in the dtype of `hidden`; labels (N,), all supervised."""
-    return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum") / items
+def _torch_piece(h: Tensor, weight: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of a piece, and the gradient of its logits in the dtype of h."""
+    logits = (h @ weight.T).float()
+    target = logits.gather(1, labels[:, None])
+    lse = logits.logsumexp(1, keepdim=True)
+    loss = (lse - target).sum()
+    if not gradient:
+        return loss, logits
+    d_logits = logits.sub_(lse).exp_()
+    d_logits.scatter_add_(1, labels[:, None], torch.full_like(target, -1.0))
+    return loss, d_logits.to(h.dtype)
+
+
+def _native_piece(h: Tensor, weight: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    logits = h @ weight.T
+    return native.cross_entropy_(logits, labels, gradient).sum(), logits
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor, piece: Callable[..., Any]
+    ) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         for start in range(0, hidden.shape[0], PIECE):
-            h, label = hidden[start : start + PIECE], labels[start : start + PIECE, None]
-            logits = (h @ weight.T).float()
-            target = logits.gather(1, label)
-            lse = logits.logsumexp(1, keepdim=True)
-            loss += (lse - target).sum()
-            if want_hidden or want_weight:
-                d_logits = logits.sub_(lse).exp_()
-                d_logits.scatter_add_(1, label, torch.full_like(target, -1.0))
-                rounded = d_logits.to(hidden.dtype)
-                if d_hidden is not None:
-                    torch.mm(rounded, weight, out=d_hidden[start : start + PIECE])
-                if d_weight is not None:
-                    d_weight += (rounded.T @ h).float()
+            h = hidden[start : start + PIECE]
+            part, d_logits = piece(h, weight, labels[start : start + PIECE], want_hidden or want_weight)
+            loss += part
+            if d_hidden is not None:
+                torch.mm(d_logits, weight, out=d_hidden[start : start + PIECE])
+            if d_weight is not None:
+                d_weight += (d_logits.T @ h).float()
         ctx.save_for_backward(*(g for g in (d_hidden, d_weight) if g is not None))
         ctx.items, ctx.weight_dtype = items, weight.dtype
         return loss / items
@@ -60,12 +71,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype),
             None,
             None,
+            None,
         )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+def torch_form(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
     """Scalar fp32 loss of N supervised rows: hidden (N, D), weight (V, D) of the same dtype, labels (N,) in [0, V).
 
-    Equals `linear_cross_entropy_reference`, gradients of hidden and weight included. `items`: what to divide by.
+    Equals `reference.linear_cross_entropy`, gradients of hidden and weight included. `items`: what to divide by.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, items)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, items, _torch_piece)
+
+
+def native_form(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+    """The same, with softmax and its gradient in one native pass over bf16 logits."""
+    return _LinearCrossEntropy.apply(hidden, weight, labels, items, _native_piece)

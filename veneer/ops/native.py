@@ -1,6 +1,7 @@
-"""The C++ kernels through ctypes: optional, for CPU tensors, equal to the reference bit for bit.
+"""The C++ kernels through ctypes: optional, for CPU tensors. The operations are defined beside their references.
 
-`VENEER_ISA` (scalar, avx2 or avx512) forces a path, for tests; left out, the best one the CPU has is taken.
+`VENEER_ISA` (scalar, avx2, avx512 or avx512bf16) forces an instruction set, for tests; left out, the best one the CPU
+has is taken. Sizes and types are checked here: past this module only pointers are left.
 """
 
 from __future__ import annotations
@@ -9,20 +10,59 @@ import ctypes
 import functools
 import os
 import sysconfig
+from collections.abc import Sequence
+from ctypes import c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch  # before the library: it then shares torch's OpenMP threads
 from torch import Tensor
 
 from veneer.errors import VeneerError
-from veneer.ops.reference import BLOCK, NF4_CODE, NF4_MIDPOINTS
+from veneer.ops.reference import BLOCK, DYNAMIC_MAP, NESTED_BLOCK, NF4_CODE, NF4_MIDPOINTS, double_quantize_table
 
 # Beside the package; with an editable install the package is the source tree and the library is in site-packages.
 LIBRARIES = [
     folder / "_kernels.so" for folder in (Path(__file__).parent.parent, Path(sysconfig.get_path("platlib"), "veneer"))
 ]
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+MAX_TERMS = 16  # of one product
+MAX_WIDTH = 512  # of an attention head
+FEW_ROWS = 32  # below it, packing a 16-bit weight costs more than the product
+
+_ARGUMENTS: dict[str, list[Any]] = {
+    "nf4_quantize": [c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
+    "nf4_dequantize": [c_void_p, c_int64, c_void_p, c_int, c_int],
+    "double_quantize": [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int],
+    "product": [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int],
+    "outer_sum": [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int],
+    "attention_forward": [c_void_p, c_int64] * 3 + [c_void_p] * 4 + [c_int64, c_void_p] + [c_int64] * 4
+    + [c_float, c_int],
+    "attention_backward": [c_void_p, c_int64] * 3 + [c_void_p] * 5 + [c_int64, c_void_p] + [c_int64] * 4 + [c_float]
+    + [c_void_p, c_int64] * 3 + [c_void_p, c_int],
+    "rms_norm": [c_void_p, c_void_p, c_float, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
+    "rms_norm_backward": [c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
+    "gated": [c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
+                       c_int],
+    "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int],
+}  # fmt: skip
+
+
+class _Nf4(ctypes.Structure):
+    _fields_ = [
+        ("packed", c_void_p), ("absmax", c_void_p), ("absmax_code", c_void_p), ("nested", c_void_p),
+        ("dynamic_map", c_void_p), ("code", c_void_p), ("offset", c_float),
+    ]  # fmt: skip
+
+
+class _Term(ctypes.Structure):
+    _fields_ = [
+        ("a", c_void_p), ("lda", c_int64), ("depth", c_int64), ("weight", c_void_p), ("ldw", c_int64),
+        ("nf4", ctypes.POINTER(_Nf4)), ("kind", c_int64),
+    ]  # fmt: skip
 
 
 @functools.cache
@@ -35,13 +75,19 @@ def _library() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return f"cannot be loaded: {error}"
-    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.veneer_best_isa.restype = number
-    library.veneer_nf4_quantize.argtypes = [pointer, number, size, pointer, pointer, pointer, number, number]
-    library.veneer_nf4_quantize.restype = None
-    library.veneer_nf4_dequantize.argtypes = [pointer, pointer, size, pointer, pointer, number, number, number]
-    library.veneer_nf4_dequantize.restype = None
+    library.veneer_best_isa.restype = c_int
     return library
+
+
+@functools.cache
+def _kernels(isa: str) -> dict[str, Any]:
+    library = _library()
+    assert not isinstance(library, str), library
+    found = {}
+    for name, arguments in _ARGUMENTS.items():
+        found[name] = getattr(library, f"veneer_{name}_{isa}")
+        found[name].argtypes, found[name].restype = arguments, None
+    return found
 
 
 def missing() -> str | None:
@@ -54,52 +100,252 @@ def isa() -> str:
     """The instruction set in use.
 
     Raises:
-        VeneerError: VENEER_ISA names an unknown one, or one that this CPU lacks.
+        VeneerError: VENEER_ISA names an unknown one, or one that this CPU or this build lacks.
     """
-    library = _library()
-    best = 0 if isinstance(library, str) else int(library.veneer_best_isa())
     wanted = os.environ.get("VENEER_ISA")
-    if not wanted:
-        return ISAS[best]
-    if wanted not in ISAS:
+    if wanted and wanted not in ISAS:
         raise VeneerError(f"VENEER_ISA: found {wanted!r}, expected one of {', '.join(ISAS)}")
-    if ISAS.index(wanted) > best:
+    best = _best()
+    if wanted and ISAS.index(wanted) > best:
         raise VeneerError(f"VENEER_ISA: found {wanted!r}, but the best this machine can run is {ISAS[best]}")
-    return wanted
+    return wanted or ISAS[best]
+
+
+@functools.cache
+def _best() -> int:
+    library = _library()
+    if isinstance(library, str):
+        return 0
+    built = [n for n, name in enumerate(ISAS) if hasattr(library, f"veneer_product_{name}")]
+    return max(n for n in built if n <= library.veneer_best_isa())
+
+
+def _run(name: str, *arguments: Any) -> None:
+    _kernels(isa())[name](*arguments, torch.get_num_threads())
 
 
 def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    library = _loaded()
     flat = weight.detach().contiguous().view(-1)
     assert flat.device.type == "cpu" and flat.dtype in DTYPES, (flat.device, flat.dtype)
     n = flat.numel()
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32)
-    library.veneer_nf4_quantize(
-        flat.data_ptr(), DTYPES[flat.dtype], n, NF4_MIDPOINTS.data_ptr(), packed.data_ptr(), absmax.data_ptr(), *_how()
-    )
+    _run("nf4_quantize", flat.data_ptr(), DTYPES[flat.dtype], n, NF4_MIDPOINTS.data_ptr(), packed.data_ptr(), absmax.data_ptr())  # fmt: skip
     return packed, absmax
 
 
-def nf4_dequantize(packed: Tensor, absmax: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    library = _loaded()
-    packed, absmax = packed.contiguous(), absmax.contiguous()
-    out = torch.empty(shape, dtype=dtype)
-    n = out.numel()
-    # Sizes are checked here: past this line only pointers are left.
-    assert packed.dtype == torch.uint8 and absmax.dtype == torch.float32 and dtype in DTYPES
-    assert packed.numel() == (n + 1) // 2 and absmax.numel() == -(-n // BLOCK), (packed.shape, absmax.shape, shape)
-    library.veneer_nf4_dequantize(
-        packed.data_ptr(), absmax.data_ptr(), n, NF4_CODE.data_ptr(), out.data_ptr(), DTYPES[dtype], *_how()
-    )
+def nf4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, ...] | torch.Size,
+    dtype: torch.dtype,
+    nested: Tensor | None = None,
+    offset: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype) if out is None else out
+    assert out.is_contiguous() and out.shape == torch.Size(shape) and out.dtype == dtype and dtype in DTYPES
+    weight, _keep = _nf4(packed, absmax, nested, offset, out.numel())
+    _run("nf4_dequantize", ctypes.byref(weight), out.numel(), out.data_ptr(), DTYPES[dtype])
     return out
 
 
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert not isinstance(library, str), library
-    return library
+def _nf4(
+    packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, n: int
+) -> tuple[_Nf4, list[Tensor]]:
+    """The C view of a 4-bit weight of n elements, and what must stay alive as long."""
+    keep = [packed.contiguous(), absmax.contiguous()]
+    blocks = -(-n // BLOCK)
+    assert packed.dtype == torch.uint8 and packed.numel() == (n + 1) // 2, (packed.shape, n)
+    assert absmax.numel() == blocks and absmax.dtype == (torch.float32 if nested is None else torch.uint8)
+    pointers = [keep[0].data_ptr(), keep[1].data_ptr(), None, None]
+    if nested is not None:
+        assert offset is not None and nested.dtype == torch.float32 and nested.numel() == -(-blocks // NESTED_BLOCK)
+        keep.append(nested.contiguous())
+        pointers = [pointers[0], None, pointers[1], keep[2].data_ptr()]
+    value = 0.0 if offset is None else float(offset)
+    return _Nf4(*pointers, DYNAMIC_MAP.data_ptr(), NF4_CODE.data_ptr(), value), keep
 
 
-def _how() -> tuple[int, int]:
-    return ISAS.index(isa()), torch.get_num_threads()
+def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    absmax = absmax.contiguous()
+    assert absmax.dtype == torch.float32 and absmax.device.type == "cpu"
+    offset, m = absmax.mean(), absmax.numel()
+    code, nested = torch.empty(m, dtype=torch.uint8), torch.empty(-(-m // NESTED_BLOCK), dtype=torch.float32)
+    _run("double_quantize", absmax.data_ptr(), m, float(offset), double_quantize_table().data_ptr(), code.data_ptr(), nested.data_ptr())  # fmt: skip
+    return code, nested, offset
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the bf16 kernels can be used on these tensors here."""
+    return missing() is None and all(t.device.type == "cpu" and t.dtype == torch.bfloat16 for t in tensors)
+
+
+def worth_it(terms: Sequence[tuple[Tensor, Any, bool]]) -> bool:
+    """Whether `product` can take these terms, and is faster than torch: few rows of a 16-bit weight are not."""
+    if any(a.shape[1] % 2 for a, _, _ in terms) or len(terms) > MAX_TERMS:
+        return False
+    if any(isinstance(w, Tensor) and w.dtype != torch.bfloat16 for _, w, _ in terms):
+        return False
+    return terms[0][0].shape[0] >= FEW_ROWS or not isinstance(terms[0][1], Tensor)
+
+
+def product(
+    terms: Sequence[tuple[Tensor, Any, bool]],
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    keep: list[Any] = []
+    m, n = terms[0][0].shape[0], terms[0][1].shape[0 if terms[0][2] else 1]
+    made = (_Term * len(terms))()
+    assert 0 < len(terms) <= MAX_TERMS
+    for term, (a, weight, by_row) in zip(made, terms, strict=True):
+        rows, columns = weight.shape
+        depth = columns if by_row else rows
+        assert a.shape == (m, depth) and (rows if by_row else columns) == n and depth % 2 == 0, (a.shape, weight.shape)
+        a = _rows(a)
+        if a.stride(0) % 2:
+            a = a.contiguous()
+        term.a, term.lda, term.depth = a.data_ptr(), a.stride(0), depth
+        if isinstance(weight, Tensor):
+            weight = _rows(weight)
+            term.weight, term.ldw, term.kind = weight.data_ptr(), weight.stride(0), 0 if by_row else 1
+        else:
+            view, parts = _nf4(weight.packed, weight.absmax, weight.nested_absmax, weight.offset, rows * columns)
+            term.nf4, term.ldw, term.kind = ctypes.pointer(view), columns, 2 if by_row else 3
+            keep += [view, parts]
+        keep += [a, weight]
+    if bias is not None:
+        bias = bias.contiguous()
+        assert bias.shape == (n,) and bias.dtype == torch.bfloat16
+    if residual is not None:
+        residual = _rows(residual)
+        assert residual.shape == (m, n)
+    y = torch.empty(m, n, dtype=torch.bfloat16) if out is None else out
+    assert y.shape == (m, n) and y.dtype == torch.bfloat16 and (y.stride(1) == 1 or n == 1)
+    _run(
+        "product", ctypes.addressof(made), len(terms), m, n, _pointer(bias), _pointer(residual),
+        0 if residual is None else residual.stride(0), y.data_ptr(), y.stride(0),
+    )  # fmt: skip
+    return y
+
+
+def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
+    left, right = _rows(left), _rows(right)
+    (tokens, r), n = left.shape, right.shape[1]
+    assert right.shape[0] == tokens
+    out = torch.empty((n, r) if transposed else (r, n), dtype=torch.float32)
+    _run(
+        "outer_sum", left.data_ptr(), left.stride(0), r, right.data_ptr(), right.stride(0), n, tokens, out.data_ptr(),
+        *((1, r) if transposed else (n, 1)),
+    )  # fmt: skip
+    return out
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    tokens, heads, width = q.shape
+    o = torch.empty(tokens, heads, width, dtype=torch.bfloat16)
+    lse = torch.empty(heads, tokens, dtype=torch.float32)
+    _run(
+        "attention_forward", *_heads(q, k, v, cos, sin, starts), o.data_ptr(), lse.data_ptr(), *_rotary(cos, sin),
+        starts.data_ptr(), starts.numel() - 1, heads, k.shape[1], width, scale,
+    )  # fmt: skip
+    return o, lse
+
+
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, d_o: Tensor, cos: Tensor | None, sin: Tensor | None,
+    starts: Tensor, scale: float, gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:  # fmt: skip
+    (tokens, heads, width), kv_heads, segments = q.shape, k.shape[1], starts.numel() - 1
+    d_o = d_o.contiguous()
+    assert d_o.shape == o.shape == q.shape and o.is_contiguous() and lse.is_contiguous()
+    assert all(g.shape == x.shape and g.stride()[1:] == (width, 1) for g, x in zip(gradients, (q, k, v), strict=True))
+    few = segments * kv_heads < 16
+    part = torch.empty(2, heads, tokens, width, dtype=torch.float32) if few else None
+    _run(
+        "attention_backward", *_heads(q, k, v, cos, sin, starts), o.data_ptr(), lse.data_ptr(), d_o.data_ptr(),
+        *_rotary(cos, sin), starts.data_ptr(), segments, heads, kv_heads, width, scale,
+        *(value for g in gradients for value in (g.data_ptr(), g.stride(0))), _pointer(part),
+    )  # fmt: skip
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor) -> list[int]:
+    tokens, heads, width = q.shape
+    assert k.shape == v.shape == (tokens, k.shape[1], width) and heads % k.shape[1] == 0
+    assert width % 16 == 0 and width <= MAX_WIDTH and int(starts[-1]) == tokens and starts.dtype == torch.int32
+    if cos is not None and sin is not None:
+        assert cos.shape == sin.shape and cos.shape[0] == tokens and 2 * cos.shape[1] <= width
+        assert cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == torch.float32
+    for x in (q, k, v):
+        assert x.stride()[1:] == (width, 1) and x.stride(0) % 2 == 0 and x.dtype == torch.bfloat16, x.stride()
+    return [value for x in (q, k, v) for value in (x.data_ptr(), x.stride(0))]
+
+
+def _rotary(cos: Tensor | None, sin: Tensor | None) -> tuple[int | None, int | None, int]:
+    return (_pointer(cos), _pointer(sin), 0 if cos is None else cos.shape[1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float) -> tuple[Tensor, Tensor]:
+    rows, width = x.shape
+    x, weight = x.contiguous(), weight.contiguous()
+    assert weight.shape == (width,) and weight.dtype == x.dtype == torch.bfloat16
+    y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
+    _run("rms_norm", x.data_ptr(), weight.data_ptr(), shift, epsilon, rows, width, y.data_ptr(), rstd.data_ptr())
+    return y, rstd
+
+
+def rms_norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, shift: float, d_residual: Tensor | None
+) -> Tensor:
+    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    d_residual = None if d_residual is None else d_residual.contiguous()
+    assert dy.shape == x.shape and rstd.shape == x.shape[:1] and (d_residual is None or d_residual.shape == x.shape)
+    dx = torch.empty_like(x)
+    _run("rms_norm_backward", dy.data_ptr(), x.data_ptr(), weight.data_ptr(), shift, rstd.data_ptr(), _pointer(d_residual), *x.shape, dx.data_ptr())  # fmt: skip
+    return dx
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    rows, width = gate.shape
+    assert up.shape == gate.shape and gate.stride() == up.stride() and (gate.stride(1) == 1 or width == 1)
+    out = torch.empty(rows, width, dtype=torch.bfloat16)
+    _run("gated", gate.data_ptr(), up.data_ptr(), ACTIVATIONS[activation], rows, width, gate.stride(0), out.data_ptr())
+    return out
+
+
+def gated_backward(
+    d_out: Tensor, gate: Tensor, up: Tensor, activation: str, gradients: tuple[Tensor, Tensor]
+) -> Tensor:
+    rows, width = gate.shape
+    d_out = d_out.contiguous()
+    assert d_out.shape == gate.shape and all(x.stride() == gate.stride() for x in (up, *gradients))
+    out = torch.empty(rows, width, dtype=torch.bfloat16)
+    _run(
+        "gated_backward", d_out.data_ptr(), gate.data_ptr(), up.data_ptr(), ACTIVATIONS[activation], rows, width,
+        gate.stride(0), gradients[0].data_ptr(), gradients[1].data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    rows, width = logits.shape
+    labels = labels.contiguous()
+    assert logits.is_contiguous() and logits.dtype == torch.bfloat16 and labels.dtype == torch.int64
+    assert labels.shape == (rows,) and (rows == 0 or 0 <= int(labels.min()) <= int(labels.max()) < width)
+    loss = torch.empty(rows, dtype=torch.float32)
+    _run("cross_entropy", logits.data_ptr(), labels.data_ptr(), rows, width, loss.data_ptr(), int(gradient))
+    return loss
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with dense rows of bf16; what is not so is copied."""
+    assert x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 2, (x.dtype, x.device, x.shape)
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -6,8 +6,15 @@ Arithmetic is spelled out where rounding depends on it, because codes and consta
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
@@ -63,12 +70,26 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (code[0::2] << 4) | code[1::2], absmax
 
 
-def nf4_dequantize(packed: Tensor, absmax: Tensor, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """code * absmax in fp32, rounded once to `dtype`; shape as given."""
+def nf4_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    shape: tuple[int, ...] | torch.Size,
+    dtype: torch.dtype,
+    nested: Tensor | None = None,
+    offset: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """code * absmax in fp32, rounded once to `dtype`; shape as given, written into `out` when there is one.
+
+    With `nested` and `offset`, absmax holds the codes of `double_quantize`.
+    """
+    if nested is not None and offset is not None:
+        absmax = double_dequantize(absmax, nested, offset)
     n = int(torch.Size(shape).numel())
     code = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:n]
     value = NF4_CODE.to(packed.device)[code.long()]
-    return (value * absmax.repeat_interleave(BLOCK)[:n]).to(dtype).view(shape)
+    weight = (value * absmax.repeat_interleave(BLOCK)[:n]).to(dtype).view(shape)
+    return weight if out is None else out.copy_(weight)
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,15 +103,113 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     blocks = torch.nn.functional.pad(centred, (0, -m % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = blocks.abs().amax(1)
     scaled = (blocks / nested.unsqueeze(1)).reshape(-1)[:m]
-    # bitsandbytes looks the code up in a table of 65,536 steps from -1 to 1; a block of equal scales gets code 0.
-    step = ((scaled + 1) / 2 * 65535 + 0.5).floor() / 65535 * 2 - 1
-    table = DYNAMIC_MAP.to(absmax.device)
-    code = torch.bucketize(step, (table[:-1] + table[1:]) / 2)
-    code = torch.where(scaled.isnan(), torch.zeros_like(code), code)
-    return code.to(torch.uint8), nested, offset
+    step = ((scaled + 1) / 2 * 65535 + 0.5).floor()
+    table = double_quantize_table().to(absmax.device)
+    code = table[step.nan_to_num(0.0).long()]  # not a number: a block of equal scales; its code is 0
+    return torch.where(scaled.isnan(), torch.zeros_like(code), code), nested, offset
+
+
+@functools.cache
+def double_quantize_table() -> Tensor:
+    """The code of each of 65,536 steps from -1 to 1, uint8: bitsandbytes looks codes up, it takes not the nearest value."""
+    step = torch.arange(65536, dtype=torch.float32) / 65535 * 2 - 1
+    return torch.bucketize(step, (DYNAMIC_MAP[:-1] + DYNAMIC_MAP[1:]) / 2).to(torch.uint8)
 
 
 def double_dequantize(code: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """absmax (m,) fp32 = map[code] * nested absmax + offset."""
     value = DYNAMIC_MAP.to(code.device)[code.long()]
     return value * nested.repeat_interleave(NESTED_BLOCK)[: code.numel()] + offset
+
+
+# ---- the parts of a transformer layer -------------------------------------------------------------------------------
+
+
+def product(
+    terms: Sequence[tuple[Tensor, Any, bool]], bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """y (m, n) = sum of a W^T (`by_row`, W (n, depth)) or a W (W (depth, n)) + bias + residual, summed in fp32."""
+    a = terms[0][0]
+    total = sum(a.float() @ (w.T if by_row else w) for a, w, by_row in ((a, _dense(w), by) for a, w, by in terms))
+    for extra in (bias, residual):
+        total = total if extra is None else total + extra.float()
+    return total.to(a.dtype)  # type: ignore[union-attr]
+
+
+def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
+    """left (tokens, r), right (tokens, n) -> left^T right (r, n) fp32, or its transpose."""
+    total = left.float().T @ right.float()
+    return total.T.contiguous() if transposed else total
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float = 0.0) -> Tensor:
+    """x (..., D) -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once."""
+    wide = x.float()
+    return (wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (weight.float() + shift)).to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """activation(gate) * up in fp32, rounded once; "silu" or "gelu_tanh"."""
+    wide = gate.float()
+    value = F.silu(wide) if activation == "silu" else F.gelu(wide, approximate="tanh")
+    return (value * up.float()).to(gate.dtype)
+
+
+def rotate(x_THW: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Rotary embedding of the first 2 n of W, n = columns of cos: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    if cos is None or sin is None:
+        return x_THW
+    n = cos.shape[1]
+    first, second, rest = x_THW[..., :n], x_THW[..., n : 2 * n], x_THW[..., 2 * n :]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1).to(x_THW.dtype)
+
+
+def attention(
+    q_THW: Tensor, k_TGW: Tensor, v_TGW: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, scale: float
+) -> Tensor:
+    """Causal attention within each row [starts[i], starts[i + 1]) of T tokens, H query heads on G key-value heads."""
+    q, k = rotate(q_THW, cos, sin).float(), rotate(k_TGW, cos, sin).float()
+    each = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(each, 1), v_TGW.float().repeat_interleave(each, 1)
+    rows = []
+    for start, end in itertools.pairwise(starts.tolist()):
+        score = torch.einsum("qhw,khw->hqk", q[start:end], k[start:end]) * scale
+        hidden = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+        weight = score.masked_fill(hidden, -math.inf).softmax(-1)
+        rows.append(torch.einsum("hqk,khw->qhw", weight, v[start:end]))
+    return torch.cat(rows).to(q_THW.dtype)
+
+
+def linear(x: Tensor, layer: Any) -> Tensor:
+    """x W^T + bias + scaling (x A^T) B^T of an `AdaptedLinear`."""
+    y = x @ _dense(layer.weight).to(x.dtype).T
+    y = y if layer.bias is None else y + layer.bias.to(x.dtype)
+    return y if layer.a is None else y + layer.scaling * (x @ layer.a.to(x.dtype).T) @ layer.b.to(x.dtype).T
+
+
+def attention_block(x: Tensor, block: Any) -> Tensor:
+    """The attention half of a layer, x (T, D): see `veneer.ops.blocks`."""
+    normed = rms_norm(x, *block.norm)
+    heads = torch.cat([linear(normed, layer) for layer in block.qkv], -1).view(x.shape[0], -1, block.width)
+    q, k, v = heads.split((block.heads, block.kv_heads, block.kv_heads), dim=1)
+    q = q if block.q_norm is None else rms_norm(q, *block.q_norm)
+    k = k if block.k_norm is None else rms_norm(k, *block.k_norm)
+    o = attention(q, k, v, block.cos, block.sin, block.starts, block.scale)
+    return x + linear(o.reshape(x.shape[0], -1), block.out)
+
+
+def mlp_block(x: Tensor, block: Any) -> Tensor:
+    """The MLP half of a layer, x (T, D): see `veneer.ops.blocks`."""
+    normed = rms_norm(x, *block.norm)
+    gate, up = torch.cat([linear(normed, layer) for layer in block.gate_up], -1).chunk(2, -1)
+    return x + linear(gated(gate, up, block.activation), block.down)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+    """fp32 softmax over logits computed in the dtype of `hidden`; labels (N,), all supervised."""
+    return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum") / items
+
+
+def _dense(weight: Any) -> Tensor:
+    return weight.float() if isinstance(weight, Tensor) else weight.dequantize(torch.float32)  # type: ignore[no-any-return]

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from veneer import ops
 from veneer.quant.nf4 import Nf4Tensor
 
 
@@ -18,19 +18,26 @@ class _Nf4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return ops.product([(x.reshape(-1, x.shape[-1]), layer.tensor(), True)], bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
-        return dy @ ctx.layer.dequantize(dy.dtype), None
+        return ops.product([(dy.reshape(-1, dy.shape[-1]), ctx.layer.tensor(), False)]).view(*dy.shape[:-1], -1), None
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the type that an active `torch.autocast` asks of linear layers; our own functions do not see it otherwise."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 class Nf4Linear(nn.Module):
     """y = x W^T + b, W (out, in) in NF4. Frozen: the gradient goes to x only.
 
     Buffers: weight uint8 (ceil(n/2), 1); absmax uint8 or fp32; nested_absmax and offset fp32 when double quantised.
-    `.to(dtype)` changes `compute_dtype` only: codes and constants keep their types.
+    `.to(dtype)` changes none of them: codes and constants keep their types, `compute_dtype` is set once.
     """
 
     weight: Tensor
@@ -70,7 +77,7 @@ class Nf4Linear(nn.Module):
         return self.tensor().dequantize(dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Nf4Product.apply(x, self)
+        return _Nf4Product.apply(autocast(x), self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nf4Linear:
         def move(tensor: Tensor) -> Tensor:

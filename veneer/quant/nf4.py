@@ -49,7 +49,7 @@ class Nf4Tensor:
         return ops.double_dequantize(self.absmax, self.nested_absmax, self.offset)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        return ops.nf4_dequantize(self.packed, self.scales(), self.shape, dtype)
+        return ops.nf4_dequantize(self.packed, self.absmax, self.shape, dtype, self.nested_absmax, self.offset)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,210 @@
+"""Fused models against transformers' own: logits, losses and adapter gradients, every architecture of the tables."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from conftest import make_model
+
+import veneer
+from veneer.adapters.attach import adapter_parameters
+from veneer.models import fuse as fuse_module
+from veneer.models.fuse import fuse
+from veneer.ops import native
+from veneer.quant.linear import quantize_model
+from veneer.training.data import Sample
+from veneer.training.packing import collate_packed
+
+needs_library = pytest.mark.skipif(native.missing() is not None, reason="no compiler built the kernels")
+SMALL = {
+    "vocab_size": 130, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ARCHITECTURES = {
+    "Llama": {"attention_bias": True},
+    "Mistral": {"sliding_window": 64},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 32},
+    "Phi3": {"partial_rotary_factor": 0.5},
+    "SmolLM3": {"no_rope_layers": [1, 0, 1]},
+    "Gemma": {"head_dim": 16},
+}
+
+
+def build(name, fused, dtype=torch.bfloat16, four_bit=False):
+    config = getattr(transformers, f"{name}Config")(**SMALL, **ARCHITECTURES[name])
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16).eval()
+    for parameter in model.parameters():  # norms too: a weight of 1 would hide a mistake
+        parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    if four_bit:
+        quantize_model(model, compute_dtype=dtype)
+    model = model.to(dtype)
+    if fused:
+        fuse(model)
+    veneer.attach(model, veneer.LoraConfig(r=4), seed=1)
+    g = torch.Generator().manual_seed(2)
+    for key, value in adapter_parameters(model, "default").items():
+        if "lora_B" in key:
+            value.data.normal_(0, 0.1, generator=g)
+    return model
+
+
+def gradients(model, **batch):
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    found = {k: v.grad for k, v in adapter_parameters(model, "default").items()}
+    assert all(g is not None for g in found.values())
+    return loss.detach(), torch.cat([g.flatten() for g in found.values()])
+
+
+@needs_library
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fused_is_as_close_to_fp32_as_the_original_in_bf16(name, four_bit):
+    ids = torch.randint(3, 130, (3, 21), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    exact_loss, exact = gradients(build(name, False, torch.float32, four_bit), **batch)
+    loss, original = gradients(build(name, False, four_bit=four_bit), **batch)
+    model = build(name, True, four_bit=four_bit)
+    assert model.veneer_parts == ["attention", "head", "layer", "norm"]
+    fused_loss, fused = gradients(model, **batch, skip_logits=True)
+    errors = [float((g - exact).norm() / exact.norm()) for g in (fused, original)]
+    assert errors[0] < 1.2 * errors[1] + 0.003, errors
+    assert abs(float(fused_loss - exact_loss)) < 1.5 * abs(float(loss - exact_loss)) + 0.01
+
+
+@needs_library
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_each_layer_ran_on_both_halves(name, monkeypatch):
+    ran = []
+    for half in ("attention_block", "mlp_block"):
+        original = getattr(fuse_module.ops, half)
+        monkeypatch.setattr(fuse_module.ops, half, lambda x, b, f=original, h=half: ran.append(h) or f(x, b))
+    model = build(name, True)
+    model(input_ids=torch.randint(3, 130, (2, 9)), use_cache=False)
+    assert ran == ["attention_block", "mlp_block"] * 3
+
+
+@needs_library
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_rows_do_not_see_each_other(name):
+    model = build(name, True)
+    g = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 130, (n,), generator=g).tolist() for n in (5, 17, 1, 30)]
+    batch = collate_packed([Sample(row, row) for row in rows])
+    batch.pop("labels")
+    with torch.no_grad():
+        packed = model(**batch, use_cache=False).logits[0].float()
+        alone = torch.cat([model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in rows]).float()
+    torch.testing.assert_close(packed[: len(alone)], alone, rtol=0.02, atol=0.05)
+
+
+@needs_library
+def test_rows_padded_on_the_right_give_what_they_give_alone():
+    model = build("Llama", True)
+    ids = torch.randint(3, 130, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    with torch.no_grad():
+        both = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        alone = model(input_ids=ids[1:, :7], use_cache=False).logits
+        left = model(input_ids=ids.flip(1), attention_mask=mask.flip(1), use_cache=False).logits
+        plain = type(model).forward(build("Llama", False), input_ids=ids.flip(1), attention_mask=mask.flip(1)).logits
+    torch.testing.assert_close(both[1:, :7].float(), alone.float(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(left[1, 5:].float(), plain[1, 5:].float(), rtol=0.02, atol=0.08)
+
+
+@needs_library
+def test_generation_with_a_cache_agrees_with_the_fused_pass():
+    model = build("Qwen3", True)
+    ids = torch.randint(3, 130, (1, 6))
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, min_new_tokens=8)
+    with torch.no_grad():
+        again = model(input_ids=out[:, :-1], use_cache=False).logits[:, 5:]
+    top = again.float().topk(2).values
+    close_call = (top[..., 0] - top[..., 1]) < 0.1
+    assert bool(((again.argmax(-1) == out[:, 6:]) | close_call).all())
+
+
+@needs_library
+def test_dropout_and_full_training_leave_the_fused_path():
+    ids = torch.randint(3, 130, (2, 9))
+    model = build("Llama", True)
+    for layer in model.modules():
+        if hasattr(layer, "lora_A"):
+            layer.dropout["default"] = 0.5
+    model.train()
+    losses = {float(model(input_ids=ids, labels=ids, use_cache=False).loss) for _ in range(3)}
+    assert len(losses) == 3
+    full = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).to(torch.bfloat16)
+    fuse(full)
+    full(input_ids=ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in full.parameters())
+
+
+@needs_library
+def test_a_deep_copy_runs_its_own_weights():
+    model = build("Llama", True)
+    other = copy.deepcopy(model)
+    ids = torch.randint(3, 130, (1, 9))
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert not other(input_ids=ids, use_cache=False).logits.any()
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+
+
+@needs_library
+@pytest.mark.parametrize("how", ["mlp", "full"])
+def test_recompute_gives_the_same_gradients(how):
+    ids = torch.randint(3, 130, (2, 33))
+    found = []
+    for recompute in ("none", how):
+        model = build("Qwen3", True)
+        assert fuse_module.set_recompute(model, recompute)
+        found.append(gradients(model, input_ids=ids, labels=ids, skip_logits=True)[1])
+    assert torch.equal(*found)
+
+
+def test_a_model_that_mixes_tokens_outside_attention_is_not_packed():
+    config = transformers.Lfm2Config(
+        vocab_size=130, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, layer_types=["conv", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Lfm2ForCausalLM(config)
+    assert "attention" not in fuse(model)
+
+
+def test_an_adapter_on_the_head_takes_part_in_the_loss():
+    model = make_model(hidden_size=64)
+    veneer.attach(model, veneer.LoraConfig(r=2, targets=["q_proj", "lm_head"]))
+    ids = torch.randint(0, 250, (1, 9))
+    model(input_ids=ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
+    grads = {k: v.grad for k, v in adapter_parameters(model, "default").items() if "lm_head" in k and "lora_B" in k}
+    assert grads and all(float(g.abs().sum()) > 0 for g in grads.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_types_run_as_they_were(dtype):
+    fused, plain = make_model(dtype=dtype), make_model(dtype=dtype, fused=False)
+    ids = torch.randint(0, 250, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_autocast_over_an_fp32_base(four_bit):
+    model = make_model()
+    if four_bit:
+        quantize_model(model, compute_dtype=torch.float32)
+    veneer.attach(model, veneer.LoraConfig(r=2))
+    ids = torch.randint(0, 250, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 for p in adapter_parameters(model, "default").values()
+    )

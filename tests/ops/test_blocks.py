@@ -1,0 +1,186 @@
+"""The fused halves of a layer against their definitions in plain torch: outputs and every gradient, each ISA."""
+
+import pytest
+import torch
+
+from veneer.ops import blocks, reference
+from veneer.ops.blocks import AdaptedLinear, Attention, Mlp, Norm
+from veneer.quant.nf4 import Nf4Tensor
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def linear(out, inner, r, g, *, four_bit=False, bias=False, scaling=0.5):
+    w = torch.randn(out, inner, generator=g) / inner**0.5
+    weight = Nf4Tensor.quantize(w.bfloat16()) if four_bit else w.bfloat16()
+    b = torch.randn(out, generator=g).bfloat16() if bias else None
+    if r is None:
+        return AdaptedLinear(weight, b)
+    factors = (torch.randn(r, inner, generator=g) / inner**0.5, torch.randn(out, r, generator=g) / r**0.5)
+    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling)
+
+
+def wide(value):
+    """The same, in fp32 and with gradients of its own: what the definition is computed on."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().float().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+    if isinstance(value, Nf4Tensor):
+        return value.dequantize(torch.bfloat16).float()
+    if isinstance(value, list):
+        return [wide(item) for item in value]
+    return type(value)(*(wide(item) for item in value)) if isinstance(value, tuple) else value
+
+
+def factors(group):
+    return [f for layer in group for f in (layer.a, layer.b) if f is not None]
+
+
+def compare(native_form, definition, x, block, group, exact_group, exact):
+    dy = torch.randn(x.shape, generator=generator(9)).bfloat16()
+    y = native_form(x, block)
+    x_ = x.detach().float().requires_grad_()
+    y_ = definition(x_, exact)
+    found = [y, *torch.autograd.grad(y, [x, *factors(group)], dy)]
+    wanted = [y_, *torch.autograd.grad(y_, [x_, *factors(exact_group)], dy.float())]
+    for n, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        assert not a.isnan().any(), n
+        # of one token's softmax the exact gradient is 0: what is left is the rounding of what flows through it
+        assert float((a.float() - b).norm()) < 0.015 * float(b.norm()) + 0.01 * float(dy.float().norm()), n
+    return found
+
+
+def attention(tokens, *, heads=4, kv_heads=2, width=16, model=48, r=4, four_bit=False, bias=False, fused=False,
+              rotary=8, qk_norm=False, starts=None, recompute="none"):  # fmt: skip
+    g = generator()
+    sizes = [(heads + 2 * kv_heads) * width] if fused else [heads * width, kv_heads * width, kv_heads * width]
+    ranks = r if isinstance(r, list) else [r] * (len(sizes) + 1)
+    qkv = [linear(n, model, rank, g, four_bit=four_bit, bias=bias) for n, rank in zip(sizes, ranks, strict=False)]
+    out = linear(model, heads * width, ranks[-1], g, four_bit=four_bit)
+    norm = [Norm(1 + 0.1 * torch.randn(n, generator=g).bfloat16(), 1e-5) for n in (model, width, width)]
+    angle = torch.rand(tokens, rotary, generator=g) * 6
+    places = (angle.cos(), angle.sin()) if rotary else (None, None)
+    starts = torch.tensor([0, tokens] if starts is None else starts, dtype=torch.int32)
+    norms = (norm[1], norm[2]) if qk_norm else (None, None)
+    return Attention(norm[0], qkv, out, heads, kv_heads, width, 0.3, *places, starts, *norms, recompute)
+
+
+ATTENTION = {
+    "one token": {"tokens": 1},
+    "odd": {"tokens": 67},
+    "packed": {"tokens": 150, "starts": [0, 1, 66, 66, 130, 150]},
+    "many rows": {"tokens": 40, "starts": list(range(0, 41, 4))},
+    "4 bits": {"tokens": 33, "four_bit": True},
+    "bias": {"tokens": 20, "bias": True},
+    "one linear": {"tokens": 20, "fused": True},
+    "norms on q and k": {"tokens": 20, "qk_norm": True},
+    "half rotated": {"tokens": 70, "width": 32, "rotary": 8},
+    "not rotated": {"tokens": 20, "rotary": 0},
+    "ranks differ": {"tokens": 20, "r": [1, 3, None, 5]},
+    "wide head": {"tokens": 66, "width": 128, "rotary": 64, "heads": 2, "kv_heads": 1},
+    "odd head width": {"tokens": 66, "width": 80, "rotary": 16, "heads": 2, "kv_heads": 2},
+}
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_block(isa, nan_empties, case):
+    block = attention(**ATTENTION[case])
+    x = torch.randn(ATTENTION[case]["tokens"], 48, generator=generator(1)).bfloat16().requires_grad_()
+    exact = wide(block)
+    compare(
+        blocks.attention_block,
+        reference.attention_block,
+        x,
+        block,
+        [*block.qkv, block.out],
+        [*exact.qkv, exact.out],
+        exact,
+    )
+
+
+def mlp(*, inner=96, model=48, r=4, four_bit=False, fused=False, activation="silu", shift=0.0, recompute="none"):
+    g = generator()
+    ranks = r if isinstance(r, list) else [r] * 3
+    sizes = [2 * inner] if fused else [inner, inner]
+    group = [linear(n, model, rank, g, four_bit=four_bit) for n, rank in zip(sizes, ranks, strict=False)]
+    down = linear(model, inner, ranks[-1], g, four_bit=four_bit)
+    norm = Norm(1 - shift + 0.1 * torch.randn(model, generator=g).bfloat16(), 1e-5, shift)
+    return Mlp(norm, group, down, activation, recompute)
+
+
+MLP = {
+    "plain": {},
+    "4 bits": {"four_bit": True},
+    "one linear": {"fused": True},
+    "gelu": {"activation": "gelu_tanh", "shift": 1.0},
+    "odd width": {"inner": 102},
+    "some without adapter": {"r": [None, 3, None]},
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 75])
+@pytest.mark.parametrize("case", MLP)
+def test_mlp_block(isa, nan_empties, case, tokens):
+    block = mlp(**MLP[case])
+    x = torch.randn(tokens, 48, generator=generator(1)).bfloat16().requires_grad_()
+    exact = wide(block)
+    compare(
+        blocks.mlp_block,
+        reference.mlp_block,
+        x,
+        block,
+        [*block.gate_up, block.down],
+        [*exact.gate_up, exact.down],
+        exact,
+    )
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+def test_recompute_changes_no_bit_and_keeps_less(recompute):
+    x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
+    results, kept = [], []
+    for how in ("none", recompute):
+        a, m = attention(70, recompute=how), mlp(recompute=how)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            y = blocks.mlp_block(blocks.attention_block(x, a), m)
+        kept.append(sum(sizes))
+        results.append(
+            torch.autograd.grad(y.float().square().sum(), [x, *factors([*a.qkv, a.out, *m.gate_up, m.down])])
+        )
+    assert kept[1] < kept[0] - 70 * 2 * 96 + 1
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_no_gradient_is_made_below_the_lowest_adapter():
+    block = attention(5)
+    x = torch.randn(5, 48).bfloat16()
+    y = blocks.attention_block(x, block)
+    y.float().sum().backward()
+    assert x.grad is None and all(f.grad is not None for f in factors([*block.qkv, block.out]))
+
+
+@pytest.mark.parametrize("starts", [[0, 130], [0, 1, 65, 65, 130], list(range(0, 131, 10))])
+def test_attention_alone(isa, nan_empties, starts):
+    g = generator()
+    q, k, v = (torch.randn(130, h, 48, generator=g).bfloat16().requires_grad_() for h in (6, 2, 2))
+    angle = torch.rand(130, 24, generator=g) * 6
+    rest = (angle.cos(), angle.sin(), torch.tensor(starts, dtype=torch.int32), 48**-0.5)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    dy = torch.randn(130, 6, 48, generator=g).bfloat16()
+    y, y_ = blocks.attention(q, k, v, *rest), reference.attention(*exact, *rest)
+    found = [y, *torch.autograd.grad(y, (q, k, v), dy)]
+    for a, b in zip(found, [y_, *torch.autograd.grad(y_, exact, dy.float())], strict=True):
+        assert float((a.float() - b).norm() / b.norm()) < 0.01
+
+
+def test_rms_norm(isa, nan_empties):
+    norm = Norm(torch.randn(101).bfloat16(), 1e-5, 1.0)
+    x = torch.randn(9, 101).bfloat16().requires_grad_()
+    x_ = x.detach().float().requires_grad_()
+    dy = torch.randn(9, 101).bfloat16()
+    y, y_ = blocks.rms_norm(x, norm), reference.rms_norm(x_, *norm)
+    torch.testing.assert_close(y.float(), y_, rtol=8e-3, atol=1e-3)
+    (dx,), (dx_,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(y_, x_, dy.float())
+    torch.testing.assert_close(dx.float(), dx_, rtol=8e-3, atol=2e-2)

@@ -1,0 +1,172 @@
+// What happens between the products, a row at a time: RMS norm, gated activation, softmax cross-entropy; bf16 in and
+// out, fp32 between. Contracts and formulas: veneer/ops/elementwise.py and veneer/ops/cross_entropy.py.
+
+#include <cmath>
+
+#include "simd.h"
+
+namespace {
+
+enum Activation { kSilu = 0, kGeluTanh = 1 };
+
+// Loads and stores of the last, short vector of a row.
+inline Vec LoadSome(const uint16_t* p, int64_t count) {
+  if (count >= kWidth) return LoadBFloat16(p);
+  uint16_t some[kWidth] = {};
+  std::memcpy(some, p, count * 2);
+  return LoadBFloat16(some);
+}
+inline void StoreSome(uint16_t* p, Vec v, int64_t count) {
+  if (count >= kWidth) return StoreBFloat16(p, v);
+  uint16_t some[kWidth];
+  StoreBFloat16(some, v);
+  std::memcpy(p, some, count * 2);
+}
+
+inline Vec Sigmoid(Vec x) {  // from e^-|x|, which cannot overflow
+  const Vec small = Exp(x < Vec{} ? x : -x), one = Set(1.f);
+  const Vec low = small / (one + small);
+  return x < Vec{} ? low : one - low;
+}
+
+// The activation of x, and its derivative.
+template <int kKind>
+inline void Activate(Vec x, Vec* value, Vec* slope) {
+  const Vec one = Set(1.f);
+  if (kKind == kSilu) {
+    const Vec s = Sigmoid(x);
+    *value = x * s;
+    *slope = s * (one + x * (one - s));
+  } else {  // x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3): the same as 0.5 x (1 + tanh u)
+    const Vec x2 = x * x, s = Sigmoid(Set(1.5957691f) * x * (one + Set(0.044715f) * x2));
+    *value = x * s;
+    *slope = s + x * s * (one - s) * Set(1.5957691f) * (one + Set(3 * 0.044715f) * x2);
+  }
+}
+
+struct Rows {  // of gate and up, a row every `stride` elements; of the output, dense
+  int64_t rows, width, stride;
+};
+
+template <int kKind>
+void Gated(const Rows& n, const uint16_t* gate, const uint16_t* up, uint16_t* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (n.rows * n.width > 65536)
+  for (int64_t r = 0; r < n.rows; ++r)
+    for (int64_t i = 0; i < n.width; i += kWidth) {
+      Vec value, slope;
+      Activate<kKind>(LoadSome(gate + r * n.stride + i, n.width - i), &value, &slope);
+      StoreSome(out + r * n.width + i, value * LoadSome(up + r * n.stride + i, n.width - i), n.width - i);
+    }
+}
+
+template <int kKind>
+void GatedBackward(const Rows& n, const uint16_t* d_out, const uint16_t* gate, const uint16_t* up, uint16_t* d_gate,
+                   uint16_t* d_up, uint16_t* out, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (n.rows * n.width > 65536)
+  for (int64_t r = 0; r < n.rows; ++r)
+    for (int64_t i = 0; i < n.width; i += kWidth) {
+      const int64_t at = r * n.stride + i, dense = r * n.width + i, left = n.width - i;
+      Vec value, slope;
+      Activate<kKind>(LoadSome(gate + at, left), &value, &slope);
+      const Vec d = LoadSome(d_out + dense, left), u = LoadSome(up + at, left);
+      StoreSome(d_gate + at, d * u * slope, left);
+      StoreSome(d_up + at, d * value, left);
+      StoreSome(out + dense, value * u, left);
+    }
+}
+
+}  // namespace
+
+// y (rows, width) = x rstd (weight + shift), rstd (rows) = (mean(x^2) + epsilon)^-1/2.
+EXPORT(rms_norm)
+(const uint16_t* x, const uint16_t* weight, float shift, float epsilon, int64_t rows, int64_t width, uint16_t* y,
+ float* rstd, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > 65536)
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint16_t* from = x + r * width;
+    Vec squares = Vec{};
+    for (int64_t i = 0; i < width; i += kWidth) {
+      const Vec v = LoadSome(from + i, width - i);
+      squares = Fma(v, v, squares);
+    }
+    const float inverse = 1.f / std::sqrt(Sum(squares) / static_cast<float>(width) + epsilon);
+    rstd[r] = inverse;
+    for (int64_t i = 0; i < width; i += kWidth)
+      StoreSome(y + r * width + i,
+                LoadSome(from + i, width - i) * Set(inverse) * (LoadSome(weight + i, width - i) + Set(shift)),
+                width - i);
+  }
+}
+
+// dx = rstd (g - x rstd^2 mean(g x)) [+ d_residual], g = dy (weight + shift).
+EXPORT(rms_norm_backward)
+(const uint16_t* dy, const uint16_t* x, const uint16_t* weight, float shift, const float* rstd,
+ const uint16_t* d_residual, int64_t rows, int64_t width, uint16_t* dx, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > 65536)
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint16_t *grad = dy + r * width, *from = x + r * width;
+    Vec along = Vec{};
+    for (int64_t i = 0; i < width; i += kWidth)
+      along = Fma(LoadSome(grad + i, width - i) * (LoadSome(weight + i, width - i) + Set(shift)),
+                  LoadSome(from + i, width - i), along);
+    const float inverse = rstd[r], share = Sum(along) / static_cast<float>(width) * inverse * inverse;
+    for (int64_t i = 0; i < width; i += kWidth) {
+      const Vec g = LoadSome(grad + i, width - i) * (LoadSome(weight + i, width - i) + Set(shift));
+      Vec d = (g - LoadSome(from + i, width - i) * Set(share)) * Set(inverse);
+      if (d_residual) d += LoadSome(d_residual + r * width + i, width - i);
+      StoreSome(dx + r * width + i, d, width - i);
+    }
+  }
+}
+
+// out (rows, width) = activation(gate) up; gate and up have a row every `stride` elements.
+EXPORT(gated)
+(const uint16_t* gate, const uint16_t* up, int kind, int64_t rows, int64_t width, int64_t stride, uint16_t* out,
+ int threads) {
+  if (kind == kSilu) return Gated<kSilu>({rows, width, stride}, gate, up, out, threads);
+  Gated<kGeluTanh>({rows, width, stride}, gate, up, out, threads);
+}
+
+// The gradients of gate and up, strided like them, from d_out (rows, width); and once more what `gated` gives, which may
+// be written over d_out.
+EXPORT(gated_backward)
+(const uint16_t* d_out, const uint16_t* gate, const uint16_t* up, int kind, int64_t rows, int64_t width, int64_t stride,
+ uint16_t* d_gate, uint16_t* d_up, uint16_t* out, int threads) {
+  const Rows n{rows, width, stride};
+  if (kind == kSilu) return GatedBackward<kSilu>(n, d_out, gate, up, d_gate, d_up, out, threads);
+  GatedBackward<kGeluTanh>(n, d_out, gate, up, d_gate, d_up, out, threads);
+}
+
+// logits (rows, width) -> loss (rows) = logsumexp - logit of the label; the logits are replaced by their gradient,
+// softmax - one at the label, when `gradient` is set.
+EXPORT(cross_entropy)
+(uint16_t* logits, const int64_t* labels, int64_t rows, int64_t width, float* loss, int gradient, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t r = 0; r < rows; ++r) {
+    uint16_t* row = logits + r * width;
+    Vec top = Set(-INFINITY);
+    for (int64_t i = 0; i + kWidth <= width; i += kWidth) {
+      const Vec v = LoadBFloat16(row + i);
+      top = (v > top) | (v != v) ? v : top;  // NaN stays, and the loss becomes NaN
+    }
+    float largest = Largest(top);
+    for (int64_t i = width / kWidth * kWidth; i < width; ++i) {
+      const float v = FromBFloat16(row[i]);
+      largest = v > largest || v != v ? v : largest;
+    }
+    Vec total = Vec{};
+    float rest = 0.f;
+    int64_t i = 0;
+    for (; i + kWidth <= width; i += kWidth) total += Exp(LoadBFloat16(row + i) - Set(largest));
+    for (; i < width; ++i) rest += Exp(Set(FromBFloat16(row[i]) - largest))[0];
+    const float sum = Sum(total) + rest;
+    loss[r] = largest + std::log(sum) - FromBFloat16(row[labels[r]]);
+    if (!gradient) continue;
+    const float at_label = Exp(Set(FromBFloat16(row[labels[r]]) - largest))[0] / sum - 1.f;
+    const Vec inverse = Set(1.f / sum);
+    for (i = 0; i + kWidth <= width; i += kWidth)
+      StoreBFloat16(row + i, Exp(LoadBFloat16(row + i) - Set(largest)) * inverse);
+    for (; i < width; ++i) row[i] = ToBFloat16(Exp(Set(FromBFloat16(row[i]) - largest))[0] / sum);
+    row[labels[r]] = ToBFloat16(at_label);
+  }
+}

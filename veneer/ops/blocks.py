@@ -1,0 +1,319 @@
+"""The two halves of a transformer layer, each one autograd node on the native kernels (bf16, CPU).
+
+    attention_block:  y = x + o( attention( rotate(q), rotate(k), v ) ),   q, k, v = linears( rms_norm(x) )
+    mlp_block:        y = x + down( activation(gate) * up ),               gate, up = linears( rms_norm(x) )
+
+Every linear is frozen, 16-bit or NF4, with or without a low-rank term: W x + scaling B A x. The definitions, in plain
+torch, are `reference.attention_block` and `reference.mlp_block`. Saved for the backward pass, in elements a token: x
+and the outputs of the products that cannot be rebuilt cheaply (q, k, v, the attention's output, gate, up); norms and
+activations are made again. `recompute` "mlp" makes gate and up again too, "full" q, k and v as well.
+
+Shapes: T tokens, D model width, H heads of width W, R all ranks of linears that share an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.ops import native
+
+Recompute = Literal["none", "mlp", "full"]
+
+
+class AdaptedLinear(NamedTuple):
+    """y = x W^T + bias + scaling (x A^T) B^T. weight (out, in): bf16, or 4-bit (`quant.nf4.Nf4Tensor`); frozen.
+
+    a (r, in) and b (out, r) fp32, or None both.
+    """
+
+    weight: Any
+    bias: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+
+
+class Norm(NamedTuple):
+    """y = x (mean(x^2) + epsilon)^-1/2 (weight + shift); weight (D,), frozen."""
+
+    weight: Tensor
+    epsilon: float
+    shift: float = 0.0
+
+
+class Attention(NamedTuple):
+    """What the attention half is besides its linears. qkv: three linears, or one whose outputs lie side by side.
+
+    cos, sin (T, rotated width / 2) fp32, or None; starts int32 (rows + 1): where packed rows begin, and T.
+    """
+
+    norm: Norm
+    qkv: Sequence[AdaptedLinear]
+    out: AdaptedLinear
+    heads: int
+    kv_heads: int
+    width: int
+    scale: float
+    cos: Tensor | None
+    sin: Tensor | None
+    starts: Tensor
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    recompute: Recompute = "none"
+
+
+class Mlp(NamedTuple):
+    """What the MLP half is. gate_up: two linears, or one whose outputs lie side by side."""
+
+    norm: Norm
+    gate_up: Sequence[AdaptedLinear]
+    down: AdaptedLinear
+    activation: str = "silu"
+    recompute: Recompute = "none"
+
+
+def attention_block(x: Tensor, block: Attention) -> Tensor:
+    """x (T, D) bf16 -> (T, D): `reference.attention_block`."""
+    return _AttentionBlock.apply(x, block, *_factors([*block.qkv, block.out]))  # type: ignore[no-any-return]
+
+
+def mlp_block(x: Tensor, block: Mlp) -> Tensor:
+    """x (T, D) bf16 -> (T, D): `reference.mlp_block`."""
+    return _MlpBlock.apply(x, block, *_factors([*block.gate_up, block.down]))  # type: ignore[no-any-return]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, scale: float
+) -> Tensor:
+    """q (T, H, W), k and v (T, H_kv, W) bf16 -> (T, H, W): `reference.attention`."""
+    return _Attention.apply(q, k, v, cos, sin, starts, scale)  # type: ignore[no-any-return]
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x (T, D) bf16 -> (T, D): `reference.rms_norm`; the weight is frozen."""
+    return _RmsNorm.apply(x, norm)  # type: ignore[no-any-return]
+
+
+def _factors(group: Sequence[AdaptedLinear]) -> list[Tensor | None]:
+    return [factor for linear in group for factor in (linear.a, linear.b)]
+
+
+class _Group:
+    """Linears that share an input, ready for the kernels: their A (scaled) in one matrix, so one product serves all.
+
+    An odd rank gets a row, or column, of zeros: the kernels take depths in pairs.
+    """
+
+    def __init__(self, group: Sequence[AdaptedLinear]) -> None:
+        self.group, self.places, self.outs = group, [], [0]
+        self.b: list[Tensor | None] = []
+        rows, at = [], 0
+        for linear in group:
+            self.outs.append(self.outs[-1] + linear.weight.shape[0])
+            if linear.a is None or linear.b is None:
+                self.places.append(slice(0, 0))
+                self.b.append(None)
+                continue
+            odd = linear.a.shape[0] % 2
+            a, b = linear.a.detach() * linear.scaling, linear.b.detach()
+            rows.append(F.pad(a, (0, 0, 0, odd)) if odd else a)
+            self.b.append((F.pad(b, (0, odd)) if odd else b).to(torch.bfloat16))
+            self.places.append(slice(at, at := at + linear.a.shape[0] + odd))
+        self.a = torch.cat(rows).to(torch.bfloat16) if rows else None
+
+    def split(self, y: Tensor) -> list[Tensor]:
+        return [y[:, start:end] for start, end in zip(self.outs[:-1], self.outs[1:], strict=True)]
+
+    def project(self, x: Tensor) -> Tensor | None:
+        """h (T, R) = scaling x A^T of all adapters."""
+        return None if self.a is None else native.product([(x, self.a, True)])
+
+    def forward(self, x: Tensor, h: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        y = torch.empty(x.shape[0], self.outs[-1], dtype=x.dtype)
+        for linear, b, place, out in zip(self.group, self.b, self.places, self.split(y), strict=True):
+            terms = [(x, linear.weight, True)]
+            if b is not None and h is not None:
+                terms.append((h[:, place], b, True))
+            native.product(terms, linear.bias, residual, out)
+        return y
+
+    def low_rank_gradient(self, dy: Tensor) -> Tensor | None:
+        """dh (T, R) = dy B of each adapter."""
+        if self.a is None:
+            return None
+        dh = torch.empty(dy.shape[0], self.a.shape[0], dtype=dy.dtype)
+        for d, b, place in zip(self.split(dy), self.b, self.places, strict=True):
+            if b is not None:
+                native.product([(d, b, False)], out=dh[:, place])
+        return dh
+
+    def input_gradient(self, dy: Tensor, dh: Tensor | None) -> Tensor:
+        """dx (T, in) = dy W + dh A, summed over the linears."""
+        terms = [(d, linear.weight, False) for linear, d in zip(self.group, self.split(dy), strict=True)]
+        return native.product([*terms, (dh, self.a, False)] if dh is not None else terms)  # type: ignore[list-item]
+
+    def factor_gradients(self, x: Tensor, h: Tensor | None, dy: Tensor, dh: Tensor | None) -> list[Tensor | None]:
+        """The gradients of a and b of each linear, fp32, in the order of `_factors`."""
+        gradients: list[Tensor | None] = []
+        da = None if dh is None else native.outer_sum(dh, x)
+        for linear, d, place in zip(self.group, self.split(dy), self.places, strict=True):
+            if linear.a is None or da is None or h is None:
+                gradients += [None, None]
+                continue
+            r = linear.a.shape[0]
+            db = native.outer_sum(h[:, place], d, transposed=True)
+            gradients += [da[place][:r] * linear.scaling, db[:, :r].contiguous() if r % 2 else db]
+        return gradients
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
+        y, rstd = native.rms_norm(x, norm.weight, norm.epsilon, norm.shift)
+        ctx.save_for_backward(x, rstd)
+        ctx.norm = norm
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        x, rstd = ctx.saved_tensors
+        return native.rms_norm_backward(dy, x, ctx.norm.weight, rstd, ctx.norm.shift, None), None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, scale: float
+    ) -> Tensor:
+        q, k, v = (_token_major(x) for x in (q, k, v))
+        o, lse = native.attention_forward(q, k, v, cos, sin, starts, scale)
+        ctx.save_for_backward(q, k, v, o, lse, cos, sin, starts)
+        ctx.scale = scale
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_o: Tensor) -> tuple[Any, ...]:
+        q, k, v, o, lse, cos, sin, starts = ctx.saved_tensors
+        gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        native.attention_backward(q, k, v, o, lse, d_o, cos, sin, starts, ctx.scale, gradients)  # type: ignore[arg-type]
+        return *gradients, None, None, None, None
+
+
+def _token_major(x: Tensor) -> Tensor:
+    return x if x.stride()[1:] == (x.shape[2], 1) and x.stride(0) % 2 == 0 else x.contiguous()
+
+
+class _AttentionBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Attention, *factors: Tensor | None) -> Tensor:
+        group, out = _Group(block.qkv), _Group([block.out])
+        normed, rstd = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)
+        h = group.project(normed)
+        qkv = group.forward(normed, h)
+        q, k, v = _heads(qkv, block)
+        o, lse = native.attention_forward(
+            _normed(q, block.q_norm), _normed(k, block.k_norm), v, block.cos, block.sin, block.starts, block.scale
+        )
+        flat = o.view(x.shape[0], -1)
+        h_out = out.project(flat)
+        ctx.save_for_backward(x, rstd, None if block.recompute == "full" else qkv, o, lse, h, h_out)
+        ctx.block, ctx.group, ctx.out = block, group, out
+        return out.forward(flat, h_out, residual=x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, rstd, qkv, o, lse, h, h_out = ctx.saved_tensors
+        block, group, out = ctx.block, ctx.group, ctx.out
+        dy, flat = dy.contiguous(), o.view(x.shape[0], -1)
+        dh_out = out.low_rank_gradient(dy)
+        d_o = out.input_gradient(dy, dh_out).view(o.shape)
+        d_out_factors = out.factor_gradients(flat, h_out, dy, dh_out)
+        normed = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)[0]
+        if qkv is None:
+            qkv = group.forward(normed, h)
+        q, k, v = _heads(qkv, block)
+        d_qkv = torch.empty_like(qkv)
+        dq, dk, dv = _heads(d_qkv, block)
+        native.attention_backward(
+            _normed(q, block.q_norm), _normed(k, block.k_norm), v, o, lse, d_o, block.cos, block.sin,
+            block.starts, block.scale, (dq, dk, dv),
+        )  # fmt: skip
+        _normed_backward(dq, q, block.q_norm)
+        _normed_backward(dk, k, block.k_norm)
+        dh = group.low_rank_gradient(d_qkv)
+        d_factors = group.factor_gradients(normed, h, d_qkv, dh)
+        dx = _through_norm(group, d_qkv, dh, x, block.norm, rstd, dy) if ctx.needs_input_grad[0] else None
+        return dx, None, *d_factors, *d_out_factors
+
+
+class _MlpBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: Mlp, *factors: Tensor | None) -> Tensor:
+        group, down = _Group(block.gate_up), _Group([block.down])
+        normed, rstd = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)
+        h = group.project(normed)
+        both = group.forward(normed, h)
+        act = native.gated(*both.chunk(2, dim=1), block.activation)
+        h_down = down.project(act)
+        ctx.save_for_backward(x, rstd, both if block.recompute == "none" else None, h, h_down)
+        ctx.block, ctx.group, ctx.down = block, group, down
+        return down.forward(act, h_down, residual=x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, rstd, both, h, h_down = ctx.saved_tensors
+        block, group, down = ctx.block, ctx.group, ctx.down
+        dy = dy.contiguous()
+        normed = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)[0]
+        if both is None:
+            both = group.forward(normed, h)
+        dh_down = down.low_rank_gradient(dy)
+        d_both = torch.empty_like(both)
+        d_gate, d_up = d_both.chunk(2, dim=1)
+        act = native.gated_backward(
+            down.input_gradient(dy, dh_down), *both.chunk(2, dim=1), block.activation, (d_gate, d_up)
+        )
+        d_down_factors = down.factor_gradients(act, h_down, dy, dh_down)
+        dh = group.low_rank_gradient(d_both)
+        d_factors = group.factor_gradients(normed, h, d_both, dh)
+        dx = _through_norm(group, d_both, dh, x, block.norm, rstd, dy) if ctx.needs_input_grad[0] else None
+        return dx, None, *d_factors, *d_down_factors
+
+
+def _through_norm(
+    group: _Group, d: Tensor, dh: Tensor | None, x: Tensor, norm: Norm, rstd: Tensor, dy: Tensor
+) -> Tensor:
+    """The gradient of x: through the linears and the norm, plus that of the residual path."""
+    return native.rms_norm_backward(group.input_gradient(d, dh), x, norm.weight, rstd, norm.shift, dy)
+
+
+def _heads(qkv: Tensor, block: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (T, H, W), (T, H_kv, W), (T, H_kv, W) of a buffer (T, (H + 2 H_kv) W)."""
+    heads = qkv.view(qkv.shape[0], -1, block.width)
+    q, k, v = heads.split((block.heads, block.kv_heads, block.kv_heads), dim=1)
+    return q, k, v
+
+
+def _normed(x: Tensor, norm: Norm | None) -> Tensor:
+    """RMS norm of each head (T, H, W), as Qwen3 has it on q and k."""
+    if norm is None:
+        return x
+    return native.rms_norm(x.reshape(-1, x.shape[-1]), norm.weight, norm.epsilon, norm.shift)[0].view(x.shape)
+
+
+def _normed_backward(d: Tensor, x: Tensor, norm: Norm | None) -> None:
+    """Turn the gradient of the normed heads into that of the heads, in place."""
+    if norm is not None:
+        flat = x.reshape(-1, x.shape[-1])
+        rstd = native.rms_norm(flat, norm.weight, norm.epsilon, norm.shift)[1]
+        dx = native.rms_norm_backward(d.reshape(flat.shape), flat, norm.weight, rstd, norm.shift, None)
+        d.copy_(dx.view(d.shape))

@@ -1,0 +1,32 @@
+"""`product` and `outer_sum` in torch's own matrix products, in the type of the activations, for any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def dense(weight: Any, like: Tensor) -> Tensor:
+    """A weight as a tensor of the type of `like`; a 4-bit one is decoded anew."""
+    if isinstance(weight, Tensor):
+        return weight.to(like.dtype)
+    return weight.dequantize(like.dtype)  # type: ignore[no-any-return]
+
+
+def product(
+    terms: Sequence[tuple[Tensor, Any, bool]], bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    (a, weight, by_row), *rest = terms
+    first = dense(weight, a)
+    y = F.linear(a, first if by_row else first.T, None if bias is None else bias.to(a.dtype))
+    for a, weight, by_row in rest:
+        more = dense(weight, a)
+        y.addmm_(a, more.T if by_row else more)
+    return y if residual is None else y.add_(residual)
+
+
+def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
+    return (right.T @ left if transposed else left.T @ right).float()

@@ -58,7 +58,11 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (None, lambda t: t[KEY].fill_(float("nan")), "NaN"),
         (None, lambda t: t.pop(KEY), "only lora_B"),
         (None, lambda t: t.update({KEY: torch.zeros(4, 50)}), r"found \(4, 50\), expected \(4, 48\)"),
-        (None, lambda t: t.update({"base_model.model.x.lora_A.weight": torch.zeros(4, 4)}), "no such linear layer"),
+        (
+            None,
+            lambda t: t.update({"x.lora_A.weight": torch.zeros(4, 4), "x.lora_B.weight": torch.zeros(4, 4)}),
+            "x: found in the adapter, but this model has no such linear layer",
+        ),
         (lambda c: c.update(use_dora=True), None, "use_dora"),
         (lambda c: c.update(modules_to_save=["lm_head"]), None, "modules_to_save"),
         (lambda c: c.update(init_lora_weights="pissa"), None, "init_lora_weights"),
@@ -80,6 +84,18 @@ def test_missing_layer_and_other_base(tmp_path):
         veneer.load_adapter(make_model(), path)
     with pytest.raises(veneer.VeneerError, match=r"expected \(4, 64\)"):
         veneer.load_adapter(make_model(hidden_size=64), path)
+
+
+def test_a_name_that_matches_nothing_hides_no_missing_layer(tmp_path):
+    more = lambda c: c.update(target_modules=[*c["target_modules"], "w1"])  # noqa: E731
+    path = damaged(tmp_path, more)
+    veneer.load_adapter(make_model(), path)  # as PEFT does: another model's name in the list is no error
+    damaged(tmp_path, None, lambda t: [t.pop(k) for k in list(t) if "layers.1.mlp.up_proj" in k])
+    with pytest.raises(veneer.VeneerError, match=r"layers\.1\.mlp\.up_proj: in target_modules"):
+        veneer.load_adapter(make_model(), path)
+    damaged(tmp_path, None, lambda t: (t.clear(), t.update(x=torch.zeros(1))))
+    with pytest.raises(veneer.VeneerError, match="no lora_A and lora_B tensors"):
+        veneer.load_adapter(make_model(), path)
 
 
 def test_pickle_and_missing_files(tmp_path):

@@ -5,8 +5,11 @@ The scaling is never stored in the weights: it follows from r, alpha and use_rsl
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from veneer.storage import (
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
+_ENDS_IN = r"(.*\.)?({})$"
 _LAYER_INDEX = re.compile(r".*\.[^.]*\.(\d+)\.")
 
 # Fields of PEFT's LoraConfig that change the result and that we do not support yet: field -> values that change nothing.
@@ -60,6 +64,52 @@ _MATHS_FIELDS: dict[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _names_or_regex(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, str) and part for part in value)
+    return isinstance(value, str) and _is_regex(value)
+
+
+def _is_regex(value: str) -> bool:
+    try:
+        return bool(re.compile(value))
+    except (re.error, RecursionError, OverflowError):
+        return False
+
+
+# Every other field we read: what it must be. Those of _OPTIONAL may be null.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target_modules": ("a list of names or a regex", lambda v: bool(v) and _names_or_regex(v)),
+    "r": ("a whole number from 1", _whole),
+    "lora_alpha": ("a number above 0", _positive),
+    "lora_dropout": ("a number from 0 to below 1", lambda v: v == 0 or (_positive(v) and v < 1)),
+    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "exclude_modules": ("a list of names or a regex", _names_or_regex),
+    "layers_to_transform": (
+        "a layer's number or a list of them",
+        lambda v: all(_whole(i, 0) for i in (v if isinstance(v, list) else [v])),
+    ),
+    "rank_pattern": (
+        "whole numbers from 1 by name or regex",
+        lambda v: isinstance(v, dict) and all(_is_regex(_ENDS_IN.format(k)) and _whole(n) for k, n in v.items()),
+    ),
+    "alpha_pattern": (
+        "numbers above 0 by name or regex",
+        lambda v: isinstance(v, dict) and all(_is_regex(_ENDS_IN.format(k)) and _positive(n) for k, n in v.items()),
+    ),
+    "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
+}
+_OPTIONAL = ("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "base_model_name_or_path")
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *, replace: bool = False) -> Path:
@@ -146,37 +196,22 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
     check_adapter_name(name)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
-    raw, tensors = read_adapter(path)
-    config = _lora_config(raw, path)
+    raw, config, factors = read_adapter(path)
     layers = dict(model.named_modules())
-    problems, factors = [], {}
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", key)
-        if match is None:
-            problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
-            continue
-        found.setdefault(match[1], {})[match[2]] = tensor
-        if not bool(torch.isfinite(tensor).all()):
-            problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
-    for layer, pair in found.items():
+    problems = []
+    for layer, (a, b) in factors.items():
         module = layers.get(layer)
         if not hasattr(module, "in_features"):
             problems.append(f"{layer}: found in the adapter, but this model has no such linear layer")
-        elif len(pair) < 2:
-            problems.append(f"{layer}: found only lora_{next(iter(pair))}, expected lora_A and lora_B")
-        else:
-            rank = int(_by_pattern(raw.get("rank_pattern"), layer, config.r))
-            expected = {"A": (rank, module.in_features), "B": (module.out_features, rank)}  # type: ignore[union-attr]
-            problems += [
-                f"{layer}.lora_{k}: found {tuple(pair[k].shape)}, expected {expected[k]}"
-                for k in "AB"
-                if tuple(pair[k].shape) != expected[k]
-            ]
-            factors[layer] = (pair["A"], pair["B"])
-    problems += [
-        f"{layer}: in target_modules, but not in {WEIGHTS_FILE}" for layer in _expected(model, raw) - set(found)
-    ]
+            continue
+        expected = {"A": (a.shape[0], module.in_features), "B": (module.out_features, a.shape[0])}  # type: ignore[union-attr]
+        problems += [
+            f"{layer}.lora_{k}: found {tuple(t.shape)}, expected {expected[k]}"
+            for k, t in (("A", a), ("B", b))
+            if tuple(t.shape) != expected[k]
+        ]
+    left_out = sorted(_expected(model, raw) - factors.keys())
+    problems += [f"{layer}: in target_modules, but not in {WEIGHTS_FILE}" for layer in left_out]
     if problems:
         shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
         base = raw.get("base_model_name_or_path")
@@ -194,8 +229,13 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
     return model
 
 
-def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of an adapter folder, checked for what can be checked without its base."""
+def read_adapter(path: str | Path) -> tuple[dict[str, Any], LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
+    """An adapter folder: its config as it stands there and as ours, and A (r, in) and B (out, r) by layer.
+
+    Raises:
+        VeneerError: all that is wrong without looking at a base: files missing, damaged or pickle; a field that cannot
+            be or is not supported; no tensors, half a pair, another rank than the config's, NaN.
+    """
     path = Path(path)
     if not path.is_dir():
         raise VeneerError(f"adapter {path}: no such folder", hint=f"expected a folder with {CONFIG_FILE}")
@@ -203,19 +243,60 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for file in sorted(path.iterdir()):
             if file.suffix in PICKLE_SUFFIXES:
                 raise pickle_error(file)
-    config = read_json(path / CONFIG_FILE)
-    if config.get("peft_type") != "LORA":
-        raise VeneerError(f"{path / CONFIG_FILE}: found peft_type {config.get('peft_type')!r}, expected 'LORA'")
-    if not config.get("target_modules"):
-        raise VeneerError(f"{path / CONFIG_FILE}: target_modules is missing")
-    refused = [
-        f"{path / CONFIG_FILE}: {field} is {config[field]!r}, which changes the result and is not supported"
-        for field, harmless in _MATHS_FIELDS.items()
-        if field in config and config[field] not in harmless
+    raw = read_json(path / CONFIG_FILE)
+    if raw.get("peft_type") != "LORA":
+        raise VeneerError(f"{path / CONFIG_FILE}: found peft_type {raw.get('peft_type')!r}, expected 'LORA'")
+    raw.setdefault("target_modules", None)
+    problems = [
+        f"{field}: found {raw[field]!r}, expected {expected}"
+        for field, (expected, fits) in _FIELDS.items()
+        if field in raw and not (fits(raw[field]) or (raw[field] is None and field in _OPTIONAL))
     ]
-    if refused:
-        raise VeneerError(refused, hint="open it with the tool that wrote it and save it as a plain LoRA")
-    return config, read_tensors(path / WEIGHTS_FILE)
+    refused = [
+        f"{field} is {raw[field]!r}, which changes the result and is not supported"
+        for field, harmless in _MATHS_FIELDS.items()
+        if field in raw and raw[field] not in harmless
+    ]
+    if problems or refused:
+        raise VeneerError(
+            [f"{path / CONFIG_FILE}: {problem}" for problem in problems + refused],
+            hint="open it with the tool that wrote it and save it as a plain LoRA" if refused else None,
+        )
+    config = LoraConfig(
+        r=raw.get("r", 8),
+        alpha=raw.get("lora_alpha", 8),
+        dropout=raw.get("lora_dropout", 0.0),
+        targets=raw["target_modules"],
+        init="gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming",
+        rslora=raw.get("use_rslora", False),
+    )
+    return raw, config, _read_factors(path / WEIGHTS_FILE, raw, config)
+
+
+def _read_factors(path: Path, raw: dict[str, Any], config: LoraConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    problems: list[str] = []
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(path).items():
+        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", key)
+        if match is None:
+            problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
+            continue
+        found.setdefault(match[1], {})[match[2]] = tensor
+        rank = int(_by_pattern(raw.get("rank_pattern"), match[1], config.r))
+        if tensor.ndim != 2 or tensor.shape[0 if match[2] == "A" else 1] != rank:
+            shape = f"({rank}, in)" if match[2] == "A" else f"(out, {rank})"
+            problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
+        if not bool(torch.isfinite(tensor.float()).all()):
+            problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
+    problems += [
+        f"{p}: found only lora_{''.join(t)}, expected lora_A and lora_B" for p, t in found.items() if len(t) < 2
+    ]
+    if not found:
+        problems.append("no lora_A and lora_B tensors in it")
+    if problems:
+        shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
+        raise VeneerError([f"{path}: {problem}" for problem in shown], hint="the adapter is damaged; copy it again")
+    return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
 
 
 def base_quantization(path: str | Path) -> str | None:
@@ -228,34 +309,19 @@ def base_quantization(path: str | Path) -> str | None:
     return None if value == "none" else str(value)
 
 
-def _lora_config(raw: dict[str, Any], path: Path) -> LoraConfig:
-    targets = raw["target_modules"]
-    init = raw.get("init_lora_weights")
-    try:
-        return LoraConfig(
-            r=raw.get("r", 8),
-            alpha=raw.get("lora_alpha", 8),
-            dropout=raw.get("lora_dropout", 0.0),
-            targets=targets if isinstance(targets, str) else sorted(targets),
-            init="gaussian" if init == "gaussian" else "kaiming",
-            rslora=raw.get("use_rslora", False),
-        )
-    except VeneerError as error:
-        raise VeneerError([f"{path / CONFIG_FILE}: {problem}" for problem in error.problems]) from None
-
-
 def _expected(model: nn.Module, raw: dict[str, Any]) -> set[str]:
-    """The layers PEFT would adapt for this config; a target that matches nothing here is reported by its tensors."""
-    try:
-        names = resolve_targets(model, raw["target_modules"])
-    except VeneerError:
-        return set()
+    """The layers PEFT would adapt for this config; as there, a name that matches nothing is no error."""
+    targets = raw["target_modules"]
+    names: list[str] = []
+    for part in [targets] if isinstance(targets, str) else [[suffix] for suffix in targets]:
+        with contextlib.suppress(VeneerError):
+            names += resolve_targets(model, part)
     excluded, chosen = raw.get("exclude_modules"), raw.get("layers_to_transform")
     if isinstance(excluded, str):
         names = [name for name in names if not re.fullmatch(excluded, name)]
     elif excluded:
         names = [name for name in names if not any(name == e or name.endswith(f".{e}") for e in excluded)]
-    if chosen is not None:
+    if chosen not in (None, []):
         wanted = {chosen} if isinstance(chosen, int) else set(chosen)
         names = [name for name in names if (m := _LAYER_INDEX.match(name)) and int(m[1]) in wanted]
     return set(names)
@@ -264,7 +330,7 @@ def _expected(model: nn.Module, raw: dict[str, Any]) -> set[str]:
 def _by_pattern(pattern: dict[str, Any] | None, layer: str, default: Any) -> Any:
     """PEFT's rule: the first key that is a suffix of the layer's name, or a regex for its end, decides."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", layer):
+        if re.match(_ENDS_IN.format(key), layer):
             return value
     return default
 

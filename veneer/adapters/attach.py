@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -48,6 +49,8 @@ def attach(
 ) -> nn.Module:
     """Freeze `model` and put a new, active, trainable adapter on it, in place. The model's output does not change.
 
+    Warns when a preset leaves out a mixture's experts.
+
     Args:
         seed: of A's random start; left out, torch's global generator is used.
 
@@ -75,7 +78,28 @@ def attach(
         layer.add(name, a, b, scaling=config.scaling, dropout=config.dropout)
     adapters(model)[name] = Adapter(config)
     set_adapter(model, name)
+    if config.targets in ("all-linear", "mlp"):
+        _warn_of_experts(model, config.targets)
     return model
+
+
+def _warn_of_experts(model: nn.Module, targets: str | list[str]) -> None:
+    """A mixture keeps all its experts in one 3-D parameter, which is no linear layer: say what a preset leaves out."""
+    modules = dict(model.named_modules())
+    frozen = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and len(parameter) > 1
+        if not isinstance(modules[name.rpartition(".")[0]], nn.modules.conv._ConvNd)
+    }
+    if frozen:
+        owners = list(dict.fromkeys(name.rpartition(".")[0] for name in frozen))
+        more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+        warnings.warn(
+            f"lora.targets: {targets} does not reach the experts of this mixture, which are no linear layers: "
+            f"{sum(frozen.values()):,} parameters stay frozen in {', '.join(owners[:3])}{more}",
+            stacklevel=3,
+        )
 
 
 def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from veneer.errors import EXIT_INTERRUPTED, VeneerError
+from veneer.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, VeneerError
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA on the machine you have.",
@@ -174,20 +175,28 @@ def merge(
     import veneer
     from veneer.adapters.files import base_quantization
     from veneer.evaluation import compare_logits
+    from veneer.models.load import stored_quantization
     from veneer.storage import require_empty_folder
 
     if onto not in ("auto", "16-bit", "nf4"):
         raise VeneerError(f"--onto: found {onto!r}, expected auto, 16-bit or nf4")
     require_empty_folder(out)
+    stored = stored_quantization(model)
+    if stored and onto == "16-bit":
+        raise VeneerError(
+            f"--onto 16-bit: {model} is stored in {stored}, there is no 16-bit base in it",
+            hint="leave --onto out, or give the 16-bit model it was made from",
+        )
     kind = base_quantization(adapter) if onto == "auto" else {"nf4": "nf4"}.get(onto)
-    loaded, tokenizer = _load(model, adapter, kind)
+    loaded, tokenizer = _load(model, adapter, None if stored else kind, "--onto")
+    kind = stored or kind
     difference = compare_logits(loaded, tokenizer, lambda: veneer.merge(loaded))
     veneer.save_model(loaded, tokenizer, out)
     result = {"out": str(out), "onto": kind or "16-bit", **difference}
     if as_json:
         _print_json(result)
         return
-    base = "the 4-bit base it was trained on, decoded to 16 bits" if kind else "the 16-bit base"
+    base = "the 4-bit base, decoded to 16 bits" if kind else "the 16-bit base"
     print(f"merged onto {base}: {out}")
     print(
         f"largest logit difference between adapter and merged model: {difference['max_logit_difference']:.4g} "
@@ -207,20 +216,20 @@ def inspect(
     if not (Path(path) / CONFIG_FILE).is_file():
         _show(describe_model(path), as_json)
         return
-    config, tensors = read_adapter(path)
-    r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    raw, config, factors = read_adapter(path)
+    tensors = [tensor for pair in factors.values() for tensor in pair]
     _show(
         {
             "kind": "adapter",
-            "base_model": config.get("base_model_name_or_path"),
+            "base_model": raw.get("base_model_name_or_path"),
             "trained_on": base_quantization(path) or "16-bit, or not known",
-            "r": r,
-            "alpha": alpha,
-            "scaling": alpha / (r**0.5 if config.get("use_rslora") else r),
-            "targets": config["target_modules"],
-            "layers": sum(".lora_A" in key for key in tensors),
-            "parameters": sum(t.numel() for t in tensors.values()),
-            "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+            "r": config.r,
+            "alpha": raw.get("lora_alpha", 8),
+            "scaling": config.scaling,
+            "targets": config.targets,
+            "layers": len(factors),
+            "parameters": sum(t.numel() for t in tensors),
+            "bytes": sum(t.numel() * t.element_size() for t in tensors),
         },
         as_json,
     )
@@ -254,12 +263,21 @@ def demo(
         _print_json(result)
 
 
-def _load(model: str, adapter: Path | None, quantize: str | None) -> tuple[Any, Any]:
+def _load(model: str, adapter: Path | None, quantize: str | None, option: str = "--quantize") -> tuple[Any, Any]:
     import veneer
 
     loaded, tokenizer = veneer.load(model, quantize=quantize)  # type: ignore[arg-type]
     if adapter is not None:
+        from veneer.adapters.files import base_quantization
+
         veneer.load_adapter(loaded, adapter)
+        trained_on = base_quantization(adapter)
+        if trained_on and loaded.veneer_quantization is None:
+            print(
+                f"note: {adapter} was trained on the base in {trained_on}, this base is 16-bit; "
+                f"{option} {trained_on} takes the one it was trained on",
+                file=sys.stderr,
+            )
     return loaded, tokenizer
 
 
@@ -280,6 +298,7 @@ def main() -> None:
     """Run a verb; what a user caused becomes one plain message and exit code 2 or 3, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         app()
     except VeneerError as error:
@@ -290,6 +309,10 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # a disk that is full, a folder that cannot be made or read
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"veneer: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
 
 
 if __name__ == "__main__":

@@ -296,7 +296,8 @@ def _read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
             f"{path} asks for code of its own (auto_map): not run, transformers' {kind} is used", stacklevel=2
         )
     try:
-        return AutoConfig.for_model(kind, **_without_code(raw)), quantization
+        with _quiet():
+            return AutoConfig.for_model(kind, **_without_code(raw)), quantization
     except Exception as error:  # each class checks its fields in its own way
         raise VeneerError(f"{path}: not a {kind} that transformers can build: {_in_a_line(error)}") from error
 

@@ -1,9 +1,12 @@
 import json
+import re
 
 import pytest
 from conftest import make_tokenizer
+from tokenizers import normalizers
 
 from veneer.errors import VeneerError
+from veneer.training import data
 from veneer.training.data import IGNORED, encode_prompt, encode_rows, read_rows, split_rows
 
 
@@ -66,6 +69,30 @@ def test_user_text_never_becomes_control_tokens(tokenizer):
     assert encode_prompt([{"role": "user", "content": evil}], tokenizer).count(tokenizer.eos_token_id) == 1
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("control", ["<tool_call>", "<<a<<a<<", "<|end|><|end|>"])
+def test_no_kind_of_added_token_comes_from_user_text(special, control):
+    tokenizer = make_tokenizer()
+    encode_prompt([{"role": "user", "content": "a"}], tokenizer)  # tokens added after the first use count too
+    tokenizer.add_tokens([control, "<|end|>"], special_tokens=special)
+    added = set(tokenizer.added_tokens_decoder) - {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    evil = f"x{control}{control}a<<{control[:-1]}<|end|>{control}"
+    for row in ({"prompt": evil, "completion": evil}, {"text": evil}):
+        (sample,) = encode_rows(read_rows([row]).rows, tokenizer, max_length=400).samples
+        assert not added & set(sample.input_ids) and evil in tokenizer.decode(sample.input_ids)
+    assert not added & set(encode_prompt([{"role": "user", "content": evil}], tokenizer))
+    tokenizer.chat_template = control + tokenizer.chat_template  # written by the template it is the token
+    assert encode_prompt([{"role": "user", "content": evil}], tokenizer)[0] in added
+
+
+def test_a_normalizer_makes_no_control_token_of_user_text():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.add_tokens(["<tool_call>"])
+    (sample,) = encode_rows(read_rows([{"text": "a <TOOL_CALL> b"}]).rows, tokenizer, max_length=99).samples
+    assert tokenizer.convert_tokens_to_ids("<tool_call>") not in sample.input_ids
+
+
 def test_truncation_takes_from_the_prompt(tokenizer):
     rows = read_rows([{"prompt": "p" * 500, "completion": "answer"}, PAIR]).rows
     encoded = encode_rows(rows, tokenizer, max_length=64)
@@ -77,8 +104,59 @@ def test_truncation_takes_from_the_prompt(tokenizer):
 def test_plain_text_is_split_and_nothing_lost(tokenizer):
     text = "abcdefghij" * 10
     encoded = encode_rows(read_rows([{"text": text}]).rows, tokenizer, max_length=32)
-    ids = [token for sample in encoded.samples for token in sample.input_ids]
+    first, *others = encoded.samples
+    ids = first.input_ids + [token for sample in others for token in sample.input_ids[1:]]
     assert tokenizer.decode(ids).endswith(text + "<|im_end|>") and all(len(s.input_ids) <= 32 for s in encoded.samples)
+    assert sum(s.supervised for s in encoded.samples) == len(ids) - 1
+
+
+@pytest.mark.parametrize("length", [31, 32, 33, 62, 63])
+def test_eos_is_learned_wherever_plain_text_is_cut(tokenizer, length):
+    encoded = encode_rows(read_rows([{"text": "a" * length}]).rows, tokenizer, max_length=32)
+    last = encoded.samples[-1]
+    assert last.labels[-1] == last.input_ids[-1] == tokenizer.eos_token_id and not encoded.dropped
+
+
+def test_no_learned_token_in_any_row(tokenizer):
+    for row in (PAIR, {"text": "abc"}):
+        with pytest.raises(VeneerError, match="no learned token in any of 2 rows"):
+            encode_rows(read_rows([row, row]).rows, tokenizer, max_length=1)
+
+
+GREETED = [{"role": "assistant", "content": "hi"}, *CHAT[:2]]
+NO_SYSTEM = (
+    "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the first turn must be of the user') }}{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_what_is_said_before_the_first_user_turn_is_not_learned(tokenizer):
+    (sample,) = encode_rows(read_rows([{"messages": GREETED}]).rows, tokenizer, max_length=200).samples
+    assert learned(tokenizer, sample) == "b<|im_end|>" and "assistant\nhi" in tokenizer.decode(sample.input_ids)
+
+
+def test_a_conversation_the_template_refuses_is_a_bad_row(tokenizer, tmp_path):
+    tokenizer.chat_template = NO_SYSTEM
+    turns = [[{"role": "system", "content": "s"}, *CHAT], CHAT, GREETED]
+    path = write(tmp_path / "x.jsonl", "\n".join(json.dumps({"messages": t}) for t in turns))
+    rows = read_rows(path).rows
+    encoded = encode_rows(rows, tokenizer, max_length=200)
+    assert len(encoded.samples) == 1 and [(bad.file, bad.line) for bad in encoded.bad] == [
+        (str(path), 1),
+        (str(path), 3),
+    ]
+    assert "must be of the user" in encoded.bad[0].reason
+    for some, strict in ((rows, True), ([rows[0], rows[2]], False)):
+        with pytest.raises(VeneerError, match="must be of the user"):
+            encode_rows(some, tokenizer, max_length=200, strict=strict)
+
+
+def test_a_template_that_loops_without_end_is_stopped(tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "TEMPLATE_SECONDS", 0.2)
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(VeneerError, match=r"longer than 0\.2 s"):
+        encode_prompt(CHAT[:1], tokenizer)
 
 
 def test_a_template_that_rewrites_earlier_turns_learns_the_last_answer(tokenizer):
@@ -137,11 +215,70 @@ def test_every_bad_row_has_file_line_and_reason(tmp_path):
     assert [bad.line for bad in read_rows(csv).bad] == [3, 4]
 
 
+def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path):
+    files = {
+        "x.csv": b"prompt,completion\na,b\nc,caf\xe9\ne,f\n",
+        "x.jsonl": b'{"prompt": "a", "completion": "b"}\n\n{"prompt": "c", "completion": "caf\xe9"}\n'
+        b'{"prompt": "\\ud800", "completion": "b"}\n{"prompt": "e", "completion": "f"}\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        found = read_rows(tmp_path / name)
+        assert [row.completion for row in found.rows] == ["b", "f"]
+        assert [bad.line for bad in found.bad] == ([3] if name == "x.csv" else [3, 4])
+        assert all("utf-8" in bad.reason.lower() for bad in found.bad)
+
+
+def test_csv_rows_are_never_lost_silently(tmp_path, monkeypatch):
+    long = "a" * 200_000  # more than the csv module's own limit
+    path = write(tmp_path / "x.csv", f"prompt,completion\n{long},b\n\nc,d")
+    assert [len(row.prompt[0]["content"]) for row in read_rows(path).rows] == [200_000, 1]
+    monkeypatch.setattr(data, "FIELD_LIMIT", 1000)
+    with pytest.raises(VeneerError, match=r"x\.csv, line 2: .*field limit"):
+        read_rows(path)
+    path = write(tmp_path / "y.csv", 'prompt,completion\na,b\nc,"d\ne,f\n')
+    with pytest.raises(VeneerError, match=r"y\.csv, line 3: .*never closed"):
+        read_rows(path)
+
+
+def test_a_first_row_that_does_not_fit_is_one_bad_row(tmp_path):
+    rows = [{"prompt": "a"}, PAIR, {"completion": "b"}]
+    path = write(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)))
+    for columns in ({}, {"prompt": "prompt", "completion": "completion"}):
+        found = read_rows(path, columns=columns)
+        assert len(found.rows) == 1 and [bad.line for bad in found.bad] == [1, 3]
+    with pytest.raises(VeneerError, match="found the columns prompt"):
+        read_rows(path, strict=True)
+
+
+def test_mapped_names_decide_the_format(tmp_path):
+    path = write(tmp_path / "x.csv", "body,label\na,b\n")
+    found = read_rows(path, columns={"text": "body"})
+    assert found.format == "text" and found.rows[0].text == "a"
+    path = write(tmp_path / "y.csv", "messages,question,label\nx,a,b\n")
+    found = read_rows(path, columns={"prompt": "question", "completion": "label"})
+    assert found.format == "prompt_completion" and found.rows[0].completion == "b"
+    with pytest.raises(VeneerError, match="names of one format"):
+        read_rows(path, columns={"text": "question", "completion": "label"})
+
+
 @pytest.mark.parametrize(
-    "turns", [[], "x", [{"role": "user", "content": "a"}], [{"role": "boss", "content": "a"}], [{"role": "user"}]]
+    ("turns", "words"),
+    [
+        ([], "a list of turns"),
+        ("x", "a list of turns"),
+        (["x"], "found str"),
+        ([{"role": "user", "content": "a"}], "nothing to learn"),
+        ([{"role": "boss", "content": "a"}], "found role 'boss'"),
+        ([{"role": ["user"], "content": "a"}], r"found role \['user'\]"),
+        ([{"role": "user"}], "its content"),
+        ([{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}], "is empty"),
+        ([{"role": "assistant", "content": "a"}], "alone"),
+    ],
 )
-def test_bad_conversations(turns):
-    assert read_rows([{"messages": turns}, {"messages": CHAT}]).bad[0].reason if turns else True
+def test_bad_conversations(turns, words):
+    found = read_rows([{"messages": turns}, {"messages": CHAT}])
+    assert len(found.rows) == 1 and len(found.bad) == 1 and re.search(words, found.bad[0].reason)
 
 
 @pytest.mark.parametrize(

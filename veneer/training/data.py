@@ -12,8 +12,12 @@ import hashlib
 import json
 import random
 import re
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +28,17 @@ from veneer.storage import PICKLE_SUFFIXES, pickle_error
 IGNORED = -100  # the label of a token that is not learned, as in transformers
 ROLES = {"system", "user", "assistant", "tool"}
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "alpaca": ("instruction", "output"),
-    "text": ("text",),
+_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each format needs, and what it may have
+    "messages": (("messages",), ()),
+    "prompt_completion": (("prompt", "completion"), ("system",)),
+    "alpaca": (("instruction", "output"), ("input", "system")),
+    "text": (("text",), ()),
 }
 _LABELS = {"label", "category", "intent", "class", "answer", "target"}
-_STANDIN = 0xF0000  # private-use characters stand for control-token strings found in user text
+_BREAK = "\U000ffffd"  # a private-use character: cuts the control-token strings found in user text in two
+_NOT_TEXT = re.compile("[\ud800-\udfff]")  # bytes that are not UTF-8 (`surrogateescape`), or a JSON \\ud800
+TEMPLATE_SECONDS = 10.0  # for one conversation; a template takes milliseconds
+FIELD_LIMIT = 1 << 28  # bytes in one CSV field; the csv module's own limit of 128 KiB is less than a long document
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Sample:
 @dataclass
 class Encoded:
     samples: list[Sample]
+    bad: list[BadRow] = field(default_factory=list)
     truncated: int = 0
     dropped: int = 0
     warnings: list[str] = field(default_factory=list)
@@ -108,11 +116,12 @@ def read_rows(
     """Read and check rows from a file, several files, or anything that yields dicts (a list, a `datasets.Dataset`).
 
     Args:
-        format: left out, detected from the columns of the first good row. columns: our name -> the file's.
+        format: left out, detected from the columns of the first good row.
+        columns: our name -> the file's; these names decide the format.
         strict: any bad row refuses the whole.
 
     Raises:
-        VeneerError: no such file, an unknown kind of file, columns that are not there, no good row at all.
+        VeneerError: no such file, an unknown kind of file, columns of no format, no good row at all.
     """
     if isinstance(source, str | Path):
         paths = [Path(source)]
@@ -121,7 +130,8 @@ def read_rows(
     else:
         paths = []
     result = Rows([])
-    kind: str | None = format
+    columns = columns or {}
+    kinds = _kinds(format, columns)
     raw = (item for path in paths for item in _raw_rows(path)) if paths else _in_memory(source)
     for file, line, value in raw:
         if limit is not None and len(result.rows) >= limit:
@@ -131,46 +141,71 @@ def read_rows(
                 raise _BadRow(str(value))
             if not isinstance(value, dict):
                 raise _BadRow(f"found a {type(value).__name__}, expected an object with named fields")
-            named = {**value, **_renamed(value, columns or {}, file)}
-            kind = kind or _detect(named, file)
-            result.rows.append(Row(**_check(named, kind), file=file, line=line))
+            named = {**value, **_renamed(value, columns)}
+            kinds = kinds if len(kinds) == 1 else [_detect(named, kinds)]
+            row = Row(**_check(named, kinds[0]), file=file, line=line)
+            if any(_NOT_TEXT.search(text) for text in (row.text, *(turn["content"] for turn in row.messages))):
+                raise _BadRow("found bytes that are not UTF-8")
+            result.rows.append(row)
         except _BadRow as error:
             result.bad.append(BadRow(file, line, str(error)))
-    result.format = kind or "messages"
-    shown = [str(bad) for bad in result.bad[:20]]
-    if len(result.bad) > 20:
-        shown.append(f"and {len(result.bad) - 20} more bad rows")
+    result.format = kinds[0]
     if result.bad and (strict or not result.rows):
-        raise VeneerError(
-            shown, hint="mend or remove these rows" + (", or leave strict out to skip them" if strict else "")
-        )
+        raise bad_rows_error(result.bad, strict)
     if not result.rows:
         raise VeneerError(f"data {', '.join(map(str, paths)) or 'given'}: found no rows, expected at least one")
     return result
 
 
+def listed(bad: Sequence[BadRow]) -> list[str]:
+    """The first 20 bad rows, and how many more there are."""
+    return [str(row) for row in bad[:20]] + ([f"and {len(bad) - 20} more bad rows"] if len(bad) > 20 else [])
+
+
+def bad_rows_error(bad: Sequence[BadRow], strict: bool) -> VeneerError:
+    if not strict and len(bad) > 1 and len({row.reason for row in bad}) == 1:  # the file, rather than its rows
+        return VeneerError(f"data {bad[0].file}, all {len(bad):,} rows: {bad[0].reason}")
+    hint = "mend or remove these rows" + (", or leave strict out to skip them" if strict else "")
+    return VeneerError(listed(bad), hint=hint)
+
+
 def encode_rows(
-    rows: Iterable[Row], tokenizer: Any, *, max_length: int, loss_on: str = "completion", system: str | None = None
+    rows: Iterable[Row],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    loss_on: str = "completion",
+    system: str | None = None,
+    strict: bool = False,
 ) -> Encoded:
     """Token ids and labels. Learned: the assistant's turns with their end-of-turn token, or everything (`loss_on` "all").
 
     Each conversation is cut where the assistant's turns begin and end and the pieces are tokenised one by one, so
     what comes before an answer has exactly the ids that generation will see. A conversation longer than
-    `max_length` loses tokens at its start (BOS is kept); plain text is split into several samples instead.
+    `max_length` loses tokens at its start (BOS is kept); plain text is split into several samples instead, each
+    starting with the last token of the one before, so that every token is learned once.
+
+    A row that the chat template refuses is a bad row; with `strict` it refuses the whole.
 
     Raises:
-        VeneerError: no learned token in any row.
+        VeneerError: no row can be rendered, or no learned token in any row.
     """
     result, pieces, plan = Encoded([]), [], []
     unmarked = 0
     for row in rows:
         if row.messages:
-            parts, exact = _conversation(row.messages, tokenizer, system)
+            try:
+                parts, exact = _conversation(row.messages, tokenizer, system)
+            except VeneerError as error:
+                result.bad.append(BadRow(row.file, row.line, error.problems[0]))
+                continue
             unmarked += not exact
         else:
             parts = [(_bos(tokenizer), False), (_guarded(row.text, tokenizer), True)]
         plan.append((len(parts), bool(row.messages), [learned for _, learned in parts]))
         pieces += [text for text, _ in parts]
+    if result.bad and (strict or not plan):
+        raise bad_rows_error(result.bad, strict)
     ids = _tokenize(pieces, tokenizer)
     position = 0
     for count, chat, learned in plan:
@@ -186,7 +221,7 @@ def encode_rows(
             result.truncated += len(tokens) > max_length
             samples = [_cut(tokens, labels, max_length, tokenizer.bos_token_id)]
         else:
-            starts = range(0, len(tokens), max_length)
+            starts = range(0, max(1, len(tokens) - 1), max(1, max_length - 1))
             samples = [(tokens[s : s + max_length], labels[s : s + max_length]) for s in starts]
         for sample_ids, sample_labels in samples:
             sample = Sample(sample_ids, [IGNORED, *sample_labels[1:]])
@@ -256,19 +291,7 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, int, Any]]:
             raise VeneerError(f"data {path} is not a readable Parquet file: {error}") from error
         yield from ((str(path), number, row) for number, row in enumerate(table, 1))
     elif path.suffix in (".csv", ".tsv"):
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as handle:
-            reader = csv.DictReader(handle, delimiter="\t" if path.suffix == ".tsv" else ",", restkey="\0more")
-            try:
-                for row in reader:
-                    if "\0more" in row or None in row.values():
-                        found = len([v for k, v in row.items() if k != "\0more" and v is not None])
-                        found += len(row.get("\0more", ()))
-                        names = len(reader.fieldnames or ())
-                        yield str(path), reader.line_num, _Unreadable(f"found {found} fields, expected {names}")
-                    else:
-                        yield str(path), reader.line_num, row
-            except csv.Error as error:
-                yield str(path), reader.line_num, _Unreadable(f"not valid CSV: {error}")
+        yield from _csv_rows(path)
     elif path.suffix == ".json":
         try:
             value = json.loads(path.read_bytes())
@@ -287,6 +310,31 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, int, Any]]:
                         yield str(path), number, _Unreadable(f"not valid JSON: {error}")
 
 
+def _csv_rows(path: Path) -> Iterator[tuple[str, int, Any]]:
+    csv.field_size_limit(FIELD_LIMIT)
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as handle:
+        lines = chain(handle, ["\0end"])  # a row of its own, unless a quote that is never closed takes it in
+        reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        names: list[str] = []
+        line = 1
+        try:
+            for fields in reader:
+                if fields == ["\0end"]:
+                    return
+                if fields and fields[-1].endswith("\0end"):
+                    raise csv.Error("a quote is opened in this row and never closed")
+                if not names:
+                    names = fields
+                elif len(fields) == len(names):
+                    yield str(path), reader.line_num, dict(zip(names, fields, strict=True))
+                elif fields:
+                    found = f"found {len(fields)} fields, expected {len(names)}"
+                    yield str(path), reader.line_num, _Unreadable(found)
+                line = reader.line_num + 1
+        except csv.Error as error:  # where the next row begins is not known
+            raise VeneerError(f"data {path}, line {line}: not valid CSV: {error}") from None
+
+
 def _in_memory(source: Any) -> Iterator[tuple[str, int, Any]]:
     try:
         yield from (("rows given", number, row) for number, row in enumerate(source, 1))
@@ -294,45 +342,54 @@ def _in_memory(source: Any) -> Iterator[tuple[str, int, Any]]:
         raise VeneerError(f"data: found a {type(source).__name__}, expected a file or rows") from None
 
 
-def _renamed(row: dict[str, Any], columns: dict[str, str], file: str) -> dict[str, Any]:
-    known = sorted({name for names in _NEEDED.values() for name in names} | {"input", "system"})
+def _kinds(format: DataFormat | None, columns: dict[str, str]) -> list[str]:
+    """The formats that can be meant: the one given, else those that have all of our names in `columns`."""
+    fields = {kind: (*needed, *more) for kind, (needed, more) in _FIELDS.items()}
+    known = sorted({name for names in fields.values() for name in names})
     problems = [
         f"data.columns: {ours!r} is not a name of ours; {nearest(ours, known)}" for ours in columns if ours not in known
     ]
+    kinds = [kind for kind, names in fields.items() if format in (None, kind) and columns.keys() <= set(names)]
+    if not kinds and not problems:
+        formats = "; ".join(f"{kind}: {', '.join(fields[kind])}" for kind in fields if format in (None, kind))
+        problems = [f"data.columns: found {' and '.join(columns)}, expected names of one format ({formats})"]
+    if problems:
+        raise VeneerError(problems)
+    return kinds
+
+
+def _renamed(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
     there = [str(name) for name in row]
-    problems += [
-        f"data.columns.{ours}: {file} has no column {theirs!r}; {nearest(theirs, there)}"
+    missing = [
+        f"data.columns.{ours}: there is no column {theirs!r}; {nearest(theirs, there)}"
         for ours, theirs in columns.items()
         if theirs not in row
     ]
-    if problems:
-        raise VeneerError(problems)
+    if missing:
+        raise _BadRow("; ".join(missing))
     return {ours: row[theirs] for ours, theirs in columns.items()}
 
 
-def _detect(row: dict[str, Any], file: str) -> str:
-    if "conversations" in row or "messages" in row:
-        return "messages"
-    for kind in ("prompt_completion", "alpaca"):
-        if all(name in row for name in _NEEDED[kind]):
-            return kind
+def _detect(row: dict[str, Any], kinds: list[str]) -> str:
+    """The first of `kinds` whose fields the row has; `text` beside a label may be half a prompt/completion row."""
     labels = sorted(_LABELS & row.keys())
-    if "text" in row and not labels:
-        return "text"
+    there = row.keys() | ({"messages"} if "conversations" in row else set())
+    for kind in kinds:
+        if there >= set(_FIELDS[kind][0]) and (kind != "text" or not labels):
+            return kind
     example = (
         f"{{prompt: text, completion: {labels[0]}}}" if labels and "text" in row else "{prompt: ..., completion: ...}"
     )
-    raise VeneerError(
-        f"data {file}: found the columns {', '.join(map(str, row))}; "
-        "expected messages, prompt and completion, instruction and output, or text",
-        hint=f"say which is which in the recipe, for example data.columns: {example}",
+    raise _BadRow(
+        f"found the columns {', '.join(map(str, row))}; expected messages, prompt and completion, instruction and "
+        f"output, or text (say which is which in the recipe, for example data.columns: {example})"
     )
 
 
 def _check(row: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind == "messages":
         return {"messages": _messages(row.get("messages") or row.get("conversations"))}
-    values = {name: _text(row, name) for name in _NEEDED[kind]}
+    values = {name: _text(row, name) for name in _FIELDS[kind][0]}
     if kind == "text":
         return {"text": values["text"]}
     if kind == "alpaca":
@@ -371,7 +428,7 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
         role = turn.get("role", turn.get("from"))
         role = share_gpt.get(role, role) if isinstance(role, str) else role
         content = turn.get("content", turn.get("value"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise _BadRow(f"turn {number}: found role {role!r}, expected {', '.join(sorted(ROLES))}")
         if not isinstance(content, str) or (role == "assistant" and not content.strip()):
             raise _BadRow(f"turn {number} ({role}): its content is not text, or is empty")
@@ -380,6 +437,8 @@ def _messages(value: Any) -> tuple[dict[str, str], ...]:
         turns.pop()  # nothing follows that could be learned
     if not turns:
         raise _BadRow("no assistant turn: nothing to learn")
+    if len(turns) == 1:
+        raise _BadRow("an assistant turn alone: expected a turn before it")
     return tuple(turns)
 
 
@@ -392,21 +451,26 @@ def _with_system(messages: Sequence[dict[str, str]], system: str | None) -> list
     return list(messages)
 
 
-def _controls(tokenizer: Any) -> list[str]:
-    """The strings that would become control tokens, longest first."""
-    cached = tokenizer.__dict__.get("_veneer_controls")
-    if cached is None:
-        added = {str(t.content) for t in tokenizer.added_tokens_decoder.values()}
-        cached = sorted(added | set(tokenizer.all_special_tokens), key=lambda s: (-len(s), s))
-        tokenizer.__dict__["_veneer_controls"] = cached
+def _controls(tokenizer: Any) -> dict[str, int]:
+    """The strings that would become control tokens and their ids, longest first.
+
+    Every added token but those of white space or one character, which are ordinary text in some vocabularies.
+    """
+    size, cached = tokenizer.__dict__.get("_veneer_controls", (0, {}))
+    if size != len(tokenizer):  # tokens can be added later
+        ids = {str(token.content): number for number, token in tokenizer.added_tokens_decoder.items()}
+        meant = [text for text in ids if len(text) > 1 and text.strip(" ▁\t\r\n")]
+        cached = {text: ids[text] for text in sorted(meant, key=lambda text: (-len(text), text))}
+        tokenizer.__dict__["_veneer_controls"] = (len(tokenizer), cached)
     return cached  # type: ignore[no-any-return]
 
 
 def _guarded(text: str, tokenizer: Any) -> str:
-    """User text with every control-token string replaced by a private-use stand-in."""
-    for number, control in enumerate(_controls(tokenizer)):
-        if control in text:
-            text = text.replace(control, chr(_STANDIN + number))
+    """User text with a break inside every string that would become a control token."""
+    text = text.replace(_BREAK, "")
+    for control in _controls(tokenizer):
+        while control in text:
+            text = text.replace(control, control[0] + _BREAK + control[1:])
     return text
 
 
@@ -419,21 +483,45 @@ def _render(messages: Sequence[dict[str, str]], tokenizer: Any, *, opening: bool
             + ("" if opening else guarded[-1]["content"] + (tokenizer.eos_token or ""))
         )
     try:
-        return str(tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=opening))
+        with _time_limit(TEMPLATE_SECONDS):
+            return str(tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=opening))
     except Exception as error:  # templates raise whatever they like
         raise VeneerError(f"the chat template refused a conversation: {error}") from error
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Stops a chat template that loops without end; in seconds of computing. Python lets only the main thread do this."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"it took longer than {seconds:g} s")
+
+    previous = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
 
 
 def _conversation(
     messages: Sequence[dict[str, str]], tokenizer: Any, system: str | None
 ) -> tuple[list[tuple[str, bool]], bool]:
-    """The rendered conversation as (piece, learned); False when only the last answer could be marked."""
+    """The rendered conversation as (piece, learned); False when only the last answer could be marked.
+
+    What an assistant says before the first user turn (a greeting) is kept and not learned: nothing asked for it.
+    """
     turns = _with_system(messages, system)
+    first = next((number for number, turn in enumerate(turns) if turn["role"] == "user"), len(turns) - 1)
     full = _render(turns, tokenizer, opening=False)
     parts: list[tuple[str, bool]] = []
     at, exact = 0, True
     for number, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or number < first:
             continue
         before = _render(turns[:number], tokenizer, opening=True)
         after = full if number == len(turns) - 1 else _render(turns[: number + 1], tokenizer, opening=False)
@@ -470,28 +558,25 @@ def _bos(tokenizer: Any) -> str:
 
 
 def _tokenize(pieces: list[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of each piece; stand-ins become the plain text they stand for, never the control token."""
+    """Ids of each piece, without breaks. The control tokens are those written out in a piece, and no others."""
     if not pieces:
         return []
     ids: list[list[int]] = tokenizer(pieces, add_special_tokens=False).input_ids
     controls = _controls(tokenizer)
-    standins = re.compile(f"[{chr(_STANDIN)}-{chr(_STANDIN + len(controls))}]")
-    template = re.compile("|".join(f"({re.escape(control)})" for control in controls) or r"(?!)")
+    known = set(controls.values()) - {tokenizer.unk_token_id}  # unknown: what rare plain text may be
+    written = re.compile("|".join(map(re.escape, controls)) or "(?!)")
     for number, piece in enumerate(pieces):
-        if not standins.search(piece):
+        meant = [controls[control] for control in written.findall(piece)]
+        if _BREAK not in piece and [i for i in ids[number] if i in known] == [i for i in meant if i in known]:
             continue
         found: list[int] = []
-        at = 0
-        for match in [*template.finditer(piece), None]:
-            plain = piece[at : match.start() if match else None]
-            plain = standins.sub(
-                lambda m: controls[ord(m[0]) - _STANDIN] if ord(m[0]) - _STANDIN < len(controls) else m[0], plain
-            )
-            if plain:
-                found += tokenizer(plain, add_special_tokens=False, split_special_tokens=True).input_ids
-            if match:
-                found.append(tokenizer.convert_tokens_to_ids(match[0]))
-                at = match.end()
+        for plain, control in zip_longest(written.split(piece), meant):
+            for text in filter(None, plain.split(_BREAK)):
+                part = tokenizer(text, add_special_tokens=False).input_ids
+                if known & set(part):  # the tokenizer's normalizer made a control token of it: letter by letter then
+                    part = [i for letter in text for i in tokenizer(letter, add_special_tokens=False).input_ids]
+                found += part
+            found += [] if control is None else [control]
         ids[number] = found
     return ids
 

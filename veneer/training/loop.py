@@ -20,18 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.adapters.attach import active_adapter, adapter_parameters, count_parameters, freeze_base
+from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, count_parameters, freeze_base
 from veneer.adapters.files import save_adapter
 from veneer.config import DataConfig, TrainConfig
 from veneer.errors import VeneerError
 from veneer.machine import current_bytes, peak_bytes, reset_peak
 from veneer.optim.schedule import default_learning_rate, lr_factor
+from veneer.quant.linear import Nf4Linear
 from veneer.storage import atomic_file, require_disk_space, require_empty_folder
 from veneer.training.checkpoint import checkpoint_bytes, newest_checkpoint, restore, save_checkpoint
-from veneer.training.data import IGNORED, Encoded, Rows, Sample, encode_rows, read_rows, split_rows
+from veneer.training.data import IGNORED, Encoded, Sample, encode_rows, listed, read_rows, split_rows
 from veneer.training.packing import TOKEN_BUDGET, Order, collate_packed, collate_padded, pack
 
 NAN_LIMIT = 3  # steps in a row without a finite loss and gradient before a run gives up
+# Settings that a resumed run may change. Rows a step are compared whole, so a step may be cut in other micro-batches.
+MAY_CHANGE = {
+    "epochs", "max_steps", "batch_size", "grad_accumulation", "gradient_checkpointing", "eval_every", "early_stopping",
+    "save_every", "keep_last", "log_every", "out",
+}  # fmt: skip
 
 
 def train(
@@ -53,10 +59,13 @@ def train(
         recipe: text kept beside the run as recipe.yaml.
         resume: go on from the newest whole checkpoint in `out`, at the same step with the same next batch.
 
+    A fresh start seeds torch's global generator with `config.seed`.
+
     Returns: out, adapter, steps, train_loss, eval_loss, tokens_per_second, peak_bytes, seconds and more.
 
     Raises:
-        VeneerError: nothing to train, bad data, `out` not empty, no finite loss 3 times in a row, another run's checkpoint.
+        VeneerError: nothing to train, bad data, `out` not empty, no finite loss 3 times in a row, another run's checkpoint,
+            a step that gives some factor of the adapter no gradient.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was written first.
     """
     config = config or TrainConfig()
@@ -85,7 +94,8 @@ class _Run:
             raise VeneerError(
                 "this model has no active adapter to train", hint="veneer.attach(model, LoraConfig(...)) first"
             )
-        if not resume:
+        self.checkpoints = out / "checkpoints"
+        if not (resume and self.checkpoints.is_dir()):
             require_empty_folder(out)
         self.name, self.parameters = name, adapter_parameters(model, name)
         self.data = data_config or DataConfig(train="-")
@@ -113,25 +123,24 @@ class _Run:
         )
         self.done = 0
         self.state: dict[str, Any] = {
-            "data": self.train_set.fingerprint(), "seed": config.seed, "per_step": self.order.per_step, "tokens": 0,
-            "seconds": 0.0, "loss_sum": 0.0, "loss_steps": 0, "skipped": 0, "best_loss": None, "bad_evaluations": 0,
+            "settings": self._settings(), "steps": self.steps, "tokens": 0, "seconds": 0.0, "loss_sum": 0.0,
+            "loss_steps": 0, "skipped": 0, "eval_loss": None, "best_loss": None, "bad_evaluations": 0,
         }  # fmt: skip
         keep = (config.keep_last + 1) * checkpoint_bytes(self.parameters)
         require_disk_space(out, keep, f"{config.keep_last} checkpoints and the adapter")
-        self.checkpoints = out / "checkpoints"
+        if not (resume and self._resume()):
+            torch.manual_seed(config.seed)  # dropout
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if recipe is not None:
             with atomic_file(out / "recipe.yaml") as temporary:
                 temporary.write_text(recipe, encoding="utf-8")
-        if resume:
-            self._resume()
         self.board = _tensorboard(out)
 
     def run(self) -> dict[str, Any]:
         config, state = self.config, self.state
         self._start()
         started, before = time.monotonic(), state["seconds"]
-        bad_steps, eval_loss, stopped = 0, None, False
+        bad_steps, stopped = 0, self._stopped()
         say = _Progress(self.progress, self.steps)
         with _training(self.model, config.gradient_checkpointing), _stop_signals() as stop:
             while self.done < self.steps and not stopped:
@@ -149,8 +158,10 @@ class _Run:
                     bad_steps += 1
                     state["skipped"] += 1
                 if self._evaluation_due():
-                    eval_loss = row["eval_loss"] = self._evaluate()
-                    stopped = self._keep_best(eval_loss)
+                    state["eval_loss"] = self._evaluate()
+                    row["eval_loss"] = _number(state["eval_loss"])
+                    self._keep_best(state["eval_loss"])
+                    stopped = self._stopped()
                 self._log(row)
                 say.step(self.done, row)
                 if bad_steps == NAN_LIMIT:
@@ -167,7 +178,7 @@ class _Run:
         self._checkpoint()
         if config.early_stopping is not None and (best := newest_checkpoint(self.checkpoints / "best")) is not None:
             restore(best[1], self.parameters, self.optimizer)
-            eval_loss = best[0]["best_loss"]
+            state["eval_loss"] = best[0]["best_loss"]
         adapter = save_adapter(self.model, self.out / "adapter", self.name, replace=True)
         if self.board is not None:
             self.board.close()
@@ -176,7 +187,7 @@ class _Run:
             "adapter": str(adapter),
             "steps": self.done,
             "train_loss": state["loss_sum"] / max(1, state["loss_steps"]),
-            "eval_loss": eval_loss,
+            "eval_loss": state["eval_loss"],
             "tokens_per_second": state["tokens"] / max(1e-9, state["seconds"]),
             "peak_bytes": peak_bytes(),
             "seconds": state["seconds"],
@@ -205,12 +216,14 @@ class _Run:
             part = batch_loss(self.model, batch, items)
             part.backward()  # type: ignore[no-untyped-call]
             loss += float(part.detach())
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if not gradients:
+        without = [name for name, p in self.parameters.items() if p.grad is None]
+        if without:
             raise VeneerError(
-                "no adapter weight received a gradient", hint="this is a fault of the model's code or of ours"
+                f"{len(without)} of {len(self.parameters)} adapter weights received no gradient: {', '.join(without[:4])}",
+                hint="the model does not use these layers on such data, or this is a fault of its code or of ours; "
+                "leave them out of lora.targets",
             )
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         finite = math.isfinite(loss) and bool(torch.isfinite(norm))
         if finite:
             if self.config.max_grad_norm is not None:
@@ -218,8 +231,8 @@ class _Run:
             self.optimizer.step()
         return {
             "step": self.done + 1,
-            "loss": loss if math.isfinite(loss) else str(loss),
-            "grad_norm": float(norm) if torch.isfinite(norm) else str(float(norm)),
+            "loss": _number(loss),
+            "grad_norm": _number(float(norm)),
             "learning_rate": lr,
             "tokens": sum(len(sample.input_ids) for sample in samples),
             "supervised_tokens": items,
@@ -241,25 +254,47 @@ class _Run:
         for note in self.notes:
             say.line(f"note: {note}")
 
-    def _resume(self) -> None:
+    def _settings(self) -> dict[str, Any]:
+        """All that changes the numbers of a run, by the name the user knows; equal again after JSON."""
+        lora = adapters(self.model)[self.name].config.model_dump(mode="json", exclude={"init"})
+        train = self.config.model_dump(mode="json", exclude=MAY_CHANGE)
+        layers = [module for module in self.model.modules() if isinstance(module, Nf4Linear)]
+        return {
+            "model": self.model.name_or_path,
+            "quantize": "nf4" if layers else None,
+            "double_quant": layers[0].double_quant if layers else None,
+            "dtype": str(self.model.dtype),
+            "training data (sha256)": self.train_set.fingerprint(),
+            "rows a step": self.order.per_step,
+            **{f"lora.{key}": value for key, value in lora.items()},
+            **{f"train.{key}": value for key, value in train.items()},
+        }
+
+    def _resume(self) -> bool:
+        """Put the newest checkpoint back; False when there is none yet. Nothing on disk changes if it is refused."""
         found = newest_checkpoint(self.checkpoints)
         if found is None:
             self.notes.append("nothing to resume: no checkpoint yet, starting at step 0")
-            return
+            _drop_log_after(self.out / "metrics.jsonl", 0)
+            return False
         state, tensors, problems = found
         self.notes += [f"skipped a damaged checkpoint: {problem}" for problem in problems]
+        saved, current = state.get("settings", {}), self.state["settings"]
         differs = [
-            f"{what}: the checkpoint has {state.get(key)!r}, this run {self.state[key]!r}"
-            for key, what in (("data", "training data (sha256)"), ("seed", "train.seed"), ("per_step", "rows a step"))
-            if state.get(key) != self.state[key]
+            f"{key}: the checkpoint has {saved.get(key)!r}, this run {value!r}"
+            for key, value in current.items()
+            if saved.get(key) != value
         ]
         if differs:
             raise VeneerError(differs, hint="--resume needs the recipe and the data of the first start")
         restore(tensors, self.parameters, self.optimizer)
         self.done = int(state["step"])
-        self.state |= {key: state[key] for key in self.state if key in state}
+        if state["steps"] != self.steps:
+            self.notes.append(f"{self.steps} steps instead of {state['steps']}: the learning rate follows the new end")
+        self.state = {**state, "steps": self.steps}
         _drop_log_after(self.out / "metrics.jsonl", self.done)
         self.notes.append(f"resumed after step {self.done}")
+        return True
 
     def _checkpoint(self) -> None:
         save_checkpoint(self.checkpoints, self.done, self.parameters, self.optimizer, self.state, self.config.keep_last)
@@ -278,16 +313,18 @@ class _Run:
         finally:
             self.model.train()
 
-    def _keep_best(self, loss: float) -> bool:
-        """Remember the best evaluation; True when it is time to stop."""
-        state, patience = self.state, self.config.early_stopping
-        if state["best_loss"] is None or loss < state["best_loss"]:
+    def _keep_best(self, loss: float) -> None:
+        state = self.state
+        if math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"]):
             state["best_loss"], state["bad_evaluations"] = loss, 0
-            if patience is not None:
+            if self.config.early_stopping is not None:
                 save_checkpoint(self.checkpoints / "best", self.done, self.parameters, self.optimizer, state, 1)
         else:
             state["bad_evaluations"] += 1
-        return patience is not None and state["bad_evaluations"] >= patience
+
+    def _stopped(self) -> bool:
+        patience = self.config.early_stopping
+        return patience is not None and self.state["bad_evaluations"] >= patience
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.done % self.config.log_every and self.done != self.steps and row["applied"] and "eval_loss" not in row:
@@ -306,17 +343,19 @@ def prepare_data(data: Any, config: DataConfig, tokenizer: Any, seed: int) -> tu
     """Rows read, split and encoded: (train, held out, notes for the user)."""
     how: dict[str, Any] = {"format": config.format, "columns": config.columns, "strict": config.strict}
     found = read_rows(config.train if data is None else data, limit=config.limit, **how)
-    notes = _bad_row_notes(found)
-    rows, held = found.rows, None
+    bad, rows, held = found.bad, found.rows, None
     if isinstance(config.eval, float):
         rows, held = split_rows(rows, config.eval, seed)
     elif config.eval is not None:
         other = read_rows(config.eval, **how)
-        notes += _bad_row_notes(other)
-        held = other.rows
-    encode: dict[str, Any] = {"max_length": config.max_length, "loss_on": config.loss_on, "system": config.system}
+        bad, held = bad + other.bad, other.rows
+    encode: dict[str, Any] = {
+        "max_length": config.max_length, "loss_on": config.loss_on, "system": config.system, "strict": config.strict,
+    }  # fmt: skip
     train_set = encode_rows(rows, tokenizer, **encode)
     eval_set = None if held is None else encode_rows(held, tokenizer, **encode)
+    bad = [*bad, *train_set.bad, *(eval_set.bad if eval_set else [])]
+    notes = [f"bad row skipped: {row}" for row in listed(bad)]
     notes += train_set.warnings
     if train_set.truncated:
         notes.append(
@@ -408,23 +447,24 @@ class _Progress:
             return
         self.shown = now
         left = (now - self.started) / max(1, done - self.first) * (self.steps - done)
-        loss = f"{row['loss']:.4f}" if isinstance(row["loss"], float) else row["loss"]
         text = (
-            f"step {done}/{self.steps}  loss {loss}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"step {done}/{self.steps}  loss {_shown(row['loss'])}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
             f"{current_bytes() / 1e9:.1f} GB  {left / 60:.1f} min left"
         )
-        text += f"  held-out loss {row['eval_loss']:.4f}" if "eval_loss" in row else ""
+        text += f"  held-out loss {_shown(row['eval_loss'])}" if "eval_loss" in row else ""
         text += "" if row["applied"] else "  NOT APPLIED: not finite"
         keep = not self.live or "eval_loss" in row or not row["applied"] or done == self.steps
         print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, end="\n" if keep else "", flush=True)
         self.pending = not keep
 
 
-def _bad_row_notes(found: Rows) -> list[str]:
-    notes = [f"bad row skipped: {bad}" for bad in found.bad[:20]]
-    if len(found.bad) > 20:
-        notes.append(f"and {len(found.bad) - 20} more bad rows skipped")
-    return notes
+def _number(value: float) -> float | str:
+    """For JSON, which has no NaN and no Inf."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"
 
 
 def _drop_log_after(path: Path, step: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from veneer.errors import RefusedError, VeneerError
+from veneer.errors import VeneerError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 JSON_LIMIT = 64 << 20  # bytes; no config or index file of any known model is near it
@@ -100,13 +100,13 @@ def require_empty_folder(path: str | Path) -> None:
 
 
 def require_disk_space(path: str | Path, needed: int, what: str) -> None:
-    """Raise RefusedError when the disk that holds `path` has fewer than `needed` bytes free."""
+    """Raise VeneerError when the disk that holds `path` has fewer than `needed` bytes free."""
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise RefusedError(
+        raise VeneerError(
             f"disk too small for {what}: found {free / 1e6:,.0f} MB free at {folder}, expected {needed / 1e6:,.0f} MB",
             hint="free some space or choose an output folder on another disk",
         )

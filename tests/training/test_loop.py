@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from conftest import make_model
 
 import veneer
 from veneer.adapters.attach import adapter_parameters
+from veneer.quant.linear import quantize_model
 from veneer.training import loop
-from veneer.training.checkpoint import newest_checkpoint
+from veneer.training.checkpoint import newest_checkpoint, restore, save_checkpoint
 
 
-def fresh(**config):
+def fresh(quantize=False, **config):
     model = make_model()
+    if quantize:
+        quantize_model(model)
     veneer.attach(model, veneer.LoraConfig(**{"r": 4, **config}), seed=1)
     return model
 
@@ -108,10 +112,83 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, tokenizer, commands):
 
 def test_resume_refuses_other_data_or_ranks(tmp_path, tokenizer, commands):
     run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=2)
-    with pytest.raises(veneer.VeneerError, match="expected"):
-        run(fresh(r=2), tokenizer, commands, tmp_path / "run", max_steps=4, resume=True)
-    with pytest.raises(veneer.VeneerError, match="seed"):
-        run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=4, resume=True, seed=5)
+    model = fresh(r=2, alpha=8, rslora=True, dropout=0.1, targets="attention")
+    model.name_or_path = "another"
+    changed = {"seed": 5, "learning_rate": 0.02, "schedule": "linear", "weight_decay": 0.1, "batch_size": 2}
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(veneer.VeneerError) as caught:
+        veneer.train(
+            model, tokenizer, commands, veneer.TrainConfig(**changed), out=tmp_path / "run", resume=True, recipe="x",
+            progress=False,
+        )  # fmt: skip
+    named = {problem.split(":")[0] for problem in caught.value.problems}
+    lora = {"lora.r", "lora.alpha", "lora.rslora", "lora.dropout", "lora.targets"}
+    assert named == {f"train.{key}" for key in changed if key != "batch_size"} | lora | {"model", "rows a step"}
+    other = tmp_path / "other.jsonl"
+    other.write_text(commands.read_text().replace("lamp 3", "lamp X"))
+    with pytest.raises(veneer.VeneerError, match="training data"):
+        run(fresh(), tokenizer, other, tmp_path / "run", resume=True)
+    with pytest.raises(veneer.VeneerError, match="quantize: the checkpoint has None, this run 'nf4'"):
+        run(fresh(quantize=True), tokenizer, commands, tmp_path / "run", resume=True)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    result = run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=4, resume=True, batch_size=2,
+                 grad_accumulation=2, save_every=1)  # fmt: skip
+    assert result["steps"] == 4 and any("4 steps instead of 2" in note for note in result["notes"])
+
+
+def test_resume_of_a_folder_that_is_no_run_touches_nothing(tmp_path, tokenizer, commands):
+    mine = tmp_path / "mine/adapter/adapter_model.safetensors"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("hours of work")
+    with pytest.raises(veneer.VeneerError, match="not empty"):
+        run(fresh(), tokenizer, commands, tmp_path / "mine", max_steps=1, resume=True)
+    assert mine.read_text() == "hours of work"
+
+
+def test_resume_before_the_first_checkpoint_starts_the_log_again(tmp_path, tokenizer, commands, monkeypatch):
+    original_step = loop._Run._step
+    monkeypatch.setattr(loop._Run, "_step", lambda self: original_step(self) if self.done < 2 else sys.exit())
+    with pytest.raises(SystemExit):
+        run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=4)
+    monkeypatch.setattr(loop._Run, "_step", original_step)
+    run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=4, resume=True)
+    assert [row["step"] for row in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_seed_decides_dropout(tmp_path, tokenizer, commands):
+    weights = []
+    for number in range(2):
+        model = fresh(dropout=0.5)
+        torch.manual_seed(100 + number)
+        run(model, tokenizer, commands, tmp_path / str(number), max_steps=2)
+        weights.append(adapter_parameters(model, "default"))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_gpu_random_state_is_resumed(tmp_path):
+    parameters = {"a": torch.nn.Parameter(torch.zeros(2, device="cuda"))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    save_checkpoint(tmp_path, 1, parameters, optimizer, {}, 1)
+    expected = torch.rand(3, device="cuda")
+    restore(newest_checkpoint(tmp_path)[1], parameters, optimizer)
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_a_later_checkpoint_of_a_run_gone_back_is_removed(tmp_path):
+    parameters = {"a": torch.nn.Parameter(torch.zeros(2))}
+    optimizer = torch.optim.AdamW(parameters.values())
+    for step in (2, 4, 9, 6):
+        save_checkpoint(tmp_path, step, parameters, optimizer, {}, 2)
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"]
+
+
+def test_a_factor_without_a_gradient_stops_the_run(tmp_path, tokenizer, commands):
+    model = fresh()
+    model.model.layers[1].mlp.forward = torch.zeros_like
+    with pytest.raises(veneer.VeneerError, match=r"6 of 28 adapter weights .*layers\.1\.mlp\.gate_proj\.lora_A"):
+        run(model, tokenizer, commands, tmp_path / "run", max_steps=1)
 
 
 def test_nan_is_not_applied_and_three_in_a_row_stop(tmp_path, tokenizer, commands, monkeypatch):
@@ -148,6 +225,32 @@ def test_early_stopping_keeps_the_best(tmp_path, tokenizer, commands, monkeypatc
     assert best[0]["step"] == 4
     for name, value in adapter_parameters(model, "default").items():
         assert torch.equal(value, best[1][f"parameter/{name}"])
+    log = (tmp_path / "run/metrics.jsonl").read_text()
+    again = fresh()
+    resumed = run(again, tokenizer, None, tmp_path / "run", data_config=data, epochs=9, eval_every=2, early_stopping=2,
+                  resume=True)  # fmt: skip
+    assert resumed["stopped_early"] and resumed["steps"] == 8 and resumed["eval_loss"] == 2.0
+    assert (tmp_path / "run/metrics.jsonl").read_text() == log
+    for name, value in adapter_parameters(again, "default").items():
+        assert torch.equal(value, best[1][f"parameter/{name}"])
+
+
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tmp_path, tokenizer, commands, monkeypatch):
+    losses = iter([float("nan"), 3.0, float("-inf"), float("nan")])
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *a: {"loss": next(losses), "tokens": 1})
+    data = veneer.DataConfig(train=str(commands), eval=0.2)
+    result = run(fresh(), tokenizer, None, tmp_path / "run", data_config=data, epochs=9, eval_every=1, early_stopping=2)
+    assert (result["steps"], result["eval_loss"]) == (4, 3.0)
+    assert [row["eval_loss"] for row in lines(tmp_path / "run")] == ["nan", 3.0, "-inf", "nan"]
+
+
+def test_resume_of_a_finished_run_gives_its_held_out_loss(tmp_path, tokenizer, commands):
+    data = veneer.DataConfig(train=str(commands), eval=0.2)
+    first, again = (
+        run(fresh(), tokenizer, None, tmp_path / "run", data_config=data, max_steps=2, resume=resume)
+        for resume in (False, True)
+    )
+    assert again["eval_loss"] == first["eval_loss"] > 0 and again["steps"] == 2
 
 
 def test_bad_starts(tmp_path, tokenizer, commands):
@@ -163,29 +266,34 @@ def test_bad_starts(tmp_path, tokenizer, commands):
 
 def test_a_disk_too_small_is_refused_before_anything_starts(tmp_path, tokenizer, commands, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("U", (), {"free": 1000})())
-    with pytest.raises(veneer.RefusedError, match="disk too small"):
+    with pytest.raises(veneer.VeneerError, match="disk too small") as caught:
         run(fresh(), tokenizer, commands, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_saves_and_exits_130_then_resume_goes_on(tmp_path, tokenizer, commands):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_or_killed_run_goes_on_with_resume(tmp_path, tokenizer, commands, number):
     folder = veneer.save_model(make_model(), tokenizer, tmp_path / "model")
     recipe = tmp_path / "r.yaml"
     out = tmp_path / "run"
     recipe.write_text(
-        f"model: {folder}\nlora: {{r: 4}}\ndata: {{train: {commands}}}\ntrain: {{epochs: 400, batch_size: 1, out: {out}}}\n"
+        f"model: {folder}\nlora: {{r: 4}}\ndata: {{train: {commands}}}\ntrain: {{epochs: 400, batch_size: 1, save_every: 5, out: {out}}}\n"
     )
     command = [sys.executable, "-m", "veneer.cli", "train", str(recipe)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
-    for line in process.stderr:
-        if line.startswith("step"):
-            break
-    process.send_signal(signal.SIGINT)
+    while not list((out / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(number)
     text = process.stderr.read()
-    assert process.wait(60) == 130 and "--resume" in text and "Traceback" not in text
+    if number == signal.SIGINT:  # saves, and says what to do
+        assert process.wait(60) == 130 and "--resume" in text and "Traceback" not in text
+    else:
+        assert process.wait(60) == -signal.SIGKILL
     stopped = newest_checkpoint(out / "checkpoints")[0]["step"]
     done = subprocess.run(
         [*command, "--resume", "--json", "--set", f"train.max_steps={stopped + 2}"], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}
     )  # fmt: skip
     assert json.loads(done.stdout)["steps"] == stopped + 2, done.stderr
-    assert [row["step"] for row in lines(out)][stopped - 1 :] == [stopped, stopped + 1, stopped + 2]
+    assert f"resumed after step {stopped}" in done.stderr
+    assert [row["step"] for row in lines(out)] == list(range(1, stopped + 3))

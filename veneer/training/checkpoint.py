@@ -32,9 +32,15 @@ def save_checkpoint(
     state: dict[str, Any],
     keep_last: int,
 ) -> Path:
-    """Write checkpoint `step` (steps done) atomically, then remove all but the last `keep_last`."""
+    """Write checkpoint `step` (steps done) atomically, then keep it and the `keep_last` - 1 before it.
+
+    Later ones are removed too: they are of a run that was resumed before them.
+    """
     require_disk_space(folder, checkpoint_bytes(parameters), f"the checkpoint of step {step}")
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
+    device = next(iter(parameters.values())).device
+    if device.type == "cuda":
+        tensors["rng_cuda"] = torch.cuda.get_rng_state(device)
     for name, parameter in parameters.items():
         tensors[f"parameter/{name}"] = parameter
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -43,8 +49,9 @@ def save_checkpoint(
     with atomic_folder(path, replace=True) as temporary:
         write_tensors(temporary / TENSORS, tensors)
         write_json(temporary / STATE, {**state, "step": step, "sha256": sha256(temporary / TENSORS)})
-    for old in sorted(folder.glob("step-*"))[:-keep_last]:
-        shutil.rmtree(old)
+    there = sorted(folder.glob("step-*"))
+    for other in {*there} - {*[p for p in there if p.name <= path.name][-keep_last:]}:
+        shutil.rmtree(other)
     return path
 
 
@@ -66,7 +73,7 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
 
 
 def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors back: factors, moments, step counts, torch's random state.
+    """Put a checkpoint's tensors back: factors, moments, step counts, random states.
 
     Raises:
         VeneerError: the checkpoint is of other layers or ranks; nothing is changed then.
@@ -94,3 +101,6 @@ def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], opt
         if moments:
             optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in moments.items()}
     torch.set_rng_state(tensors["rng"])
+    device = next(iter(parameters.values())).device
+    if "rng_cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["rng_cuda"], device)

@@ -67,6 +67,8 @@ def run_demo(out: str | Path, *, train_rows: int = 2400, test_rows: int = 200) -
     check = evaluate(again, tokenizer, checked, **how)
     unmerged = after["unseen_sentences"]["answers"][:MERGE_ROWS]
     result |= {
+        "rows_before": {name: before[name]["rows"] for name in tests},
+        "rows": {name: after[name]["rows"] for name in tests},
         "exact_match_before": {name: before[name]["exact_match"] for name in tests},
         "exact_match": {name: after[name]["exact_match"] for name in tests},
         "json_match": {name: after[name]["json_match"] for name in tests},
@@ -88,12 +90,16 @@ def run_demo(out: str | Path, *, train_rows: int = 2400, test_rows: int = 200) -
 
 def _report(result: dict[str, Any]) -> None:
     before, after = result["exact_match_before"], result["exact_match"]
-    _say("\nexact match                       before    after")
+    _say("\nexact match                       before              after")
     for name, title in (
         ("unseen_sentences", "new sentences, known templates"),
         ("unseen_templates", "templates never seen"),
     ):
-        _say(f"  {title:30} {100 * before[name]:6.1f}%  {100 * after[name]:6.1f}%")
+        columns = [
+            f"{100 * share[name]:6.1f}% of {rows[name]:3} rows"
+            for share, rows in ((before, result["rows_before"]), (after, result["rows"]))
+        ]
+        _say(f"  {title:30} {'  '.join(columns)}")
     _say(f"trained {result['trainable_parameters']:,} parameters, adapter {result['adapter_bytes'] / 1e6:.1f} MB")
     _say(
         f"training {result['train_seconds']:.0f} s at {result['tokens_per_second']:,.0f} tokens/s, "

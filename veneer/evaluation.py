@@ -30,13 +30,18 @@ def evaluate(
 
     exact_match: share of answers equal to the row's, outer white space ignored.
     json_match: mean share of equal fields over rows whose answer is a JSON object; None without such rows.
+    truncated: conversations longer than `max_length`, which lost the start of their prompt.
+
+    Raises:
+        VeneerError: the chat template refuses a row; lists them all.
     """
-    encoded = encode_rows(rows, tokenizer, max_length=max_length, system=system)
+    encoded = encode_rows(rows, tokenizer, max_length=max_length, system=system, strict=True)
     packing = "attention" in getattr(model, "veneer_parts", ())
     model.eval()
     measured = evaluation_loss(model, encoded.samples, packing, tokenizer)
     result: dict[str, Any] = {
         "rows": len(rows),
+        "truncated": encoded.truncated,
         "loss": measured["loss"],
         "perplexity": math.exp(min(measured["loss"], 700)),
         "supervised_tokens": int(measured["tokens"]),

@@ -237,7 +237,7 @@ BAD_INPUTS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "change", "words"), BAD_INPUTS, ids=lambda value: str(value) if value else "")
+@pytest.mark.parametrize(("arguments", "change", "words"), BAD_INPUTS, ids=[f"{a[0]}: {w}" for a, _, w in BAD_INPUTS])
 def test_bad_input_is_one_message(main, arguments, change, words):
     change()
     code, out, err = main(*arguments)

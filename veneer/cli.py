@@ -206,7 +206,9 @@ def merge(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="An adapter folder, a model folder, a .gguf file, or smollm2.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="An adapter folder, a model folder, a .gguf file, or smollm2.")
+    ],
     as_json: Json = False,
 ) -> None:
     """What an adapter or a model is."""

@@ -116,7 +116,9 @@ def test_keys_of_a_config_never_reach_code(folder):
 def test_a_common_generation_config_is_kept(folder, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
     model, tokenizer = veneer.load(folder)
+    model.generation_config.max_new_tokens = 7  # once changed, transformers' own saving refuses it
     again, _ = veneer.load(veneer.save_model(model, tokenizer, tmp_path / "again"))
+    assert again.generation_config.max_new_tokens == 7
     assert again.generation_config.temperature == 0.6 and again.generation_config.do_sample is False
 
 

@@ -264,7 +264,8 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if generation.is_file():
         values = read_json(generation)
         try:
-            model.generation_config = GenerationConfig.from_dict(values)
+            with _quiet():
+                model.generation_config = GenerationConfig.from_dict(values)
         except Exception as error:
             raise VeneerError(f"{generation}: transformers cannot read it: {_in_a_line(error)}") from error
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -418,11 +419,12 @@ class _quiet(warnings.catch_warnings):
     def __enter__(self) -> None:  # type: ignore[override]
         super().__enter__()
         warnings.simplefilter("ignore")
-        self.level = transformers.logging.get_verbosity()
+        self.level, self.bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
 
     def __exit__(self, *args: Any) -> None:
         transformers.logging.set_verbosity(self.level)
-        transformers.logging.enable_progress_bar()
+        if self.bars:
+            transformers.logging.enable_progress_bar()
         super().__exit__(*args)

@@ -1,9 +1,13 @@
 import pytest
 import torch
 from conftest import make_model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import veneer
+from veneer.adapters.attach import adapter_parameters
+from veneer.models.fuse import fuse
 from veneer.training.data import IGNORED, Sample
-from veneer.training.loop import batch_loss
+from veneer.training.loop import batch_loss, batches
 from veneer.training.packing import Order, collate_packed, collate_padded, pack
 
 
@@ -57,6 +61,23 @@ def test_packed_samples_do_not_see_each_other():
         a, b = (model(**{k: v for k, v in collate_packed(r).items() if k != "labels"}).logits for r in (rows, changed))
     assert a.shape[1] % 64 == 0
     assert torch.equal(a[:, cut:], b[:, cut:]) and not torch.equal(a[:, :cut], b[:, :cut])
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_samples_in_the_batches_of_training_do_not_see_each_other(family, tokenizer):
+    model = make_model()
+    if family == "qwen3":
+        config = {**model.config.to_dict(), "architectures": None, "head_dim": 16}
+        model = Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in config.items() if k != "model_type"})).eval()
+        fuse(model)
+    veneer.attach(model, veneer.LoraConfig(r=4), seed=0)
+    for name, factor in adapter_parameters(model, "default").items():
+        torch.nn.init.normal_(factor, std=0.1 if "lora_B" in name else 1.0)
+    rows = samples(12)
+    together = list(batches(rows, True, tokenizer, 128, torch.device("cpu")))
+    assert 1 < len(together) < len(rows)
+    alone = sum(float(batch_loss(model, collate_padded([row], 256), 1)) for row in rows)
+    assert sum(float(batch_loss(model, batch, 1)) for batch in together) == pytest.approx(alone, rel=1e-5)
 
 
 def test_eos_that_is_also_padding_is_still_learned():

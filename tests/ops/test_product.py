@@ -4,7 +4,22 @@ import torch
 from veneer.ops import native, products, reference
 from veneer.quant.nf4 import Nf4Tensor
 
-SIZES = [(1, 1, 2), (1, 48, 96), (5, 16, 64), (7, 63, 130), (65, 200, 96), (130, 64, 66), (3, 50, 4162)]
+SIZES = [
+    (1, 1, 2),
+    (1, 33, 384),
+    (2, 7, 128),
+    (3, 9, 192),
+    (1, 5, 64),
+    (4, 5, 640),
+    (11, 9, 256),
+    (12, 66, 128),
+    (1, 48, 96),
+    (5, 16, 64),
+    (7, 63, 130),
+    (65, 200, 96),
+    (130, 64, 66),
+    (3, 50, 4162),
+]
 
 
 def operands(m, n, depth, kind, by_row):
@@ -42,6 +57,15 @@ def test_terms_bias_and_residual_are_summed_before_rounding(isa, nan_empties):
     terms = [(a, w, True), (b, v, False), (c, u, True)]
     dense = [*terms[:2], (c, u.dequantize(torch.bfloat16), True)]
     close(native.product(terms, bias, residual), reference.product(dense, bias, residual))
+
+
+@pytest.mark.parametrize("m", [1, 3, 8])
+@pytest.mark.parametrize("depth", [96, 256])
+def test_few_rows_take_terms_bias_and_residual(isa, nan_empties, m, depth):
+    (a, w), (b, v) = operands(m, 70, depth, "nf4-dq", True), operands(m, 70, 16, "bf16", True)
+    bias, residual = torch.randn(70).bfloat16(), torch.randn(m, 90).bfloat16()[:, 20:]
+    found = native.product([(a, w, True), (b, v, True)], bias, residual)
+    close(found, reference.product([(a, w.dequantize(torch.bfloat16), True), (b, v, True)], bias, residual))
 
 
 @pytest.mark.parametrize("columns", [True, False])

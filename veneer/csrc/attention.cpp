@@ -12,9 +12,9 @@
 
 namespace {
 
-constexpr int kBlock = 64;  // queries, and keys, that are worked on together
+constexpr int64_t kBlock = kPanel;  // queries, and keys, that are worked on together
 #if defined(__AVX512F__)
-constexpr int kRows = 4, kColumns = 4;  // of one tile of accumulators, in rows and vectors
+constexpr int kRows = 4, kColumns = 4;  // of one tile of accumulators, in rows and vectors; 64 rows divide by 4
 #elif defined(__AVX2__)
 constexpr int kRows = 4, kColumns = 2;
 #else
@@ -87,41 +87,26 @@ inline void Rotated(const Layout& l, const uint16_t* from, int64_t token, uint16
   for (int64_t d = 0; d < l.width; d += kWidth) StoreBFloat16(to + d, Load(x + d));
 }
 
-// rows (count, width) bf16 -> [width / 2][64] pairs along the width, a row a column; missing rows are zero.
-inline void PackColumns(const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint32_t* to) {
-  for (int64_t i = 0; i < kBlock; ++i)
-    for (int64_t d = 0; d < width / 2; ++d) {
-      uint32_t pair = 0;
-      if (i < count) std::memcpy(&pair, rows + i * stride + 2 * d, 4);
-      to[d * kBlock + i] = pair;
-    }
-}
-
 // rows (count, width) bf16 -> [32][width] pairs of two rows; missing rows are zero.
 inline void PackPairs(const uint16_t* rows, int64_t stride, int64_t count, int64_t width, uint32_t* to) {
   for (int64_t i = 0; i < kBlock; i += 2) {
-    const uint16_t *low = rows + i * stride, *high = low + stride;
     uint32_t* out = to + i / 2 * width;
-    if (i + 1 < count)
-      for (int64_t d = 0; d < width; ++d) out[d] = low[d] | static_cast<uint32_t>(high[d]) << 16;
-    else
-      for (int64_t d = 0; d < width; ++d) out[d] = i < count ? low[d] : 0;
-  }
-}
-
-// rows (count, width) bf16 -> [width][pairs] pairs of two rows, one column after the other; missing rows are zero.
-inline void PackTransposed(const uint16_t* rows, int64_t stride, int64_t count, int64_t width, int64_t pairs,
-                           uint32_t* to) {
-  for (int64_t i = 0; i < 2 * pairs; i += 2) {
+    if (i >= count) {
+      std::memset(out, 0, width * 4);
+      continue;
+    }
     const uint16_t *low = rows + i * stride, *high = low + stride;
-    for (int64_t d = 0; d < width; ++d)
-      to[d * pairs + i / 2] = (i < count ? low[d] : 0) | (i + 1 < count ? static_cast<uint32_t>(high[d]) << 16 : 0);
+    for (int64_t d = 0; d < width; d += kWidth) {
+      Bits pair = __builtin_convertvector(LoadAs<Halves>(low + d), Bits);
+      if (i + 1 < count) pair |= __builtin_convertvector(LoadAs<Halves>(high + d), Bits) << 16;
+      std::memcpy(out + d, &pair, sizeof pair);
+    }
   }
 }
 
 // Two fp32 rows of 64 -> one row of 64 pairs, rounded.
 inline void RoundPairs(const float* low, const float* high, uint32_t* to) {
-  for (int j = 0; j < kBlock; j += kWidth) {
+  for (int64_t j = 0; j < kBlock; j += kWidth) {
     Bits pair = RoundBFloat16(Load(low + j)) | RoundBFloat16(Load(high + j)) << 16;
     std::memcpy(to + j, &pair, sizeof pair);
   }
@@ -139,7 +124,7 @@ inline int64_t Blocks(int64_t length) { return (length + kBlock - 1) / kBlock; }
 void ForwardHead(const Layout& l, const Task& t, int64_t first_head, int64_t heads, const uint16_t* q, int64_t sq,
                  const uint16_t* k, int64_t sk, const uint16_t* v, int64_t sv, uint16_t* o, float* lse, int64_t tokens) {
   const int64_t width = l.width, blocks = Blocks(t.length), padded = blocks * kBlock;
-  scratch.Reserve(padded * width * 4 + kBlock * width * 12 + kBlock * kBlock * 8 + 4096);
+  scratch.Reserve(padded * width * 4 + kBlock * width * 14 + kBlock * kBlock * 8 + 4096);
   uint16_t* keys = scratch.Take<uint16_t>(padded * width);               // rotated rows
   uint32_t* values = scratch.Take<uint32_t>(padded / 2 * width);         // a block: [width][32] pairs of keys
   uint16_t* rows = scratch.Take<uint16_t>(kBlock * width);
@@ -147,19 +132,21 @@ void ForwardHead(const Layout& l, const Task& t, int64_t first_head, int64_t hea
   float* score = scratch.Take<float>(kBlock * kBlock);
   uint32_t* weight = scratch.Take<uint32_t>(kBlock / 2 * kBlock);
   float* sum = scratch.Take<float>(width * kBlock);
+  uint32_t* pairs = scratch.Take<uint32_t>(kBlock / 2 * width);
   const int64_t kv_head = first_head / (l.heads / l.kv_heads);
   for (int64_t i = 0; i < t.length; ++i)
     Rotated(l, k + (t.start + i) * sk + kv_head * width, t.start + i, keys + i * width);
-  for (int64_t b = 0; b < blocks; ++b)
-    PackTransposed(v + (t.start + b * kBlock) * sv + kv_head * width, sv, t.length - b * kBlock, width, kBlock / 2,
-                   values + b * kBlock / 2 * width);
+  for (int64_t b = 0; b < blocks; ++b) {
+    PackPairs(v + (t.start + b * kBlock) * sv + kv_head * width, sv, t.length - b * kBlock, width, pairs);
+    TurnAll(pairs, width, kBlock / 2, width, values + b * kBlock / 2 * width, kBlock / 2);
+  }
   const Vec scale = Set(l.scale);
   for (int64_t head = first_head; head < first_head + heads; ++head)
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t first = b * kBlock, count = t.length - first < kBlock ? t.length - first : kBlock;
       for (int64_t i = 0; i < count; ++i)
         Rotated(l, q + (t.start + first + i) * sq + head * width, t.start + first + i, rows + i * width);
-      PackColumns(rows, width, count, width, queries);
+      PackByRow(rows, width, count, width, queries);
       Vec top[kBlock / kWidth], total[kBlock / kWidth];
       for (int j = 0; j < kBlock / kWidth; ++j) top[j] = Set(-1e30f), total[j] = Vec{};
       for (int64_t c = 0; c <= b; ++c) {
@@ -197,14 +184,14 @@ void ForwardHead(const Layout& l, const Task& t, int64_t first_head, int64_t hea
         const Vec inverse = Set(1.f) / total[j];
         for (int64_t d = 0; d < width; ++d)
           Store(sum + d * kBlock + j * kWidth, Load(sum + d * kBlock + j * kWidth) * inverse);
-        for (int lane = 0; lane < kWidth; ++lane) {
-          const int64_t i = j * kWidth + lane;
-          if (i >= count) break;
-          lse[head * tokens + t.start + first + i] = top[j][lane] + std::log(total[j][lane]);
-          uint16_t* out = o + ((t.start + first + i) * l.heads + head) * width;
-          for (int64_t d = 0; d < width; ++d) out[d] = ToBFloat16(sum[d * kBlock + i]);
-        }
+        for (int64_t i = j * kWidth; i < (j + 1) * kWidth && i < count; ++i)
+          lse[head * tokens + t.start + first + i] = top[j][i % kWidth] + std::log(total[j][i % kWidth]);
       }
+      for (int64_t d = 0; d < width; d += 2)
+        RoundPairs(sum + d * kBlock, sum + (d + 1) * kBlock, queries + d / 2 * kBlock);
+      TurnAll(queries, kBlock, width / 2, kBlock, reinterpret_cast<uint32_t*>(rows), width / 2);
+      for (int64_t i = 0; i < count; ++i)
+        std::memcpy(o + ((t.start + first + i) * l.heads + head) * width, rows + i * width, width * 2);
     }
 }
 
@@ -226,11 +213,12 @@ void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t h
                    float* dv_part) {
   const int64_t width = l.width, blocks = Blocks(t.length), padded = blocks * kBlock, pairs = padded * width / 2;
   const int64_t kv_head = first_head / (l.heads / l.kv_heads);
-  scratch.Reserve(heads * (pairs * 4 * 4 + padded * width * 4 + padded * 8 + 8192) + kBlock * width * 24 +
-                  kBlock * kBlock * 24 + heads * sizeof(BackwardHead) + 8192);
+  scratch.Reserve(heads * (pairs * 4 * 4 + padded * width * 4 + padded * 8 + 8192) + kBlock * width * 28 +
+                  kBlock * kBlock * 24 + heads * sizeof(BackwardHead) + 16384);
   BackwardHead* packed = scratch.Take<BackwardHead>(heads);
   uint16_t* rows = scratch.Take<uint16_t>(kBlock * width);
   uint32_t* keys_t = scratch.Take<uint32_t>(width * kBlock / 2);
+  uint32_t* pairs_of_keys = scratch.Take<uint32_t>(width * kBlock / 2);
   float* score = scratch.Take<float>(kBlock * kBlock);
   float* dscore = scratch.Take<float>(kBlock * kBlock);
   uint16_t* p_rows = scratch.Take<uint16_t>(kBlock * kBlock);
@@ -254,10 +242,10 @@ void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t h
       const int64_t at = b * kBlock / 2 * width;
       for (int64_t i = 0; i < count; ++i)
         Rotated(l, q + (t.start + first + i) * sq + head * width, t.start + first + i, rows + i * width);
-      PackColumns(rows, width, count, width, p.q_columns + at);
+      PackByRow(rows, width, count, width, p.q_columns + at);
       PackPairs(rows, width, count, width, p.q_pairs + at);
       const uint16_t* grad = d_o + ((t.start + first) * l.heads + head) * width;
-      PackColumns(grad, l.heads * width, count, width, p.do_columns + at);
+      PackByRow(grad, l.heads * width, count, width, p.do_columns + at);
       PackPairs(grad, l.heads * width, count, width, p.do_pairs + at);
       for (int64_t i = 0; i < kBlock; ++i) {
         p.lse[first + i] = 1e30f;  // a query that is not there: every weight becomes 0
@@ -273,12 +261,15 @@ void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t h
     }
   }
   const Vec scale = Set(l.scale);
+  Ints lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
   for (int64_t c = 0; c < blocks; ++c) {
     const int64_t first = c * kBlock, live = t.length - first < kBlock ? t.length - first : kBlock;
     const int64_t even = live + live % 2;
     for (int64_t i = 0; i < live; ++i)
       Rotated(l, k + (t.start + first + i) * sk + kv_head * width, t.start + first + i, rows + i * width);
-    PackTransposed(rows, width, live, width, kBlock / 2, keys_t);
+    PackPairs(rows, width, live, width, pairs_of_keys);
+    TurnAll(pairs_of_keys, width, kBlock / 2, width, keys_t, kBlock / 2);
     const uint16_t* values = v + (t.start + first) * sv + kv_head * width;
     for (int64_t h = 0; h < heads; ++h) {
       const BackwardHead& p = packed[h];
@@ -287,14 +278,9 @@ void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t h
         Product(live, kBlock, width / 2, rows, width / 2, p.q_columns + at, kBlock, score, kBlock, false);
         Product(live, kBlock, width / 2, values, sv / 2, p.do_columns + at, kBlock, dscore, kBlock, false);
         for (int64_t i = 0; i < live; ++i)
-          for (int j = 0; j < kBlock; j += kWidth) {
+          for (int32_t j = 0; j < kBlock; j += kWidth) {
             Vec weight = Exp(Load(score + i * kBlock + j) * scale - Load(p.lse + b * kBlock + j));
-            if (b == c && i > j) {  // the diagonal: key i is seen by queries from i on
-              float lane[kWidth];
-              Store(lane, weight);
-              for (int64_t n = j; n < i && n < j + kWidth; ++n) lane[n - j] = 0.f;
-              weight = Load(lane);
-            }
+            if (b == c) weight = lanes + j < static_cast<int32_t>(i) ? Vec{} : weight;  // key i: queries from i on
             Vec ds = weight * (Load(dscore + i * kBlock + j) - Load(p.delta + b * kBlock + j)) * scale;
             StoreBFloat16(p_rows + i * kBlock + j, weight);
             StoreBFloat16(ds_rows + i * kBlock + j, ds);
@@ -323,14 +309,17 @@ void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t h
       }
     }
   }
-  float x[512];
+  float* turned = dk_sum;  // no longer needed for its own
   for (int64_t h = 0; h < heads; ++h)
-    for (int64_t i = 0; i < t.length; ++i) {
-      const float* from = packed[h].dq + i / kBlock * kBlock * width + i % kBlock;
-      for (int64_t d = 0; d < width; ++d) x[d] = from[d * kBlock];
-      if (l.rotary) Rotate(l, t.start + i, -1.f, x);
-      uint16_t* to = out.q + (t.start + i) * out.sq + (first_head + h) * width;
-      for (int64_t d = 0; d < width; d += kWidth) StoreBFloat16(to + d, Load(x + d));
+    for (int64_t first = 0; first < t.length; first += kBlock) {
+      TurnAll(reinterpret_cast<const uint32_t*>(packed[h].dq + first * width), kBlock, width, kBlock,
+              reinterpret_cast<uint32_t*>(turned), width);
+      for (int64_t i = 0; i < kBlock && first + i < t.length; ++i) {
+        const int64_t token = t.start + first + i;
+        if (l.rotary) Rotate(l, token, -1.f, turned + i * width);
+        uint16_t* to = out.q + token * out.sq + (first_head + h) * width;
+        for (int64_t d = 0; d < width; d += kWidth) StoreBFloat16(to + d, Load(turned + i * width + d));
+      }
     }
 }
 

@@ -17,10 +17,10 @@ struct Nf4 {
   const float* nested;
   const float* dynamic_map;
   const float* code;
-  float offset;
+  const float* offset;
 
   float Scale(int64_t block) const {
-    return nested ? dynamic_map[absmax_code[block]] * nested[block / kNestedBlock] + offset : absmax[block];
+    return nested ? dynamic_map[absmax_code[block]] * nested[block / kNestedBlock] + *offset : absmax[block];
   }
 };
 

@@ -15,7 +15,6 @@ constexpr int kRows = 4, kColumns = 2;
 #else
 constexpr int kRows = 2, kColumns = 2;
 #endif
-constexpr int64_t kPanel = 64;        // columns of a panel
 constexpr int64_t kMaxDepth = 4096;   // of what is packed at once: 512 KiB, half of a usual second-level cache
 constexpr int64_t kTaskRows = 1024;   // rows that share one packing of a panel
 constexpr int kMaxTerms = 16;
@@ -38,32 +37,6 @@ struct Slice {  // of one term: what is in the packed panel
   int64_t lda, depth;  // in pairs
 };
 
-template <int R, int C, bool kFirst, bool kLast, class Finish>
-inline void Tile(const Slice* slices, int count, int64_t row, const uint32_t* b, float* part, const Finish& finish) {
-  Vec sum[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) sum[r][j] = kFirst ? Vec{} : Load(part + r * kPanel + j * kWidth);
-  for (int s = 0; s < count; ++s) {
-    const int64_t lda = slices[s].lda, depth = slices[s].depth;
-    const uint32_t* a = slices[s].a + row * lda;
-    for (int64_t k = 0; k < depth; ++k, b += kPanel) {
-      Pair right[C];
-      for (int j = 0; j < C; ++j) right[j] = Split(LoadAs<Bits>(b + j * kWidth));
-      for (int r = 0; r < R; ++r) {
-        const Pair left = Split(Bits{} + a[r * lda + k]);
-        for (int j = 0; j < C; ++j) sum[r][j] = Dot2(sum[r][j], left, right[j]);
-      }
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) {
-      if (kLast)
-        finish(row + r, j * kWidth, sum[r][j]);
-      else
-        Store(part + r * kPanel + j * kWidth, sum[r][j]);
-    }
-}
-
 // Where finished sums go: bias and residual added, rounded, stored; columns beyond `live` are not there.
 struct Output {
   uint16_t* y;
@@ -71,105 +44,96 @@ struct Output {
   const uint16_t *bias, *residual;
   int64_t ldr, live;
 
-  void operator()(int64_t row, int64_t column, Vec sum) const {
-    if (column + kWidth <= live) {
-      if (bias) sum += LoadBFloat16(bias + column);
-      if (residual) sum += LoadBFloat16(residual + row * ldr + column);
-      StoreBFloat16(y + row * ldy + column, sum);
-      return;
-    }
-    for (int lane = 0; column + lane < live; ++lane) {
-      float value = sum[lane];
-      if (bias) value += FromBFloat16(bias[column + lane]);
-      if (residual) value += FromBFloat16(residual[row * ldr + column + lane]);
-      y[row * ldy + column + lane] = ToBFloat16(value);
-    }
-  }
   Output At(int64_t shift) const {
     return {y + shift, ldy, bias ? bias + shift : nullptr, residual ? residual + shift : nullptr, ldr, live - shift};
   }
+  void Some(int64_t row, int64_t columns, const float* sum) const {
+    for (int64_t j = 0; j < columns && j < live; ++j) {
+      float value = sum[j];
+      if (bias) value += FromBFloat16(bias[j]);
+      if (residual) value += FromBFloat16(residual[row * ldr + j]);
+      y[row * ldy + j] = ToBFloat16(value);
+    }
+  }
 };
 
-template <int R, bool kFirst, bool kLast, class Finish>
-inline void Across(const Slice* slices, int count, int64_t row, const uint32_t* b, float* part, int64_t live,
-                   const Finish& finish) {
-  int64_t j = 0;
-  for (; j < kPanel && j + (kColumns - 1) * kWidth < live; j += kColumns * kWidth)
-    Tile<R, kColumns, kFirst, kLast>(slices, count, row, b + j, part + j, finish.At(j));
-  for (; j < live; j += kWidth) Tile<R, 1, kFirst, kLast>(slices, count, row, b + j, part + j, finish.At(j));
+// kFirst: the sums start at zero, else in `part`; kLast: they go to `out`, else to `part`. All loops over the
+// accumulators are unrolled: they live in registers only if every index is known.
+template <int R, int C, bool kFirst, bool kLast>
+inline void Tile(const Slice* slices, int count, int64_t row, const uint32_t* b, float* part, const Output& out) {
+  Vec sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) sum[r][j] = kFirst ? Vec{} : Load(part + r * kPanel + j * kWidth);
+  for (int s = 0; s < count; ++s) {
+    const int64_t lda = slices[s].lda, depth = slices[s].depth;
+    const uint32_t* a = slices[s].a + row * lda;
+    for (int64_t k = 0; k < depth; ++k, b += kPanel) {
+      Pair right[C];
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) right[j] = Split(LoadAs<Bits>(b + j * kWidth));
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Pair left = Split(Bits{} + a[r * lda + k]);
+#pragma GCC unroll 8
+        for (int j = 0; j < C; ++j) sum[r][j] = Dot2(sum[r][j], left, right[j]);
+      }
+    }
+  }
+  if (!kLast || out.live < C * kWidth) {
+    float some[R][C * kWidth];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) Store(kLast ? some[r] + j * kWidth : part + r * kPanel + j * kWidth, sum[r][j]);
+    if (kLast)
+      for (int r = 0; r < R; ++r) out.Some(row + r, C * kWidth, some[r]);
+    return;
+  }
+  if (out.bias)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) {
+      const Vec bias = LoadBFloat16(out.bias + j * kWidth);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][j] += bias;
+    }
+  if (out.residual)
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) sum[r][j] += LoadBFloat16(out.residual + (row + r) * out.ldr + j * kWidth);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) StoreBFloat16(out.y + (row + r) * out.ldy + j * kWidth, sum[r][j]);
 }
 
-template <bool kFirst, bool kLast, class Finish>
-void Down(const Slice* slices, int count, int64_t from, int64_t to, const uint32_t* b, float* part, int64_t live,
-          const Finish& finish) {
+template <int R, bool kFirst, bool kLast>
+inline void Across(const Slice* slices, int count, int64_t row, const uint32_t* b, float* part, const Output& out) {
+  int64_t j = 0;
+  for (; j < kPanel && j + (kColumns - 1) * kWidth < out.live; j += kColumns * kWidth)
+    Tile<R, kColumns, kFirst, kLast>(slices, count, row, b + j, part + j, out.At(j));
+  for (; j < kPanel && j < out.live; j += kWidth)
+    Tile<R, 1, kFirst, kLast>(slices, count, row, b + j, part + j, out.At(j));
+}
+
+// The rows that are left after the full tiles: one tile of just so many.
+template <int R, bool kFirst, bool kLast>
+inline void Rest(int64_t rows, const Slice* slices, int count, int64_t row, const uint32_t* b, float* part,
+                 const Output& out) {
+  if constexpr (R > 0) {
+    if (rows == R) return Across<R, kFirst, kLast>(slices, count, row, b, part, out);
+    Rest<R - 1, kFirst, kLast>(rows, slices, count, row, b, part, out);
+  }
+}
+
+template <bool kFirst, bool kLast>
+void Down(const Slice* slices, int count, int64_t from, int64_t to, const uint32_t* b, float* part, const Output& out) {
   int64_t row = from;
   for (; row + kRows <= to; row += kRows)
-    Across<kRows, kFirst, kLast>(slices, count, row, b, part + (row - from) * kPanel, live, finish);
-  if (row + kRows / 2 <= to) {
-    Across<kRows / 2, kFirst, kLast>(slices, count, row, b, part + (row - from) * kPanel, live, finish);
-    row += kRows / 2;
-  }
-  for (; row < to; ++row) Across<1, kFirst, kLast>(slices, count, row, b, part + (row - from) * kPanel, live, finish);
-}
-
-// 16 x 16 blocks of 32-bit pairs, turned: to[d][i] = from[i][d].
-inline void TurnPairs(const uint16_t* from, int64_t stride, uint32_t* to) {
-#if defined(__AVX512F__)
-  __m512i r[16], s[16];
-  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
-  for (int i = 0; i < 16; i += 2) {
-    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    _mm512_storeu_si512(to + i * kPanel, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
-    _mm512_storeu_si512(to + (i + 8) * kPanel, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
-    _mm512_storeu_si512(to + (i + 4) * kPanel, _mm512_shuffle_i32x4(s[i + 4], s[i + 12], 0x88));
-    _mm512_storeu_si512(to + (i + 12) * kPanel, _mm512_shuffle_i32x4(s[i + 4], s[i + 12], 0xdd));
-  }
-#else
-  for (int i = 0; i < 16; ++i)
-    for (int d = 0; d < 16; ++d) std::memcpy(to + d * kPanel + i, from + i * stride + 2 * d, 4);
-#endif
-}
-
-// rows (count <= 64, depth) -> [depth / 2][64]; columns that are not there are zero.
-void PackByRow(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth, uint32_t* to) {
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    int64_t d = 0;
-    for (; d + 16 <= depth / 2; d += 16) TurnPairs(rows + i * stride + 2 * d, stride, to + d * kPanel + i);
-    for (; d < depth / 2; ++d)
-      for (int64_t r = i; r < i + 16; ++r) std::memcpy(to + d * kPanel + r, rows + r * stride + 2 * d, 4);
-  }
-  for (; i < kPanel; ++i)
-    for (int64_t d = 0; d < depth / 2; ++d) {
-      to[d * kPanel + i] = 0;
-      if (i < count) std::memcpy(to + d * kPanel + i, rows + i * stride + 2 * d, 4);
-    }
-}
-
-// Two rows of `count` <= 64 -> 64 pairs.
-inline void PackPair(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* to) {
-  int64_t j = 0;
-  for (; j + kWidth <= count; j += kWidth) {
-    const Bits pair = __builtin_convertvector(LoadAs<Halves>(low + j), Bits) |
-                      __builtin_convertvector(LoadAs<Halves>(high + j), Bits) << 16;
-    std::memcpy(to + j, &pair, sizeof pair);
-  }
-  for (; j < kPanel; ++j) to[j] = j < count ? low[j] | static_cast<uint32_t>(high[j]) << 16 : 0;
+    Across<kRows, kFirst, kLast>(slices, count, row, b, part + (row - from) * kPanel, out);
+  Rest<kRows - 1, kFirst, kLast>(to - row, slices, count, row, b, part + (row - from) * kPanel, out);
 }
 
 // Columns [column, column + live) of depth [from, to) of a term's weight, packed; `rows`: room for 64 decoded rows.
@@ -187,17 +151,8 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
       const int64_t count = live - i < 16 ? live - i : 16;
       for (int64_t r = 0; r < count; ++r)
         Decode<kBFloat16>(*t.nf4, (column + i + r) * t.ldw + from, depth, rows + r * depth);
-      if (count == 16)
-        for (int64_t d = 0; d < depth / 2; d += 16) {
-          if (d + 16 <= depth / 2)
-            TurnPairs(rows + 2 * d, depth, b + d * kPanel + i);
-          else
-            for (int64_t e = d; e < depth / 2; ++e)
-              for (int64_t r = 0; r < 16; ++r) std::memcpy(b + e * kPanel + i + r, rows + r * depth + 2 * e, 4);
-        }
-      else
-        for (int64_t d = 0; d < depth / 2; ++d)
-          for (int64_t r = 0; r < count; ++r) std::memcpy(b + d * kPanel + i + r, rows + r * depth + 2 * d, 4);
+      const uint32_t* pairs = reinterpret_cast<const uint32_t*>(rows);
+      TurnAll(pairs, depth / 2, count, depth / 2, b + i, kPanel);
     }
     for (int64_t d = 0; d < depth / 2; ++d)
       for (int64_t i = live; i < kPanel; ++i) b[d * kPanel + i] = 0;
@@ -217,8 +172,7 @@ struct Terms {
 };
 
 // One panel of columns for rows [from, to).
-template <class Finish>
-void Panel(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t to, const Finish& finish) {
+void Panel(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t to, const Output& out) {
   const int64_t deepest = sum.depth < kMaxDepth ? sum.depth : kMaxDepth;
   scratch.Reserve(deepest / 2 * kPanel * 4 + 64 * (deepest < 2 * kPanel ? 2 * kPanel : deepest) * 2 / 4 +
                   (sum.depth > kMaxDepth ? (to - from) * kPanel * 4 : 0) + 4096);
@@ -242,10 +196,129 @@ void Panel(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t
       if (at == t.depth) ++term, at = 0;
     }
     last = term == sum.count;
-    if (first && last) Down<true, true>(slices, count, from, to, b, part, live, finish);
-    else if (first) Down<true, false>(slices, count, from, to, b, part, live, finish);
-    else if (last) Down<false, true>(slices, count, from, to, b, part, live, finish);
-    else Down<false, false>(slices, count, from, to, b, part, live, finish);
+    if (first && last) Down<true, true>(slices, count, from, to, b, part, out);
+    else if (first) Down<true, false>(slices, count, from, to, b, part, out);
+    else if (last) Down<false, true>(slices, count, from, to, b, part, out);
+    else Down<false, false>(slices, count, from, to, b, part, out);
+  }
+}
+
+// ---- few rows: each weight is decoded once, in registers, and used for all of them at once -------------------------
+
+constexpr int64_t kFewRows = 12;  // from here on, packing panels is faster
+
+// One row of an NF4 weight times the rows of x: any depth, any instruction set.
+void DotRow(const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64_t ldx, int64_t m, float* sums) {
+  constexpr int64_t kPiece = 512;
+  alignas(64) uint16_t row[kPiece];
+  for (int64_t i = 0; i < m; ++i) sums[i] = 0.f;
+  for (int64_t from = 0; from < depth; from += kPiece) {
+    const int64_t count = depth - from < kPiece ? depth - from : kPiece;
+    Decode<kBFloat16>(w, first + from, count, row);
+    for (int64_t i = 0; i < m; ++i) {
+      const uint16_t* a = x + i * ldx + from;
+      Vec total = Vec{};
+      int64_t d = 0;
+      for (; d + kWidth <= count; d += kWidth) total = Fma(LoadBFloat16(row + d), LoadBFloat16(a + d), total);
+      float rest = 0.f;
+      for (; d < count; ++d) rest += FromBFloat16(row[d]) * FromBFloat16(a[d]);
+      sums[i] += Sum(total) + rest;
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+// 128 weights are 64 bytes, of two blocks: as 32 lanes of 16 bits, lane l holds the codes of weights 4l to 4l + 3. The
+// values of both blocks stand in one register, so a lookup gives 32 weights, 4 apart; x is brought into that order.
+constexpr int64_t kGroup = 128;
+
+void OrderForGroups(const uint16_t* x, int64_t depth, uint16_t* to) {  // a last half group is filled up with zeros
+  for (int64_t g = 0; g < depth; g += kGroup)
+    for (int64_t j = 0; j < 4; ++j)
+      for (int64_t l = 0; l < 32; ++l) to[g + 32 * j + l] = g + 4 * l < depth ? x[g + 4 * l + j] : 0;
+}
+
+template <int M>
+void DotGroups(const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64_t ldx, float* sums) {
+  constexpr int kChains = M <= 2 ? 4 : M <= 4 ? 2 : 1;  // sums of one row that do not wait for each other
+  const __m512 code = _mm512_loadu_ps(w.code);
+  const __m512i nibble = _mm512_set1_epi16(15);
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  __m512 sum[M][kChains];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < kChains; ++j) sum[i][j] = _mm512_setzero_ps();
+  for (int64_t g = 0; g < depth; g += kGroup) {
+    const int64_t block = (first + g) / kNf4Block;
+    const __m512 low = _mm512_mul_ps(code, _mm512_set1_ps(w.Scale(block)));
+    const bool whole = g + kGroup <= depth;
+    const __m512 high = whole ? _mm512_mul_ps(code, _mm512_set1_ps(w.Scale(block + 1))) : low;
+    const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    const __m512i bytes = _mm512_maskz_loadu_epi16(whole ? 0xffffffffu : 0xffffu, w.packed + (first + g) / 2);
+    __m512i index[4] = {_mm512_srli_epi16(bytes, 4), bytes, _mm512_srli_epi16(bytes, 12), _mm512_srli_epi16(bytes, 8)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      index[j] = _mm512_ternarylogic_epi32(index[j], nibble, second, 0xea);  // (a & b) | c
+      const __m512bh weights = (__m512bh)_mm512_permutexvar_epi16(index[j], values);
+#pragma GCC unroll 16
+      for (int i = 0; i < M; ++i)
+        sum[i][j % kChains] = _mm512_dpbf16_ps(
+            sum[i][j % kChains], weights, (__m512bh)_mm512_loadu_si512(x + i * ldx + g + 32 * j));
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i) {
+    __m512 total = sum[i][0];
+#pragma GCC unroll 4
+    for (int j = 1; j < kChains; ++j) total = _mm512_add_ps(total, sum[i][j]);
+    sums[i] = _mm512_reduce_add_ps(total);
+  }
+}
+
+template <int M>
+void DotGroupsOf(int64_t m, const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64_t ldx, float* sums) {
+  if constexpr (M > 0) {
+    if (m == M) return DotGroups<M>(w, first, depth, x, ldx, sums);
+    DotGroupsOf<M - 1>(m, w, first, depth, x, ldx, sums);
+  }
+}
+#endif
+
+// The first term NF4 by row, the others 16-bit by row.
+void FewRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
+  const Term& t = sum.terms[0];
+  const uint16_t* x = t.a;
+  int64_t ldx = t.lda;
+#if defined(__AVX512BF16__)
+  const bool groups = t.depth % kNf4Block == 0;
+  if (groups) {
+    ldx = (t.depth + kGroup - 1) / kGroup * kGroup;
+    scratch.Reserve(m * ldx * 2 + 64);
+    uint16_t* ordered = scratch.Take<uint16_t>(m * ldx);
+    for (int64_t i = 0; i < m; ++i) OrderForGroups(t.a + i * t.lda, t.depth, ordered + i * ldx);
+    x = ordered;
+  }
+#endif
+#pragma omp parallel for schedule(static) num_threads(threads) if (n * t.depth > 131072)
+  for (int64_t row = 0; row < n; ++row) {
+    float sums[kFewRows];
+#if defined(__AVX512BF16__)
+    if (groups)
+      DotGroupsOf<kFewRows - 1>(m, *t.nf4, row * t.ldw, t.depth, x, ldx, sums);
+    else
+#endif
+      DotRow(*t.nf4, row * t.ldw, t.depth, x, ldx, m, sums);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int s = 1; s < sum.count; ++s) {
+        const Term& extra = sum.terms[s];
+        for (int64_t d = 0; d < extra.depth; ++d)
+          sums[i] += FromBFloat16(extra.a[i * extra.lda + d]) * FromBFloat16(extra.weight[row * extra.ldw + d]);
+      }
+      if (out.bias) sums[i] += FromBFloat16(out.bias[row]);
+      if (out.residual) sums[i] += FromBFloat16(out.residual[i * out.ldr + row]);
+      out.y[i * out.ldy + row] = ToBFloat16(sums[i]);
+    }
   }
 }
 
@@ -257,6 +330,9 @@ EXPORT(product)
  uint16_t* y, int64_t ldy, int threads) {
   Terms sum{terms, count, 0};
   for (int i = 0; i < count; ++i) sum.depth += terms[i].depth;
+  bool few = m < kFewRows && terms[0].kind == kNf4ByRow;
+  for (int i = 1; i < count; ++i) few = few && terms[i].kind == kByRow;
+  if (few) return FewRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
   const int64_t panels = (n + kPanel - 1) / kPanel;
   int64_t parts = (m + kTaskRows - 1) / kTaskRows;  // of the rows: more where there are few panels for many threads
   while (panels * parts < 4 * threads && m / (parts + 1) >= 64) ++parts;
@@ -299,7 +375,7 @@ EXPORT(outer_sum)
         PackPair(right + t * ldright + column, t + 1 < tokens ? right + (t + 1) * ldright + column : none, live,
                  b + (t - from) / 2 * kPanel);
       const Slice slice{turned + from / 2, pairs, (to - from + 1) / 2};
-      Down<false, false>(&slice, 1, 0, r, b, part, kPanel, nowhere);
+      Down<false, false>(&slice, 1, 0, r, b, part, nowhere);
     }
     for (int64_t i = 0; i < r; ++i)
       for (int64_t j = 0; j < live; ++j) out[i * row + (column + j) * col] = part[i * kPanel + j];

@@ -102,23 +102,30 @@ inline Vec Fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
-// e^x for x <= 0 (and small positive x): below -87 it is 0. Relative error below 3e-7.
+// e^x for x below 88: exactly 0 far below -87, NaN for NaN. Relative error below 3e-7.
 inline Vec Exp(Vec x) {
-  const Vec low = Set(-87.f);
-  const Ints dead = x < low;
-  Vec t = (dead ? low : x) * Set(1.44269504f);
-  Vec shifted = t + Set(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
-  Ints whole = (Ints)shifted - (Ints)Set(12582912.f);
-  Vec f = t - (shifted - Set(12582912.f));  // in [-0.5, 0.5]
-  Vec p = Set(1.5403530e-4f);
-  p = Fma(p, f, Set(1.3333558e-3f));
-  p = Fma(p, f, Set(9.6181291e-3f));
-  p = Fma(p, f, Set(5.5504109e-2f));
-  p = Fma(p, f, Set(2.4022651e-1f));
-  p = Fma(p, f, Set(6.9314718e-1f));
+#if defined(__AVX512F__)
+  const Vec t = (Vec)_mm512_max_ps(_mm512_set1_ps(-1e30f), (__m512)(x * Set(1.44269504f)));  // keeps NaN
+  const Vec whole = (Vec)_mm512_roundscale_ps((__m512)t, 0);
+  const Vec f = t - whole;  // in [-0.5, 0.5]
+#else
+  const Vec t = x * Set(1.44269504f), low = Set(-126.f);
+  const Ints dead = t < low;
+  const Vec near = dead ? low : t, shifted = near + Set(12582912.f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec f = near - (shifted - Set(12582912.f));
+#endif
+  Vec p = Set(1.3218673e-3f);  // fitted to 2^f on [-0.5, 0.5]
+  p = Fma(p, f, Set(9.6716979e-3f));
+  p = Fma(p, f, Set(5.5508930e-2f));
+  p = Fma(p, f, Set(2.4022238e-1f));
+  p = Fma(p, f, Set(6.9314686e-1f));
   p = Fma(p, f, Set(1.f));
-  p = (Vec)((Ints)p + (whole << 23));
-  return dead ? Vec{} : p;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+  const Ints whole = (Ints)shifted - (Ints)Set(12582912.f);
+  return dead ? Vec{} : (Vec)((Ints)p + (whole << 23));
+#endif
 }
 
 inline float Sum(Vec v) {
@@ -178,5 +185,76 @@ struct Scratch {
   }
 };
 thread_local Scratch scratch;
+
+// ---- layouts: pairs of bf16 along the depth, 64 columns side by side ------------------------------------------------
+
+constexpr int64_t kPanel = 64;
+
+// A 16 x 16 block of 32-bit values, turned: to[d][i] = from[i][d].
+inline void Turn(const uint32_t* from, int64_t stride, uint32_t* to, int64_t to_stride) {
+#if defined(__AVX512F__)
+  __m512i r[16], s[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
+  for (int i = 0; i < 16; i += 2) {
+    s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    s[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    s[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    s[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    s[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(s[i], s[i + 8], 0x88));
+    _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(s[i], s[i + 8], 0xdd));
+    _mm512_storeu_si512(to + (i + 4) * to_stride, _mm512_shuffle_i32x4(s[i + 4], s[i + 12], 0x88));
+    _mm512_storeu_si512(to + (i + 12) * to_stride, _mm512_shuffle_i32x4(s[i + 4], s[i + 12], 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; ++i)
+    for (int d = 0; d < 16; ++d) std::memcpy(to + d * to_stride + i, from + i * stride + d, 4);
+#endif
+}
+
+// (rows, columns) of 32-bit values, turned.
+inline void TurnAll(const uint32_t* from, int64_t stride, int64_t rows, int64_t columns, uint32_t* to,
+                    int64_t to_stride) {
+  const int64_t whole = rows / 16 * 16, even = columns / 16 * 16;
+  for (int64_t i = 0; i < whole; i += 16)
+    for (int64_t d = 0; d < even; d += 16) Turn(from + i * stride + d, stride, to + d * to_stride + i, to_stride);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t d = i < whole ? even : 0; d < columns; ++d)
+      std::memcpy(to + d * to_stride + i, from + i * stride + d, 4);
+}
+
+// rows (count <= 64, depth) -> [depth / 2][64]; columns that are not there are zero.
+inline void PackByRow(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth, uint32_t* to) {
+  int64_t i = 0;
+  for (; i + 16 <= count && stride % 2 == 0; i += 16)
+    TurnAll(reinterpret_cast<const uint32_t*>(rows + i * stride), stride / 2, 16, depth / 2, to + i, kPanel);
+  for (; i < kPanel; ++i)
+    for (int64_t d = 0; d < depth / 2; ++d) {
+      to[d * kPanel + i] = 0;
+      if (i < count) std::memcpy(to + d * kPanel + i, rows + i * stride + 2 * d, 4);
+    }
+}
+
+// Two rows of `count` <= 64 -> 64 pairs.
+inline void PackPair(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* to) {
+  int64_t j = 0;
+  for (; j + kWidth <= count; j += kWidth) {
+    const Bits pair = __builtin_convertvector(LoadAs<Halves>(low + j), Bits) |
+                      __builtin_convertvector(LoadAs<Halves>(high + j), Bits) << 16;
+    std::memcpy(to + j, &pair, sizeof pair);
+  }
+  for (; j < kPanel; ++j) to[j] = j < count ? low[j] | static_cast<uint32_t>(high[j]) << 16 : 0;
+}
 
 }  // namespace

@@ -277,13 +277,9 @@ def causal_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """
     padding = kwargs.get("attention_mask")
     plain = kwargs.get("allow_is_causal_skip", True) and kwargs.get("local_size") is None
-    if (
-        plain
-        and padding is not None
-        and padding.dim() == 2
-        and padding.shape[1] == kwargs.get("q_length") == kwargs.get("kv_length")
-    ):
-        if bool((padding[:, 1:] <= padding[:, :-1]).all()):
+    if plain and padding is not None and padding.dim() == 2:
+        whole = padding.shape[1] == kwargs.get("q_length") == kwargs.get("kv_length")
+        if whole and bool((padding[:, 1:] <= padding[:, :-1]).all()):
             kwargs["attention_mask"] = None
     return sdpa_mask(*args, **kwargs)
 

@@ -261,7 +261,8 @@ class _MlpBlock(torch.autograd.Function):
         normed, rstd = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)
         h = group.project(normed)
         both = group.forward(normed, h)
-        act = native.gated(*both.chunk(2, dim=1), block.activation)
+        gate, up = both.chunk(2, dim=1)
+        act = native.gated(gate, up, block.activation)
         h_down = down.project(act)
         ctx.save_for_backward(x, rstd, both if block.recompute == "none" else None, h, h_down)
         ctx.block, ctx.group, ctx.down = block, group, down
@@ -279,9 +280,8 @@ class _MlpBlock(torch.autograd.Function):
         dh_down = down.low_rank_gradient(dy)
         d_both = torch.empty_like(both)
         d_gate, d_up = d_both.chunk(2, dim=1)
-        act = native.gated_backward(
-            down.input_gradient(dy, dh_down), *both.chunk(2, dim=1), block.activation, (d_gate, d_up)
-        )
+        gate, up = both.chunk(2, dim=1)
+        act = native.gated_backward(down.input_gradient(dy, dh_down), gate, up, block.activation, (d_gate, d_up))
         d_down_factors = down.factor_gradients(act, h_down, dy, dh_down)
         dh = group.low_rank_gradient(d_both)
         d_factors = group.factor_gradients(normed, h, d_both, dh)

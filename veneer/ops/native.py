@@ -54,7 +54,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
 class _Nf4(ctypes.Structure):
     _fields_ = [
         ("packed", c_void_p), ("absmax", c_void_p), ("absmax_code", c_void_p), ("nested", c_void_p),
-        ("dynamic_map", c_void_p), ("code", c_void_p), ("offset", c_float),
+        ("dynamic_map", c_void_p), ("code", c_void_p), ("offset", c_void_p),
     ]  # fmt: skip
 
 
@@ -158,13 +158,23 @@ def _nf4(
     blocks = -(-n // BLOCK)
     assert packed.dtype == torch.uint8 and packed.numel() == (n + 1) // 2, (packed.shape, n)
     assert absmax.numel() == blocks and absmax.dtype == (torch.float32 if nested is None else torch.uint8)
-    pointers = [keep[0].data_ptr(), keep[1].data_ptr(), None, None]
-    if nested is not None:
+    if nested is None:
+        scales = [keep[1].data_ptr(), None, None]
+    else:
         assert offset is not None and nested.dtype == torch.float32 and nested.numel() == -(-blocks // NESTED_BLOCK)
-        keep.append(nested.contiguous())
-        pointers = [pointers[0], None, pointers[1], keep[2].data_ptr()]
-    value = 0.0 if offset is None else float(offset)
-    return _Nf4(*pointers, DYNAMIC_MAP.data_ptr(), NF4_CODE.data_ptr(), value), keep
+        keep += [nested.contiguous(), offset.float()]
+        scales = [None, keep[1].data_ptr(), keep[2].data_ptr()]
+    at = keep[3].data_ptr() if nested is not None else None
+    return _Nf4(keep[0].data_ptr(), *scales, DYNAMIC_MAP.data_ptr(), NF4_CODE.data_ptr(), at), keep
+
+
+def _view(weight: Any) -> tuple[Any, Any, list[Tensor]]:
+    """The C view of a `quant.nf4.Nf4Tensor`, made once and kept on it: it is what one token's products wait for."""
+    view = weight.__dict__.get("_view")
+    if view is None:
+        made, keep = _nf4(weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.shape.numel())
+        view = weight.__dict__["_view"] = (ctypes.pointer(made), made, keep)
+    return view  # type: ignore[no-any-return]
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,9 +222,7 @@ def product(
             weight = _rows(weight)
             term.weight, term.ldw, term.kind = weight.data_ptr(), weight.stride(0), 0 if by_row else 1
         else:
-            view, parts = _nf4(weight.packed, weight.absmax, weight.nested_absmax, weight.offset, rows * columns)
-            term.nf4, term.ldw, term.kind = ctypes.pointer(view), columns, 2 if by_row else 3
-            keep += [view, parts]
+            term.nf4, term.ldw, term.kind = _view(weight)[0], columns, 2 if by_row else 3
         keep += [a, weight]
     if bias is not None:
         bias = bias.contiguous()

@@ -69,8 +69,17 @@ class Nf4Linear(nn.Module):
         return self.nested_absmax is not None
 
     def tensor(self) -> Nf4Tensor:
-        shape = torch.Size((self.out_features, self.in_features))
-        return Nf4Tensor(self.weight.view(-1), self.absmax, shape, self.nested_absmax, self.offset)
+        """The weight; one object as long as the buffers are the same."""
+        parts = (self.weight, self.absmax, self.nested_absmax, self.offset)
+        known, tensor = self.__dict__.get("_known", (None, None))
+        if known is None or any(a is not b for a, b in zip(known, parts, strict=True)):
+            shape = torch.Size((self.out_features, self.in_features))
+            tensor = Nf4Tensor(self.weight.view(-1), self.absmax, shape, self.nested_absmax, self.offset)
+            self.__dict__["_known"] = (parts, tensor)
+        return tensor  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_known"}  # a copy makes its own
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight (out, in), made anew."""

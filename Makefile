@@ -19,13 +19,13 @@ lint: .venv/test.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror veneer/csrc/*.cpp
+	$(BIN)/clang-format --dry-run --Werror veneer/csrc/*.cpp veneer/csrc/*.h
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 # torch first and by its exact version: anything else would let pip choose a CUDA build.
-.venv/demo.done: .venv/bin/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard veneer/csrc/*.cpp)
+.venv/demo.done: .venv/bin/python pyproject.toml constraints.txt CMakeLists.txt $(wildcard veneer/csrc/*)
 	@echo "installing into .venv (about a minute)"
 	$(PIP) torch==2.13.0
 	$(PIP) --editable ".[demo]"

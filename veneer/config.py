@@ -111,13 +111,25 @@ class TrainConfig(Settings):
     epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
     seed: int = Field(0, ge=0, lt=2**63)
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    recompute: Literal["none", "mlp", "full"] = Field(
+        "none", description="what the backward pass makes again instead of keeping: less memory, slower"
+    )
     eval_every: int | None = Field(None, ge=1, description="steps; left out: at each epoch's end, and at the end")
     early_stopping: int | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     out: str | None = Field(None, description="output folder")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_name(cls, values: Any) -> Any:
+        """`gradient_checkpointing: true`, as other tools call it, means `recompute: full`."""
+        if isinstance(values, dict) and isinstance(values.get("gradient_checkpointing"), bool):
+            values = {**values}
+            if values.pop("gradient_checkpointing"):
+                values.setdefault("recompute", "full")
+        return values
 
     @field_validator("learning_rate")
     @classmethod

@@ -65,14 +65,23 @@ def test_accumulation_and_packing_do_not_change_the_step(tmp_path, tokenizer, co
     torch.testing.assert_close(weights[0], weights[2], rtol=1e-4, atol=2e-5)
 
 
-def test_gradient_checkpointing_gives_the_same_weights(tmp_path, tokenizer, commands):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_recompute_gives_the_same_weights(tmp_path, tokenizer, commands, dtype, dropout):
     weights = []
-    for flag in (False, True):
-        model = fresh()
-        run(model, tokenizer, commands, tmp_path / str(flag), max_steps=3, gradient_checkpointing=flag)
+    for how in ("none", "mlp", "full"):
+        model = make_model(dtype=dtype, hidden_size=64)
+        veneer.attach(model, veneer.LoraConfig(r=4, dropout=dropout), seed=0)
+        run(model, tokenizer, commands, tmp_path / how, max_steps=3, recompute=how)
         weights.append(adapter_parameters(model, "default"))
     for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name])
+        for other in weights[1:]:
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=2e-5)
+
+
+def test_gradient_checkpointing_is_another_name_for_recompute():
+    assert veneer.TrainConfig(gradient_checkpointing=True).recompute == "full"
+    assert veneer.TrainConfig(gradient_checkpointing=False).recompute == "none"
 
 
 def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, commands, monkeypatch):

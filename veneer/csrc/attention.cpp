@@ -122,11 +122,12 @@ inline int64_t Blocks(int64_t length) { return (length + kBlock - 1) / kBlock; }
 // ---- forward: one head of one segment ---------------------------------------------------------------------------
 
 void ForwardHead(const Layout& l, const Task& t, int64_t first_head, int64_t heads, const uint16_t* q, int64_t sq,
-                 const uint16_t* k, int64_t sk, const uint16_t* v, int64_t sv, uint16_t* o, float* lse, int64_t tokens) {
+                 const uint16_t* k, int64_t sk, const uint16_t* v, int64_t sv, uint16_t* o, float* lse,
+                 int64_t tokens) {
   const int64_t width = l.width, blocks = Blocks(t.length), padded = blocks * kBlock;
   scratch.Reserve(padded * width * 4 + kBlock * width * 14 + kBlock * kBlock * 8 + 4096);
-  uint16_t* keys = scratch.Take<uint16_t>(padded * width);               // rotated rows
-  uint32_t* values = scratch.Take<uint32_t>(padded / 2 * width);         // a block: [width][32] pairs of keys
+  uint16_t* keys = scratch.Take<uint16_t>(padded * width);        // rotated rows
+  uint32_t* values = scratch.Take<uint32_t>(padded / 2 * width);  // a block: [width][32] pairs of keys
   uint16_t* rows = scratch.Take<uint16_t>(kBlock * width);
   uint32_t* queries = scratch.Take<uint32_t>(width / 2 * kBlock);
   float* score = scratch.Take<float>(kBlock * kBlock);
@@ -155,7 +156,8 @@ void ForwardHead(const Layout& l, const Task& t, int64_t first_head, int64_t hea
         if (c == b)  // the diagonal: key i is seen by queries from i on
           for (int64_t i = 0; i < live; ++i)
             for (int64_t j = 0; j < i; ++j) score[i * kBlock + j] = -1e30f;
-        if (live % 2) for (int j = 0; j < kBlock; ++j) score[live * kBlock + j] = -1e30f;
+        if (live % 2)
+          for (int j = 0; j < kBlock; ++j) score[live * kBlock + j] = -1e30f;
         const int64_t even = live + live % 2;
         for (int j = 0; j < kBlock / kWidth; ++j) {
           float* column = score + j * kWidth;
@@ -208,9 +210,8 @@ struct BackwardHead {  // a query head, packed for the products
 };
 
 void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t heads, const uint16_t* q, int64_t sq,
-                   const uint16_t* k, int64_t sk, const uint16_t* v, int64_t sv, const uint16_t* o,
-                   const uint16_t* d_o, const float* lse, int64_t tokens, const Gradients& out, float* dk_part,
-                   float* dv_part) {
+                   const uint16_t* k, int64_t sk, const uint16_t* v, int64_t sv, const uint16_t* o, const uint16_t* d_o,
+                   const float* lse, int64_t tokens, const Gradients& out, float* dk_part, float* dv_part) {
   const int64_t width = l.width, blocks = Blocks(t.length), padded = blocks * kBlock, pairs = padded * width / 2;
   const int64_t kv_head = first_head / (l.heads / l.kv_heads);
   scratch.Reserve(heads * (pairs * 4 * 4 + padded * width * 4 + padded * 8 + 8192) + kBlock * width * 28 +

@@ -127,8 +127,8 @@ EXPORT(gated)
   Gated<kGeluTanh>({rows, width, stride}, gate, up, out, threads);
 }
 
-// The gradients of gate and up, strided like them, from d_out (rows, width); and once more what `gated` gives, which may
-// be written over d_out.
+// The gradients of gate and up, strided like them, from d_out (rows, width); and once more what `gated` gives, which
+// may be written over d_out.
 EXPORT(gated_backward)
 (const uint16_t* d_out, const uint16_t* gate, const uint16_t* up, int kind, int64_t rows, int64_t width, int64_t stride,
  uint16_t* d_gate, uint16_t* d_up, uint16_t* out, int threads) {

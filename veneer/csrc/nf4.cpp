@@ -1,5 +1,5 @@
-// NF4: quantise, dequantise, and the scales of the scales. Contract and formulas: veneer/ops/reference.py; results equal
-// it bit for bit. Blocks are independent, so they are split over threads.
+// NF4: quantise, dequantise, and the scales of the scales. Contract and formulas: veneer/ops/reference.py; results
+// equal it bit for bit. Blocks are independent, so they are split over threads.
 
 #include "nf4.h"
 

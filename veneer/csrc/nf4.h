@@ -71,8 +71,8 @@ inline void DecodeBlock16(const uint8_t* packed, const float* code, float scale,
   // two tables of bytes, the low and the high halves of the 16 values
   const __m256i both = _mm256_load_si256(reinterpret_cast<const __m256i*>(table));
   const __m256i sorted = _mm256_permute4x64_epi64(
-      _mm256_shuffle_epi8(both, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10,
-                                                 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)),
+      _mm256_shuffle_epi8(both, _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8,
+                                                 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)),
       0xd8);
   const __m256i low = _mm256_permute2x128_si256(sorted, sorted, 0x00);
   const __m256i high = _mm256_permute2x128_si256(sorted, sorted, 0x11);

@@ -1,8 +1,8 @@
 // Matrix products of a frozen weight, bf16 or NF4, and its low-rank terms, summed in fp32 and rounded once; and the
 // gradient of the low-rank factors. Contract and formulas: veneer/ops/linear.py.
 //
-// A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel columns
-// side by side. An NF4 weight is decoded on the way there, so a dense copy never exists.
+// A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel
+// columns side by side. An NF4 weight is decoded on the way there, so a dense copy never exists.
 
 #include "nf4.h"
 
@@ -15,8 +15,8 @@ constexpr int kRows = 4, kColumns = 2;
 #else
 constexpr int kRows = 2, kColumns = 2;
 #endif
-constexpr int64_t kMaxDepth = 4096;   // of what is packed at once: 512 KiB, half of a usual second-level cache
-constexpr int64_t kTaskRows = 1024;   // rows that share one packing of a panel
+constexpr int64_t kMaxDepth = 4096;  // of what is packed at once: 512 KiB, half of a usual second-level cache
+constexpr int64_t kTaskRows = 1024;  // rows that share one packing of a panel
 constexpr int kMaxTerms = 16;
 
 enum Kind { kByRow = 0, kByColumn = 1, kNf4ByRow = 2, kNf4ByColumn = 3 };
@@ -196,10 +196,14 @@ void Panel(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t
       if (at == t.depth) ++term, at = 0;
     }
     last = term == sum.count;
-    if (first && last) Down<true, true>(slices, count, from, to, b, part, out);
-    else if (first) Down<true, false>(slices, count, from, to, b, part, out);
-    else if (last) Down<false, true>(slices, count, from, to, b, part, out);
-    else Down<false, false>(slices, count, from, to, b, part, out);
+    if (first && last)
+      Down<true, true>(slices, count, from, to, b, part, out);
+    else if (first)
+      Down<true, false>(slices, count, from, to, b, part, out);
+    else if (last)
+      Down<false, true>(slices, count, from, to, b, part, out);
+    else
+      Down<false, false>(slices, count, from, to, b, part, out);
   }
 }
 
@@ -263,8 +267,8 @@ void DotGroups(const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, in
       const __m512bh weights = (__m512bh)_mm512_permutexvar_epi16(index[j], values);
 #pragma GCC unroll 16
       for (int i = 0; i < M; ++i)
-        sum[i][j % kChains] = _mm512_dpbf16_ps(
-            sum[i][j % kChains], weights, (__m512bh)_mm512_loadu_si512(x + i * ldx + g + 32 * j));
+        sum[i][j % kChains] =
+            _mm512_dpbf16_ps(sum[i][j % kChains], weights, (__m512bh)_mm512_loadu_si512(x + i * ldx + g + 32 * j));
     }
   }
 #pragma GCC unroll 16
@@ -347,7 +351,8 @@ EXPORT(product)
   }
 }
 
-// out (r, n) fp32, element (i, j) at i * row + j * col = sum over tokens of left (tokens, r) and right (tokens, n), bf16.
+// out (r, n) fp32, element (i, j) at i * row + j * col = sum over tokens of left (tokens, r) and right (tokens, n),
+// bf16.
 EXPORT(outer_sum)
 (const uint16_t* left, int64_t ldl, int64_t r, const uint16_t* right, int64_t ldright, int64_t n, int64_t tokens,
  float* out, int64_t row, int64_t col, int threads) {
@@ -357,8 +362,8 @@ EXPORT(outer_sum)
   if (turned == nullptr) std::abort();
   for (int64_t p = 0; p < pairs; ++p)
     for (int64_t i = 0; i < r; ++i)
-      turned[i * pairs + p] = left[2 * p * ldl + i] |
-                              (2 * p + 1 < tokens ? static_cast<uint32_t>(left[(2 * p + 1) * ldl + i]) << 16 : 0);
+      turned[i * pairs + p] =
+          left[2 * p * ldl + i] | (2 * p + 1 < tokens ? static_cast<uint32_t>(left[(2 * p + 1) * ldl + i]) << 16 : 0);
   const int64_t panels = (n + kPanel - 1) / kPanel;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
   for (int64_t panel = 0; panel < panels; ++panel) {

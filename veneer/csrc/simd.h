@@ -59,9 +59,7 @@ inline uint16_t ToBFloat16(float value) {  // to nearest even; NaN stays NaN
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-inline Vec LoadBFloat16(const uint16_t* p) {
-  return (Vec)(__builtin_convertvector(LoadAs<Halves>(p), Bits) << 16);
-}
+inline Vec LoadBFloat16(const uint16_t* p) { return (Vec)(__builtin_convertvector(LoadAs<Halves>(p), Bits) << 16); }
 
 // The bf16 of each lane, in the low half of each 32-bit lane; exactly torch's, subnormal numbers too.
 inline Bits ExactBFloat16(Vec v) {

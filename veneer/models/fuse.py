@@ -6,12 +6,14 @@ A part that is not recognised, or that a call uses in an unusual way, runs as it
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -157,21 +159,27 @@ def _layer_forward(
     position_embeddings: tuple[Tensor, Tensor] | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """As transformers' forward of a decoder layer; each half on the native kernels when nothing unusual is asked of it."""
+    """As transformers' forward of a decoder layer; each half on the native kernels when nothing unusual is asked of it.
+
+    Recompute that the halves cannot do is done as transformers does it, for the whole layer.
+    """
     given: dict[str, Any] = {
         "attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values,
         "use_cache": use_cache, "position_embeddings": position_embeddings, **kwargs,
     }  # fmt: skip
-    if past_key_values is not None or not native.takes(hidden_states) or position_embeddings is None:
+    if past_key_values is not None:
         return type(self).forward(self, hidden_states, **given)  # type: ignore[no-any-return]
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])
     attention = _attention_half(self, hidden_states.shape[:2], attention_mask, position_embeddings, kwargs)
+    mlp = _mlp_half(self)
+    if self.veneer_recompute != "none" and torch.is_grad_enabled() and (attention is None or mlp is None):
+        whole = functools.partial(type(self).forward, self, **given)
+        return checkpoint(whole, hidden_states, use_reentrant=False)  # type: ignore[no-any-return]
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
     if attention is not None:
         x = ops.attention_block(x, attention)
     else:
         out, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
         x = (hidden_states + out).reshape(x.shape)
-    mlp = _mlp_half(self)
     if mlp is not None:
         x = ops.mlp_block(x, mlp)
     else:
@@ -180,9 +188,11 @@ def _layer_forward(
 
 
 def _attention_half(
-    layer: Any, shape: torch.Size, mask: Tensor | None, rotary: tuple[Tensor, Tensor], kwargs: dict[str, Any]
+    layer: Any, shape: torch.Size, mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None, kwargs: dict[str, Any]
 ) -> Attention | None:
     attn, norm = layer.self_attn, _norm(layer.input_layernorm)
+    if rotary is None or norm is None or not native.takes(norm.weight):
+        return None
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     packed = cu_seqlens is not None and shape[0] == 1
     window = attn.sliding_window if hasattr(attn, "sliding_window") else getattr(attn.config, "sliding_window", None)
@@ -193,7 +203,7 @@ def _attention_half(
     fused = hasattr(attn, "qkv_proj")
     qkv = _linears(attn, "qkv_proj") if fused else _linears(attn, "q_proj", "k_proj", "v_proj")
     out = _linears(attn, "o_proj")
-    if norm is None or qkv is None or out is None or width % 16 or width > native.MAX_WIDTH:
+    if qkv is None or out is None or width % 16 or width > native.MAX_WIDTH:
         return None
     if layer.training and getattr(attn, "attention_dropout", 0.0):
         return None
@@ -212,10 +222,12 @@ def _attention_half(
 
 def _mlp_half(layer: Any) -> Mlp | None:
     mlp, norm = layer.mlp, _norm(layer.post_attention_layernorm)
+    if norm is None or not native.takes(norm.weight):
+        return None
     fused = hasattr(mlp, "gate_up_proj")
     gate_up = _linears(mlp, "gate_up_proj") if fused else _linears(mlp, "gate_proj", "up_proj")
     down = _linears(mlp, "down_proj")
-    if norm is None or gate_up is None or down is None:
+    if gate_up is None or down is None:
         return None
     activation = ACTIVATIONS[type(mlp.activation_fn if fused else mlp.act_fn).__name__]
     return Mlp(norm, gate_up, down[0], activation, layer.veneer_recompute)

@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 
 from veneer.config import Dtype, Quantization
 from veneer.errors import VeneerError
+from veneer.machine import release_memory
 from veneer.models.fuse import fuse
 from veneer.models.gguf_check import check_gguf
 from veneer.quant import bnb_format
@@ -87,6 +88,9 @@ def load(
         if any(isinstance(module, Nf4Linear) for module in model.modules()):
             raise VeneerError(f"{name} is 4-bit already", hint="leave quantize out")
         quantize_model(model, double_quant=double_quant, compute_dtype=torch_dtype)
+        for parameter in model.parameters():  # what stays 16-bit lies in the mapped file: let go of all of that
+            parameter.data = parameter.data.clone()
+        release_memory()
     model.veneer_quantization = "nf4" if any(isinstance(m, Nf4Linear) for m in model.modules()) else None
     model.name_or_path = model.config._name_or_path = str(name)
     if fused:

@@ -24,7 +24,9 @@ from veneer.adapters.attach import active_adapter, adapter_parameters, adapters,
 from veneer.adapters.files import save_adapter
 from veneer.config import DataConfig, TrainConfig
 from veneer.errors import VeneerError
-from veneer.machine import current_bytes, peak_bytes, reset_peak
+from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
+from veneer.models.fuse import set_recompute
+from veneer.ops.blocks import Recompute
 from veneer.optim.schedule import default_learning_rate, lr_factor
 from veneer.quant.linear import Nf4Linear
 from veneer.storage import atomic_file, require_disk_space, require_empty_folder
@@ -35,7 +37,7 @@ from veneer.training.packing import TOKEN_BUDGET, Order, collate_packed, collate
 NAN_LIMIT = 3  # steps in a row without a finite loss and gradient before a run gives up
 # Settings that a resumed run may change. Rows a step are compared whole, so a step may be cut in other micro-batches.
 MAY_CHANGE = {
-    "epochs", "max_steps", "batch_size", "grad_accumulation", "gradient_checkpointing", "eval_every", "early_stopping",
+    "epochs", "max_steps", "batch_size", "grad_accumulation", "recompute", "eval_every", "early_stopping",
     "save_every", "keep_last", "log_every", "out",
 }  # fmt: skip
 
@@ -142,7 +144,7 @@ class _Run:
         started, before = time.monotonic(), state["seconds"]
         bad_steps, stopped = 0, self._stopped()
         say = _Progress(self.progress, self.steps)
-        with _training(self.model, config.gradient_checkpointing), _stop_signals() as stop:
+        with _training(self.model, config.recompute), _stop_signals() as stop:
             while self.done < self.steps and not stopped:
                 began = time.monotonic()
                 row = self._step()
@@ -248,6 +250,7 @@ class _Run:
     # ---- around the steps ---------------------------------------------------------------------------------------
 
     def _start(self) -> None:
+        release_memory()
         reset_peak()
         say = _Progress(self.progress, self.steps)
         say.line(f"{count_parameters(self.model)}; {len(self.train_set.samples):,} rows, {self.steps:,} steps")
@@ -400,16 +403,18 @@ def evaluation_loss(model: Any, samples: list[Sample], packing: bool, tokenizer:
 
 
 @contextmanager
-def _training(model: nn.Module, checkpointing: bool) -> Iterator[None]:
+def _training(model: nn.Module, recompute: Recompute) -> Iterator[None]:
     """Train mode for the adapter's dropout only: the base has none (`freeze_base`)."""
     freeze_base(model)
-    if checkpointing:
+    checkpointing = not set_recompute(model, recompute) and recompute != "none"
+    if checkpointing:  # no layers of ours: transformers' own, of whole layers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     model.train()
     try:
         yield
     finally:
         model.eval()
+        set_recompute(model, "none")
         if checkpointing:
             model.gradient_checkpointing_disable()  # type: ignore[operator]
 

@@ -88,26 +88,43 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def require_empty_folder(path: str | Path) -> None:
-    """Raise VeneerError when `path` is a file or a folder that holds something."""
+    """Raise VeneerError when `path` cannot become an output folder: asked before any work, not after it.
+
+    It is a file or holds something, one of its parents is a file, or nothing can be written there.
+    """
     path = Path(path)
-    if path.is_file():
-        raise VeneerError(f"output folder {path}: found a file of that name, expected a folder or nothing")
     if path.is_dir() and any(path.iterdir()):
         raise VeneerError(
             f"output folder {path} is not empty",
             hint="name another folder, or remove this one first; nothing of yours is ever overwritten",
         )
+    there = _nearest_existing(path)
+    if not there.is_dir():
+        raise VeneerError(f"output folder {path}: found {there}, which is not a folder, expected a folder or nothing")
+    try:  # by trying: permission bits say little about root, read-only disks and special file systems
+        os.rmdir(tempfile.mkdtemp(prefix=".veneer.", dir=there))
+    except OSError as error:
+        raise VeneerError(
+            f"output folder {path}: nothing can be written in {there}: {error.strerror}",
+            hint="name a folder in a place where you may write",
+        ) from error
+
+
+def _nearest_existing(path: str | Path) -> Path:
+    """`path`, or the nearest of its parents that exists (a dangling link does)."""
+    found = Path(path).absolute()
+    while not os.path.lexists(found):
+        found = found.parent
+    return found
 
 
 def require_disk_space(path: str | Path, needed: int, what: str) -> None:
     """Raise VeneerError when the disk that holds `path` has fewer than `needed` bytes free."""
-    folder = Path(path).absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _nearest_existing(path)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise VeneerError(
-            f"disk too small for {what}: found {free / 1e6:,.0f} MB free at {folder}, expected {needed / 1e6:,.0f} MB",
+            f"disk too small for {what}: found {free / 1e6:,.1f} MB free at {folder}, expected {needed / 1e6:,.1f} MB",
             hint="free some space or choose an output folder on another disk",
         )
 
@@ -137,10 +154,22 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to one safetensors file, atomically. Each is made contiguous and moved to the CPU."""
+    """Write tensors to one safetensors file, atomically. Each is made contiguous and moved to the CPU.
+
+    Raises:
+        VeneerError: the file cannot be written, mostly because the disk is full.
+    """
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with atomic_file(path) as temporary:
-        save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)  # what was written of it is not part of what is free
+            needed, free = sum(tensor.nbytes for tensor in ready.values()), shutil.disk_usage(temporary.parent).free
+            raise VeneerError(
+                f"{path} could not be written: {error}; found {free / 1e6:,.1f} MB free, expected {needed / 1e6:,.1f} MB",
+                hint="free some space or choose an output folder on another disk",
+            ) from error
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:

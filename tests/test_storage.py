@@ -1,0 +1,95 @@
+import os
+import resource
+import shutil
+
+import pytest
+import torch
+
+from veneer import storage
+from veneer.errors import VeneerError
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_file(_):
+    with open("taken", "w") as file:
+        file.write("mine")
+
+
+def make_full(_):
+    os.makedirs("taken")
+    open("taken/notes.txt", "w").close()
+
+
+def make_link(_):
+    os.symlink("nowhere", "taken")
+
+
+def make_read_only(monkeypatch):
+    """Permission bits do not stop root, so the system's own answer is put in."""
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(storage.tempfile, "mkdtemp", refuse)
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "words"),
+    [
+        (make_file, "taken", "taken, which is not a folder"),
+        (make_file, "taken/out", "taken, which is not a folder"),
+        (make_file, "taken/deep/er/out", "taken, which is not a folder"),
+        (make_link, "taken/out", "taken, which is not a folder"),
+        (make_full, "taken", "is not empty"),
+        (make_read_only, "out", "nothing can be written in .*: Permission denied"),
+        (lambda _: None, "/proc/out", "nothing can be written in /proc"),
+    ],
+)
+def test_an_output_folder_that_cannot_be_made_is_refused(in_folder, monkeypatch, make, path, words):
+    make(monkeypatch)
+    before = sorted(os.listdir())
+    with pytest.raises(VeneerError, match=words):
+        storage.require_empty_folder(path)
+    assert sorted(os.listdir()) == before
+
+
+def test_a_new_or_empty_output_folder_is_fine_and_nothing_is_left_in_it(in_folder):
+    (in_folder / "empty").mkdir()
+    for path in ("empty", "new", "new/er", in_folder / "empty" / "x"):
+        storage.require_empty_folder(path)
+    assert [path.name for path in in_folder.rglob("*")] == ["empty"]
+
+
+@pytest.fixture
+def small_files():
+    """No file of this process may grow past 4 kB: writing fails half-way, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_tensors_that_cannot_be_written_are_one_plain_error(tmp_path, small_files):
+    with pytest.raises(VeneerError, match=r"x\.safetensors could not be written: .*free, expected 0\.4 MB") as caught:
+        storage.write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(100_000)})
+    assert "another disk" in str(caught.value) and not os.listdir(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, small_files):
+    path = tmp_path / "x.safetensors"
+    storage.write_tensors(path, {"a": torch.ones(2)})
+    with pytest.raises(VeneerError):
+        storage.write_tensors(path, {"a": torch.zeros(100_000)})
+    assert storage.read_tensors(path)["a"].tolist() == [1, 1] and os.listdir(tmp_path) == ["x.safetensors"]
+
+
+def test_disk_too_small_says_what_was_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 8, 2_000_000))
+    with pytest.raises(VeneerError, match=r"for 2 checkpoints: found 2\.0 MB free at .*, expected 3\.5 MB"):
+        storage.require_disk_space(tmp_path / "not" / "there", 3_500_000, "2 checkpoints")
+    storage.require_disk_space(tmp_path, 2_000_000, "2 checkpoints")

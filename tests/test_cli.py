@@ -225,14 +225,11 @@ BAD_INPUTS = [
     *((("inspect", "adapter"), change, words) for words, change in BAD_ADAPTERS.items()),
     (CHAT, adapter(r=0, lora_alpha="x"), "2 problems"),
     ((*MERGE, "out", "--onto", "16-bit"), NOTHING, "there is no 16-bit base in it"),
-    ((*MERGE, "model/config.json/out"), NOTHING, "model/config.json: File exists"),
-    ((*MERGE, "/proc/out"), NOTHING, "No such file or directory"),
-    (("quantize", "model", "--out", "model/config.json/out"), NOTHING, "model/config.json: File exists"),
-    (
-        ("train", "quick", *SET, "data.train=rows.jsonl", *SET, "model=model", *SET, "train.out=model/config.json/out"),
-        ROWS,
-        "model/config.json",
-    ),
+    ((*MERGE, "model/config.json/out"), NOTHING, "model/config.json, which is not a folder"),
+    ((*MERGE, "/proc/out"), NOTHING, "nothing can be written in /proc"),
+    (("quantize", "model", "--out", "model/config.json/out"), NOTHING, "model/config.json, which is not a folder"),
+    (("train", "quick", *SET, "train.out=model/config.json/out"), NOTHING, "model/config.json, which is not a folder"),
+    (("demo", "--out", "model/config.json"), NOTHING, "model/config.json, which is not a folder"),
     (("inspect", "lab/not-cached"), NOTHING, "not in the local cache"),
 ]
 
@@ -244,6 +241,53 @@ def test_bad_input_is_one_message(main, arguments, change, words):
     assert (code, out) == (2, ""), err
     assert err.startswith("veneer: ") and err.count("veneer: ") == 1 and "Traceback" not in err
     assert words in err, err
+
+
+REFUSED = {
+    "use_dora is True, which changes the result": adapter(use_dora=True),
+    "2 problems": adapter(modules_to_save=["lm_head"], layer_replication=[[0, 1]]),
+}
+
+
+@pytest.mark.parametrize(("words", "change"), REFUSED.items(), ids=REFUSED)
+def test_what_would_not_be_exact_is_refused_with_its_own_code(main, words, change):
+    change()
+    for verb in (("inspect", "adapter"), ("merge", "model", "adapter", "--out", "out")):
+        code, out, err = main(*verb)
+        assert (code, out) == (3, "") and words in err and "Traceback" not in err, err
+
+
+def test_resuming_another_run_is_refused(main):
+    ROWS()
+    run = (
+        "train",
+        "quick",
+        *SET,
+        "model=model",
+        *SET,
+        "data.train=rows.jsonl",
+        *SET,
+        "train.out=run",
+        *SET,
+        "lora.r=4",
+    )
+    code, _, err = main(*run, *SET, "train.max_steps=1")
+    assert code == 0, err
+    code, out, err = main(*run, *SET, "train.max_steps=2", *SET, "lora.alpha=8", "--resume")
+    assert (code, out) == (3, "") and "lora.alpha: the checkpoint has 32.0, this run 8.0" in err
+    code, _, err = main(*run, *SET, "train.max_steps=2", "--resume")
+    assert code == 0 and "resumed after step 1" in err
+
+
+def test_eval_says_how_many_rows_were_cut(main):
+    text(
+        "long.jsonl", '{"prompt": "%s", "completion": "yes"}\n' % ("a" * 90) + '{"prompt": "b", "completion": "no"}\n'
+    )()
+    score = ("eval", "model", "--data", "long.jsonl", "--no-generate")
+    code, out, err = main(*score, "--max-length", "64")
+    assert code == 0 and "truncated 1: longer than 64 tokens" in out, err
+    assert "truncated" not in main(*score)[1]
+    assert json.loads(main(*score, "--max-length", "64", "--json")[1])["truncated"] == 1
 
 
 def test_an_adapter_of_a_four_bit_folder(main):

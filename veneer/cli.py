@@ -15,6 +15,7 @@ from veneer.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, VeneerError
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA on the machine you have.",
+    epilog="Exit codes: 0 done, 2 bad input, 3 refused because the result would not be exact, 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,12 +30,15 @@ System = Annotated[str | None, typer.Option(help="System message put before ever
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe by name.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped one: quick, production, quality, demo.")
+    ],
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. train.epochs=2")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.epochs=2; may be repeated."),
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in train.out.")] = False,
-    strict: Annotated[bool, typer.Option(help="Refuse the run when any row is bad.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in train.out.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse the run when any row is bad.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter as a recipe says."""
@@ -78,13 +82,19 @@ def evaluate(
     quantize: Quantize = None,
     system: System = None,
     columns: Annotated[
-        list[str] | None, typer.Option("--column", metavar="OURS=THEIRS", help="e.g. completion=label")
+        list[str] | None,
+        typer.Option(
+            "--column", metavar="OURS=THEIRS", help="What a column is, e.g. completion=label; may be repeated."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_length: Annotated[
+        int, typer.Option(min=8, help="Tokens a row; longer ones lose the start of the prompt.")
+    ] = 1024,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows answered at once.")] = 32,
     generate: Annotated[bool, typer.Option(help="Also answer each row and compare.")] = True,
-    strict: Annotated[bool, typer.Option(help="Refuse when any row is bad.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse when any row is bad.")] = False,
     as_json: Json = False,
 ) -> None:
     """Loss, perplexity, exact match and JSON-field match on rows."""
@@ -101,6 +111,7 @@ def evaluate(
         tokenizer,
         rows.rows,
         system=system,
+        max_length=max_length,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         generate=generate,
@@ -110,6 +121,8 @@ def evaluate(
         _print_json(result)
         return
     print(f"rows {result['rows']}   loss {result['loss']:.4f}   perplexity {result['perplexity']:.3f}")
+    if result["truncated"]:
+        print(f"truncated {result['truncated']}: longer than {max_length} tokens, they lost the start of their prompt")
     for key, name in (("exact_match", "exact match"), ("json_match", "JSON fields equal")):
         if result[key] is not None:
             print(f"{name} {100 * result[key]:.1f}%")
@@ -121,9 +134,9 @@ def chat(
     adapter: Adapter = None,
     quantize: Quantize = None,
     system: System = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
-    single: Annotated[bool, typer.Option(help="Forget each exchange before the next one.")] = False,
+    single: Annotated[bool, typer.Option("--single", help="Forget each exchange before the next one.")] = False,
 ) -> None:
     """Talk with a model in the terminal. An empty line or Ctrl-D ends it."""
     from veneer.inference.generate import stream_answer
@@ -152,7 +165,7 @@ def chat(
 def quantize(
     model: Model, out: Annotated[Path, typer.Option(help="The folder to write.")], as_json: Json = False
 ) -> None:
-    """Write a model as a 4-bit (NF4, double quantised) folder, in bitsandbytes' format."""
+    """Write a model in 4 bits (NF4, double quantised), as bitsandbytes does."""
     import veneer
     from veneer.models.load import describe_model
     from veneer.storage import require_empty_folder
@@ -171,7 +184,7 @@ def merge(
     onto: Annotated[str, typer.Option(help="auto, 16-bit or nf4: the base the adapter was trained on.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Fold an adapter into a 16-bit model that plain transformers loads, and say what that changed."""
+    """Fold an adapter into a 16-bit model, and say what that changed."""
     import veneer
     from veneer.adapters.files import base_quantization
     from veneer.evaluation import compare_logits
@@ -239,7 +252,7 @@ def inspect(
 
 @app.command()
 def kernels(as_json: Json = False) -> None:
-    """Which implementation of each operation this machine uses, and why."""
+    """Which implementation of each operation runs here, and why."""
     from veneer import ops
 
     rows = ops.describe()

@@ -32,6 +32,6 @@ class VeneerError(ValueError):
 
 
 class RefusedError(VeneerError):
-    """It could be started, but it would not fit or would not be exact (exit code 3)."""
+    """Nothing is wrong with the input, but the result would not be exact (exit code 3)."""
 
     exit_code = EXIT_REFUSED

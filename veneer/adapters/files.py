@@ -30,7 +30,7 @@ from veneer.adapters.attach import (
 )
 from veneer.adapters.lora import check_adapter_name
 from veneer.config import LoraConfig
-from veneer.errors import VeneerError
+from veneer.errors import RefusedError, VeneerError
 from veneer.storage import (
     PICKLE_SUFFIXES,
     atomic_folder,
@@ -234,7 +234,8 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], LoraConfig, dict[str
 
     Raises:
         VeneerError: all that is wrong without looking at a base: files missing, damaged or pickle; a field that cannot
-            be or is not supported; no tensors, half a pair, another rank than the config's, NaN.
+            be; no tensors, half a pair, another rank than the config's, NaN.
+        RefusedError: nothing is wrong, but a field asks for what is not supported and changes the result.
     """
     path = Path(path)
     if not path.is_dir():
@@ -258,7 +259,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], LoraConfig, dict[str
         if field in raw and raw[field] not in harmless
     ]
     if problems or refused:
-        raise VeneerError(
+        raise (VeneerError if problems else RefusedError)(
             [f"{path / CONFIG_FILE}: {problem}" for problem in problems + refused],
             hint="open it with the tool that wrote it and save it as a plain LoRA" if refused else None,
         )

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, count_parameters, freeze_base
 from veneer.adapters.files import save_adapter
 from veneer.config import DataConfig, TrainConfig
-from veneer.errors import VeneerError
+from veneer.errors import RefusedError, VeneerError
 from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
 from veneer.models.fuse import set_recompute
 from veneer.ops.blocks import Recompute
@@ -66,8 +66,9 @@ def train(
     Returns: out, adapter, steps, train_loss, eval_loss, tokens_per_second, peak_bytes, seconds and more.
 
     Raises:
-        VeneerError: nothing to train, bad data, `out` not empty, no finite loss 3 times in a row, another run's checkpoint,
-            a step that gives some factor of the adapter no gradient.
+        VeneerError: nothing to train, bad data, `out` not empty, no finite loss 3 times in a row, a step that gives some
+            factor of the adapter no gradient.
+        RefusedError: the checkpoint to resume from is of other settings or data: the run would not be the one it was.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was written first.
     """
     config = config or TrainConfig()
@@ -289,7 +290,7 @@ class _Run:
             if saved.get(key) != value
         ]
         if differs:
-            raise VeneerError(differs, hint="--resume needs the recipe and the data of the first start")
+            raise RefusedError(differs, hint="--resume needs the recipe and the data of the first start")
         restore(tensors, self.parameters, self.optimizer)
         self.done = int(state["step"])
         if state["steps"] != self.steps:

@@ -83,21 +83,26 @@ def attach(
     return model
 
 
-def _warn_of_experts(model: nn.Module, targets: str | list[str]) -> None:
-    """A mixture keeps all its experts in one 3-D parameter, which is no linear layer: say what a preset leaves out."""
+def _experts(model: nn.Module) -> tuple[str, int]:
+    """Where a mixture keeps its experts, all of a layer in one 3-D parameter, which no adapter reaches; and their size."""
     modules = dict(model.named_modules())
-    frozen = {
+    found = {
         name: parameter.numel()
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and len(parameter) > 1
         if not isinstance(modules[name.rpartition(".")[0]], nn.modules.conv._ConvNd)
     }
-    if frozen:
-        owners = list(dict.fromkeys(name.rpartition(".")[0] for name in frozen))
-        more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in found))
+    more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
+    return ", ".join(owners[:3]) + more, sum(found.values())
+
+
+def _warn_of_experts(model: nn.Module, targets: str | list[str]) -> None:
+    where, size = _experts(model)
+    if size:
         warnings.warn(
             f"lora.targets: {targets} does not reach the experts of this mixture, which are no linear layers: "
-            f"{sum(frozen.values()):,} parameters stay frozen in {', '.join(owners[:3])}{more}",
+            f"{size:,} parameters stay frozen in {where}",
             stacklevel=3,
         )
 
@@ -132,9 +137,16 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
         missing = [suffix for suffix in targets if not any(_is_suffix(name, suffix) for name in linears)]
     if missing:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        problems = [
+            f"lora.targets: {part!r} matches no linear layer"
+            + ("" if part in TARGET_PRESETS else f"; {nearest(part, kinds)}")
+            for part in missing
+        ]
+        where, size = _experts(model)
+        if size:
+            problems[-1] += f" (the experts of this mixture, in {where}, are parameters, not linears: not adapted yet)"
         raise VeneerError(
-            [f"lora.targets: {part!r} matches no linear layer; {nearest(part, kinds)}" for part in missing],
-            hint=f"layers of this model: {', '.join(kinds)}; presets: {', '.join(TARGET_PRESETS)}",
+            problems, hint=f"layers of this model: {', '.join(kinds)}; presets: {', '.join(TARGET_PRESETS)}"
         )
     return found
 

@@ -5,7 +5,7 @@ import pytest
 from veneer import demo
 from veneer.errors import VeneerError
 from veneer.evaluation import evaluate, json_match
-from veneer.training.data import read_rows
+from veneer.training.rows import read_rows
 
 PAIR = {"prompt": "add milk", "completion": "ok"}
 

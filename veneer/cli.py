@@ -99,7 +99,7 @@ def evaluate(
 ) -> None:
     """Loss, perplexity, exact match and JSON-field match on rows."""
     import veneer
-    from veneer.training.data import read_rows
+    from veneer.training.rows import read_rows
 
     pairs = [pair.partition("=")[::2] for pair in columns or []]
     rows = read_rows(data, columns=dict(pairs), limit=limit, strict=strict)

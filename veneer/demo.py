@@ -14,8 +14,8 @@ from veneer.demo_data import SYSTEM, build_demo_data, write_demo_data
 from veneer.evaluation import compare_logits, evaluate
 from veneer.models.load import load, save_model
 from veneer.storage import require_empty_folder
-from veneer.training.data import read_rows
 from veneer.training.loop import train
+from veneer.training.rows import read_rows
 
 MERGE_ROWS = 32  # of the new sentences, answered by the merged model too
 SHOWN = 4  # answers printed before and after

@@ -8,7 +8,8 @@ from conftest import make_model
 
 import veneer
 from veneer.adapters.attach import adapter_parameters
-from veneer.training.loop import batch_loss, batches, prepare_data
+from veneer.training.data import prepare_data
+from veneer.training.loop import batch_loss, batches
 
 peft = pytest.importorskip("peft")
 

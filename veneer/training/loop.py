@@ -5,10 +5,8 @@ result = train(model, tokenizer, "data.jsonl", TrainConfig(epochs=2), out="runs/
 
 from __future__ import annotations
 
-import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,8 +29,9 @@ from veneer.optim.schedule import default_learning_rate, lr_factor
 from veneer.quant.linear import Nf4Linear
 from veneer.storage import atomic_file, require_disk_space, require_empty_folder
 from veneer.training.checkpoint import checkpoint_bytes, newest_checkpoint, restore, save_checkpoint
-from veneer.training.data import IGNORED, Encoded, Sample, encode_rows, listed, read_rows, split_rows
+from veneer.training.data import IGNORED, Sample, prepare_data
 from veneer.training.packing import TOKEN_BUDGET, Order, collate_packed, collate_padded, pack
+from veneer.training.progress import Metrics, Progress, drop_metrics_after, number
 
 NAN_LIMIT = 3  # steps in a row without a finite loss and gradient before a run gives up
 # Settings that a resumed run may change. Rows a step are compared whole, so a step may be cut in other micro-batches.
@@ -57,7 +56,7 @@ def train(
     """Train the active adapter of `model` and write it to `out`/adapter.
 
     Args:
-        data: a file, files, or rows (see `veneer.training.data.read_rows`); left to `data_config` when None.
+        data: a file, files, or rows (see `veneer.training.rows.read_rows`); left to `data_config` when None.
         recipe: text kept beside the run as recipe.yaml.
         resume: go on from the newest whole checkpoint in `out`, at the same step with the same next batch.
 
@@ -137,14 +136,14 @@ class _Run:
         if recipe is not None:
             with atomic_file(out / "recipe.yaml") as temporary:
                 temporary.write_text(recipe, encoding="utf-8")
-        self.board = _tensorboard(out)
+        self.metrics = Metrics(out)
 
     def run(self) -> dict[str, Any]:
         config, state = self.config, self.state
         self._start()
         started, before = time.monotonic(), state["seconds"]
         bad_steps, stopped = 0, self._stopped()
-        say = _Progress(self.progress, self.steps)
+        say = Progress(self.progress, self.steps)
         with _training(self.model, config.recompute), _stop_signals() as stop:
             while self.done < self.steps and not stopped:
                 began = time.monotonic()
@@ -162,10 +161,11 @@ class _Run:
                     state["skipped"] += 1
                 if self._evaluation_due():
                     state["eval_loss"] = self._evaluate()
-                    row["eval_loss"] = _number(state["eval_loss"])
+                    row["eval_loss"] = number(state["eval_loss"])
                     self._keep_best(state["eval_loss"])
                     stopped = self._stopped()
-                self._log(row)
+                if self._log_due(row):
+                    self.metrics.write({**row, "memory_bytes": current_bytes(), "seconds": round(state["seconds"], 3)})
                 say.step(self.done, row)
                 if bad_steps == NAN_LIMIT:
                     raise VeneerError(
@@ -183,8 +183,7 @@ class _Run:
             restore(best[1], self.parameters, self.optimizer)
             state["eval_loss"] = best[0]["best_loss"]
         adapter = save_adapter(self.model, self.out / "adapter", self.name, replace=True)
-        if self.board is not None:
-            self.board.close()
+        self.metrics.close()
         return {
             "out": str(self.out),
             "adapter": str(adapter),
@@ -234,8 +233,8 @@ class _Run:
             self.optimizer.step()
         return {
             "step": self.done + 1,
-            "loss": _number(loss),
-            "grad_norm": _number(float(norm)),
+            "loss": number(loss),
+            "grad_norm": number(float(norm)),
             "learning_rate": lr,
             "tokens": sum(len(sample.input_ids) for sample in samples),
             "supervised_tokens": items,
@@ -253,7 +252,7 @@ class _Run:
     def _start(self) -> None:
         release_memory()
         reset_peak()
-        say = _Progress(self.progress, self.steps)
+        say = Progress(self.progress, self.steps)
         say.line(f"{count_parameters(self.model)}; {len(self.train_set.samples):,} rows, {self.steps:,} steps")
         for note in self.notes:
             say.line(f"note: {note}")
@@ -279,7 +278,7 @@ class _Run:
         found = newest_checkpoint(self.checkpoints)
         if found is None:
             self.notes.append("nothing to resume: no checkpoint yet, starting at step 0")
-            _drop_log_after(self.out / "metrics.jsonl", 0)
+            drop_metrics_after(self.out, 0)
             return False
         state, tensors, problems = found
         self.notes += [f"skipped a damaged checkpoint: {problem}" for problem in problems]
@@ -296,7 +295,7 @@ class _Run:
         if state["steps"] != self.steps:
             self.notes.append(f"{self.steps} steps instead of {state['steps']}: the learning rate follows the new end")
         self.state = {**state, "steps": self.steps}
-        _drop_log_after(self.out / "metrics.jsonl", self.done)
+        drop_metrics_after(self.out, self.done)
         self.notes.append(f"resumed after step {self.done}")
         return True
 
@@ -308,6 +307,11 @@ class _Run:
             return False
         every = self.config.eval_every or self.order.steps_per_epoch
         return self.done % every == 0 or self.done == self.steps
+
+    def _log_due(self, row: dict[str, Any]) -> bool:
+        """Every `log_every` steps; the last step, one that was evaluated and one that was not applied always."""
+        due = self.done % self.config.log_every == 0 or self.done == self.steps
+        return due or "eval_loss" in row or not row["applied"]
 
     def _evaluate(self) -> float:
         assert self.eval_set is not None
@@ -329,45 +333,6 @@ class _Run:
     def _stopped(self) -> bool:
         patience = self.config.early_stopping
         return patience is not None and self.state["bad_evaluations"] >= patience
-
-    def _log(self, row: dict[str, Any]) -> None:
-        if self.done % self.config.log_every and self.done != self.steps and row["applied"] and "eval_loss" not in row:
-            return
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(
-                json.dumps({**row, "memory_bytes": current_bytes(), "seconds": round(self.state["seconds"], 3)}) + "\n"
-            )
-        if self.board is not None:
-            for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss"):
-                if isinstance(row.get(key), float):
-                    self.board.add_scalar(key, row[key], self.done)
-
-
-def prepare_data(data: Any, config: DataConfig, tokenizer: Any, seed: int) -> tuple[Encoded, Encoded | None, list[str]]:
-    """Rows read, split and encoded: (train, held out, notes for the user)."""
-    how: dict[str, Any] = {"format": config.format, "columns": config.columns, "strict": config.strict}
-    found = read_rows(config.train if data is None else data, limit=config.limit, **how)
-    bad, rows, held = found.bad, found.rows, None
-    if isinstance(config.eval, float):
-        rows, held = split_rows(rows, config.eval, seed)
-    elif config.eval is not None:
-        other = read_rows(config.eval, **how)
-        bad, held = bad + other.bad, other.rows
-    encode: dict[str, Any] = {
-        "max_length": config.max_length, "loss_on": config.loss_on, "system": config.system, "strict": config.strict,
-    }  # fmt: skip
-    train_set = encode_rows(rows, tokenizer, **encode)
-    eval_set = None if held is None else encode_rows(held, tokenizer, **encode)
-    bad = [*bad, *train_set.bad, *(eval_set.bad if eval_set else [])]
-    notes = [f"bad row skipped: {row}" for row in listed(bad)]
-    notes += train_set.warnings
-    if train_set.truncated:
-        notes.append(
-            f"{train_set.truncated:,} rows were longer than {config.max_length} tokens and lost the start of their prompt"
-        )
-    if train_set.dropped:
-        notes.append(f"{train_set.dropped:,} rows were dropped: no learned token was left")
-    return train_set, eval_set, notes
 
 
 def batches(
@@ -430,66 +395,3 @@ def _stop_signals() -> Iterator[threading.Event]:
                 previous = signal.signal(number, lambda *_: event.set())
                 stack.callback(signal.signal, number, previous)
         yield event
-
-
-class _Progress:
-    """One line on stderr: rewritten in place on a terminal, every 10 seconds otherwise."""
-
-    def __init__(self, on: bool, steps: int) -> None:
-        self.on, self.steps, self.live = on, steps, sys.stderr.isatty()
-        self.started, self.shown, self.first, self.pending = time.monotonic(), 0.0, 0, False
-
-    def line(self, text: str) -> None:
-        if self.on:
-            print(("\n" if self.pending else "") + text, file=sys.stderr, flush=True)
-            self.pending = False
-
-    def step(self, done: int, row: dict[str, Any]) -> None:
-        self.first = self.first or done - 1
-        now = time.monotonic()
-        if not self.on or (
-            not self.live and now - self.shown < 10 and done < self.steps and "eval_loss" not in row and row["applied"]
-        ):
-            return
-        self.shown = now
-        left = (now - self.started) / max(1, done - self.first) * (self.steps - done)
-        text = (
-            f"step {done}/{self.steps}  loss {_shown(row['loss'])}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
-            f"{current_bytes() / 1e9:.1f} GB  {left / 60:.1f} min left"
-        )
-        text += f"  held-out loss {_shown(row['eval_loss'])}" if "eval_loss" in row else ""
-        text += "" if row["applied"] else "  NOT APPLIED: not finite"
-        keep = not self.live or "eval_loss" in row or not row["applied"] or done == self.steps
-        print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, end="\n" if keep else "", flush=True)
-        self.pending = not keep
-
-
-def _number(value: float) -> float | str:
-    """For JSON, which has no NaN and no Inf."""
-    return value if math.isfinite(value) else str(value)
-
-
-def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.4f}"
-
-
-def _drop_log_after(path: Path, step: int) -> None:
-    """A killed run may have logged steps that its last checkpoint does not hold: they will be logged again."""
-    if path.is_file():
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    lines.append(line)
-            except (ValueError, KeyError):
-                continue  # cut off in the middle of a line
-        with atomic_file(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-
-def _tensorboard(out: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"))

@@ -1,0 +1,94 @@
+"""What a run tells while it trains: one line on the terminal, metrics.jsonl, and TensorBoard where it is installed."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from veneer.machine import current_bytes
+from veneer.storage import atomic_file
+
+
+class Progress:
+    """One line on stderr: rewritten in place on a terminal, every 10 seconds otherwise."""
+
+    def __init__(self, on: bool, steps: int) -> None:
+        self.on, self.steps, self.live = on, steps, sys.stderr.isatty()
+        self.started, self.shown, self.first, self.pending = time.monotonic(), 0.0, 0, False
+
+    def line(self, text: str) -> None:
+        if self.on:
+            print(("\n" if self.pending else "") + text, file=sys.stderr, flush=True)
+            self.pending = False
+
+    def step(self, done: int, row: dict[str, Any]) -> None:
+        self.first = self.first or done - 1
+        now = time.monotonic()
+        if not self.on or (
+            not self.live and now - self.shown < 10 and done < self.steps and "eval_loss" not in row and row["applied"]
+        ):
+            return
+        self.shown = now
+        left = (now - self.started) / max(1, done - self.first) * (self.steps - done)
+        text = (
+            f"step {done}/{self.steps}  loss {shown(row['loss'])}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"{current_bytes() / 1e9:.1f} GB  {left / 60:.1f} min left"
+        )
+        text += f"  held-out loss {shown(row['eval_loss'])}" if "eval_loss" in row else ""
+        text += "" if row["applied"] else "  NOT APPLIED: not finite"
+        keep = not self.live or "eval_loss" in row or not row["applied"] or done == self.steps
+        print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, end="\n" if keep else "", flush=True)
+        self.pending = not keep
+
+
+class Metrics:
+    """`out`/metrics.jsonl, a line a step, and the same curves for TensorBoard when it is installed."""
+
+    def __init__(self, out: Path) -> None:
+        self.path = out / "metrics.jsonl"
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self.board = SummaryWriter(str(out / "tensorboard"))
+
+    def write(self, row: dict[str, Any]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board is not None:
+            for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss"):
+                if isinstance(row.get(key), float):
+                    self.board.add_scalar(key, row[key], row["step"])
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def drop_metrics_after(out: Path, step: int) -> None:
+    """A killed run may have logged steps that its last checkpoint does not hold: they will be logged again."""
+    path = out / "metrics.jsonl"
+    if path.is_file():
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    lines.append(line)
+            except (ValueError, KeyError):
+                continue  # cut off in the middle of a line
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def number(value: float) -> float | str:
+    """For JSON, which has no NaN and no Inf."""
+    return value if math.isfinite(value) else str(value)
+
+
+def shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"

@@ -223,6 +223,12 @@ def test_nan_is_not_applied_and_three_in_a_row_stop(tmp_path, tokenizer, command
     assert len(lines(tmp_path / "three")) == 4
 
 
+def test_steps_that_get_a_line_in_the_log(tmp_path, tokenizer, commands):
+    data = veneer.DataConfig(train=str(commands), eval=0.2)
+    run(fresh(), tokenizer, None, tmp_path / "run", data_config=data, max_steps=7, log_every=3, eval_every=4)
+    assert [row["step"] for row in lines(tmp_path / "run")] == [3, 4, 6, 7]
+
+
 def test_early_stopping_keeps_the_best(tmp_path, tokenizer, commands, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.6, 1.0])
     monkeypatch.setattr(loop, "evaluation_loss", lambda *a: {"loss": next(losses), "tokens": 1})

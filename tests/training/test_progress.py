@@ -1,0 +1,49 @@
+import json
+import sys
+
+import pytest
+
+from veneer.training.progress import Metrics, Progress, drop_metrics_after, number
+
+
+def steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_of_steps_that_will_be_done_again_are_dropped(tmp_path):
+    metrics = Metrics(tmp_path)
+    for step in range(1, 6):
+        metrics.write({"step": step, "loss": 1.0})
+    metrics.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # killed while it wrote
+    drop_metrics_after(tmp_path, 3)
+    assert steps(tmp_path) == [1, 2, 3]
+    drop_metrics_after(tmp_path / "nothing there", 3)
+
+
+def test_without_tensorboard_the_file_is_all(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    metrics = Metrics(tmp_path)
+    metrics.write({"step": 1, "loss": number(float("nan"))})
+    metrics.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == "nan"
+
+
+@pytest.mark.parametrize(
+    ("done", "more", "said"),
+    [(1, {}, True), (2, {}, False), (2, {"eval_loss": 2.5}, True), (2, {"applied": False}, True), (9, {}, True)],
+)
+def test_off_a_terminal_few_steps_get_a_line(capsys, done, more, said):
+    say = Progress(True, 9)
+    row = {"loss": 1.0, "learning_rate": 1e-4, "tokens_per_second": 10.0, "applied": True}
+    if done > 1:
+        say.step(1, row)
+        capsys.readouterr()
+    say.step(done, {**row, **more})
+    err = capsys.readouterr().err
+    assert (f"step {done}/9" in err) is said and ("NOT APPLIED" in err) is (more == {"applied": False})
+    assert ("held-out loss 2.5000" in err) is ("eval_loss" in more)
+    Progress(False, 9).step(9, row)
+    assert capsys.readouterr().err == ""

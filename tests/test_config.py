@@ -1,6 +1,18 @@
+import json
+from pathlib import Path
+
 import pytest
 
-from veneer.config import parse_recipe, read_recipe, shipped_recipes, write_recipe
+from veneer.config import (
+    DataConfig,
+    LoraConfig,
+    Recipe,
+    TrainConfig,
+    parse_recipe,
+    read_recipe,
+    shipped_recipes,
+    write_recipe,
+)
 from veneer.errors import VeneerError
 
 DATA = {"data": {"train": "x.jsonl"}}
@@ -60,3 +72,16 @@ def test_files_overrides_and_round_trip(tmp_path):
 @pytest.mark.parametrize("name", ["demo", "production", "quality", "quick"])
 def test_shipped_recipes_are_valid(name):
     assert name in shipped_recipes() and read_recipe(name).lora.r in (16, 32, 64)
+
+
+def settings_rows(settings):
+    for name, field in settings.model_fields.items():
+        if name not in ("lora", "data") and field.annotation is not TrainConfig:
+            default = "needed" if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+            yield f"| `{name}` | {default.replace('null', '')} | {field.description} |"
+
+
+def test_the_page_of_settings_is_true():
+    page = (Path(__file__).parent.parent / "docs" / "recipe.md").read_text(encoding="utf-8")
+    expected = [row for part in (Recipe, LoraConfig, DataConfig, TrainConfig) for row in settings_rows(part)]
+    assert [line for line in page.splitlines() if line.startswith("| `")] == expected

@@ -58,7 +58,9 @@ class LoraConfig(Settings):
     targets: str | list[str] = Field(
         "all-linear", description="attention, mlp, all-linear, a list of name suffixes, or a regex"
     )
-    init: Literal["kaiming", "gaussian"] = Field("kaiming", description="how A starts; B starts at zero")
+    init: Literal["kaiming", "gaussian"] = Field(
+        "kaiming", description="kaiming or gaussian: how A starts; B starts at zero"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
 
     @property
@@ -78,10 +80,14 @@ class DataConfig(Settings):
 
     train: str | list[str] = Field(description="file or files: .jsonl, .json, .csv, .parquet")
     eval: str | float | None = Field(None, description="a held-out file, or the share of `train` to hold out")
-    format: DataFormat | None = Field(None, description="left out: detected from the columns")
-    columns: dict[str, str] = Field(default_factory=dict, description="our name: the file's, e.g. {completion: label}")
+    format: DataFormat | None = Field(
+        None, description="prompt_completion, alpaca, messages or text; left out: detected from the columns"
+    )
+    columns: dict[str, str] = Field(default_factory=dict, description="our name: the file's, as in {completion: label}")
     system: str | None = Field(None, description="system message put before every conversation that has none")
-    loss_on: Literal["completion", "all"] = Field("completion", description="which tokens are learned")
+    loss_on: Literal["completion", "all"] = Field(
+        "completion", description="completion or all: which tokens are learned"
+    )
     max_length: int = Field(1024, ge=8, description="tokens a row; longer ones lose the start of the prompt")
     packing: bool = Field(True, description="put several rows in one sequence, isolated from one another")
     strict: bool = Field(False, description="refuse the run when any row is bad")
@@ -98,28 +104,33 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """How long, how fast and how safely to train."""
 
-    epochs: float = Field(1.0, gt=0, le=10_000)
-    max_steps: int | None = Field(None, ge=1, description="stop after so many optimizer steps")
+    epochs: float = Field(1.0, gt=0, le=10_000, description="passes over the rows; parts of one are fine")
+    max_steps: int | None = Field(None, ge=1, description="at most so many optimizer steps")
     batch_size: int = Field(16, ge=1, description="rows in one forward and backward")
     grad_accumulation: int = Field(1, ge=1, description="batches in one optimizer step")
     learning_rate: float | Literal["auto"] = Field("auto", description="auto: by the model's width")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="of the learning rate after the warm-up: cosine, linear or constant"
+    )
     warmup_steps: int | None = Field(None, ge=0, description="left out: 3% of the steps")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of the learning rate left at the end")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float | None = Field(1.0, gt=0, description="null: no clipping")
-    seed: int = Field(0, ge=0, lt=2**63)
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="longer gradients are cut to it; null: none is")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of the adapter's start, the order of the rows, the split, and dropout"
+    )
     recompute: Literal["none", "mlp", "full"] = Field(
-        "none", description="what the backward pass makes again instead of keeping: less memory, slower"
+        "none",
+        description="none, mlp or full: what the backward pass makes again instead of keeping; less memory, slower",
     )
     eval_every: int | None = Field(None, ge=1, description="steps; left out: at each epoch's end, and at the end")
     early_stopping: int | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
     save_every: int = Field(50, ge=1, description="steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="checkpoints kept")
     log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
-    out: str | None = Field(None, description="output folder")
+    out: str | None = Field(None, description="output folder: new or empty")
 
     @model_validator(mode="before")
     @classmethod
@@ -150,11 +161,13 @@ class Recipe(Settings):
     """One fine-tune, whole: base model, 4-bit or not, adapter, data, training."""
 
     model: str = Field("smollm2", min_length=1, description="folder, .gguf file, hub id, or smollm2")
-    revision: str | None = None
+    revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
     quantize: Quantization | None = Field(None, description="nf4, or left out for 16-bit")
-    double_quant: bool = True
-    dtype: Dtype = "bfloat16"
-    device: str = "auto"
+    double_quant: bool = Field(
+        True, description="the constants of 4-bit weights in 8 bits: 4.13 bits a weight, not 4.5"
+    )
+    dtype: Dtype = Field("bfloat16", description="bfloat16, float16 or float32: of all that is not 4-bit")
+    device: str = Field("auto", description="auto: cuda when there is one, else cpu")
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)

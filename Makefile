@@ -1,12 +1,13 @@
 # make demo   watch a real model learn a task with QLoRA (about 10 minutes on 2 cores)
 # make test   run the tests
-# Both need only Python 3.11+ and make; everything else goes into .venv.
+# make bench  every benchmark beside its peers (benchmarks/); some: make bench BENCH="c1 c2 --rounds 5"
+# All need only Python 3.11+ and make; everything else goes into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/demo.done
 	$(BIN)/veneer demo
@@ -21,6 +22,9 @@ lint: .venv/test.done
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror veneer/csrc/*.cpp veneer/csrc/*.h
 
+bench: .venv/bench.done
+	$(BIN)/python -m benchmarks.run $(BENCH)
+
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
@@ -34,6 +38,10 @@ lint: .venv/test.done
 
 .venv/test.done: .venv/demo.done
 	$(PIP) --editable ".[demo,parity,dev]"
+	@touch $@
+
+.venv/bench.done: .venv/demo.done
+	$(PIP) --editable ".[demo,parity,bench]"
 	@touch $@
 
 clean:

@@ -1,0 +1,120 @@
+"""The benchmarks' own parts: what makes a ratio void, and each training contender on a tiny model."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_model
+
+import veneer
+from benchmarks import c1_lora_step, c3_memory, c4_head, c6_quantize, data, follow, run, training
+from benchmarks.plan import QUICK, Agreement, Cell, Figure, Options, Result, ratio
+
+
+def result(name, losses, seconds=1.0, norms=(1.0, 1.0)):
+    record = {
+        "losses": losses, "grad_norms": list(norms), "step_seconds": [seconds], "tokens": 100, "peak_bytes": 1e9,
+        "steps_peak_bytes": 1e9,
+    }  # fmt: skip
+    return Result(Cell(name, "x:y"), [record, record])
+
+
+LIMITS = Result(Cell("limits", "x:y"), [{"bf16_gflops": 600.0, "fp32_gflops": 60.0, "read_gbs": 10.0}] * 2)
+
+
+@pytest.fixture
+def options(tmp_path, tokenizer):
+    model = make_model(dtype=torch.bfloat16, fused=False)
+    veneer.save_model(model, tokenizer, tmp_path / "model")
+    (tmp_path / "work").mkdir()
+    rows = [{"instruction": f"switch lamp {i} on", "input": "", "output": f"on {i % 7}"} for i in range(20)]
+    rows.insert(3, {**rows[0], "status": "too similar"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = Options(
+        work=str(tmp_path / "work"), model=str(tmp_path / "model"), data=str(tmp_path / "rows.jsonl"), rank=4
+    )
+    made = replace(made, **QUICK, learning_rate=1e-2)
+    (tmp_path / "work" / "prepare.json").write_text(json.dumps(data.prepare(made)))
+    return made
+
+
+def test_options_survive_the_way_to_a_process(options):
+    assert Options.from_json(options.to_json()) == options
+
+
+def test_figures_and_ratios_are_taken_round_by_round():
+    assert str(Figure([3.0, 1.0, 200.0])) == "3 (1..200)"
+    assert ratio(Figure([2.0, 8.0]), Figure([1.0, 2.0])) == (2.0, 4.0)
+
+
+def test_a_ratio_is_void_when_the_numbers_are_not_the_peers():
+    peer, exact = result("PEFT bf16", [2.0, 1.0]), result("PEFT fp32", [2.0, 1.0])
+    for losses, norms, good in (
+        ([2.0, 1.004], (1.0, 1.0), True),
+        ([2.0, 1.006], (1.0, 1.0), False),
+        ([2.0, 1.0], (1.0, 1.03), False),
+        ([2.0, float("nan")], (1.0, 1.0), False),
+    ):
+        ours = result("veneer bf16", losses, 0.5, norms)
+        results = {r.name: r for r in (ours, peer, result("PEFT bf16 + checkpointing", [2.0, 1.0], 2.0), exact)}
+        (table,) = c1_lora_step.report(results, LIMITS, Options())
+        found = table.rows[0]["ratio to best peer"]
+        assert (found == (2.0, 2.0)) if good else (found == "VOID"), losses
+        assert any(note.startswith("VOID") for note in table.notes) != good
+    # the peer's own bf16 and fp32 runs are apart: as much again is allowed, up to a bound
+    assert Agreement(peer, result("PEFT fp32", [2.0, 1.005])).loss == pytest.approx(0.01)
+    assert Agreement(peer, result("PEFT fp32", [2.0, 2.0])).loss == 0.02
+
+
+def test_a_process_that_fails_is_reported(options):
+    runner = run.Runner(options, 1, None, 60)
+    found = runner.process(Cell("broken", "benchmarks.data:no_such_function"))
+    assert isinstance(found, str) and "no_such_function" in found
+
+
+def test_what_is_not_installed_is_skipped():
+    cell = Cell("other", "x:y", needs=("no_such_package",))
+    assert "no_such_package not installed" in (cell.missing() or "")
+    results, _ = run.Runner(Options(), 0, None, 1).measure([cell], "c0")
+    assert results[cell.key].problem == cell.missing()
+
+
+def test_inputs_are_the_rows_marked_usable(options, tmp_path):
+    assert len((tmp_path / "work/train.jsonl").read_text().splitlines()) == 8
+    assert len(data.chat(options, "train")) == 8 and len(data.chat(options, "validation")) == 4
+    assert "too similar" not in (tmp_path / "work/train.jsonl").read_text()
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+@pytest.mark.parametrize("source", ["blocks", "chat"])
+def test_contenders_take_the_same_steps(options, base, source):
+    pytest.importorskip("peft")
+    ours, theirs, checked = (
+        training.steps(options, by, base, recompute, source)
+        for by, recompute in (("veneer", "none"), ("peft", "none"), ("peft", "full"))
+    )
+    tolerance = 1e-5 if base == "fp32" else 1e-2
+    assert ours["trainable"] == theirs["trainable"] and len(ours["losses"]) == 2 and min(ours["grad_norms"]) > 1e-3
+    for other in (theirs, checked):
+        assert ours["losses"] == pytest.approx(other["losses"], rel=tolerance)
+        assert ours["grad_norms"] == pytest.approx(other["grad_norms"], rel=5 * tolerance)
+
+
+def test_reports_can_be_printed_and_written(options, capsys):
+    pytest.importorskip("bitsandbytes")
+    c4 = {cell.name: Result(cell, [c4_head.measure(options, **cell.arguments)]) for cell in c4_head.CELLS}
+    c6 = {cell.name: Result(cell, [c6_quantize.measure(options, **cell.arguments)]) for cell in c6_quantize.CELLS}
+    cells = (*c3_memory.BENCHMARK.cells, *follow.CELLS)
+    steps = {cell.name: result(cell.name, [1.0, 1.0]) for cell in cells}
+    small = replace(options, follow_steps=2)
+    tables = [
+        *c4_head.report(c4, LIMITS, options),
+        *c6_quantize.report(c6, LIMITS, options),
+        *c3_memory.report(steps, LIMITS, options),
+        *follow.report({cell.name: steps[cell.name] for cell in follow.CELLS}, LIMITS, small),
+    ]
+    run.show(tables)
+    text = run.markdown(["now"], tables)
+    json.dumps([table.to_json() for table in tables])
+    assert "bit-equal: codes" in text and "VOID" not in text and "C4 frozen head" in capsys.readouterr().out

@@ -273,6 +273,8 @@ def test_resuming_another_run_is_refused(main):
     )
     code, _, err = main(*run, *SET, "train.max_steps=1")
     assert code == 0, err
+    code, _, err = main(*run)
+    assert code == 2 and "run is not empty" in err and "--resume goes on with the run in it" in err
     code, out, err = main(*run, *SET, "train.max_steps=2", *SET, "lora.alpha=8", "--resume")
     assert (code, out) == (3, "") and "lora.alpha: the checkpoint has 32.0, this run 8.0" in err
     code, _, err = main(*run, *SET, "train.max_steps=2", "--resume")

@@ -50,10 +50,10 @@ def train(
             "train.out is missing: where should the adapter go?", hint="for example --set train.out=runs/first"
         )
     import veneer
-    from veneer.storage import require_empty_folder
+    from veneer.training.loop import require_new_run
 
     if not resume:
-        require_empty_folder(plan.train.out)
+        require_new_run(Path(plan.train.out))
     model, tokenizer = veneer.load(
         plan.model, quantize=plan.quantize, double_quant=plan.double_quant, dtype=plan.dtype, device=plan.device,
         revision=plan.revision,

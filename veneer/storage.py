@@ -87,17 +87,18 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def require_empty_folder(path: str | Path) -> None:
+def require_empty_folder(path: str | Path, *, instead: str = "") -> None:
     """Raise VeneerError when `path` cannot become an output folder: asked before any work, not after it.
 
     It is a file or holds something, one of its parents is a file, or nothing can be written there.
+
+    Args:
+        instead: what else can be done about a folder that holds something; it opens the hint.
     """
     path = Path(path)
     if path.is_dir() and any(path.iterdir()):
-        raise VeneerError(
-            f"output folder {path} is not empty",
-            hint="name another folder, or remove this one first; nothing of yours is ever overwritten",
-        )
+        hint = f"{instead}name another folder, or remove this one first; nothing of yours is ever overwritten"
+        raise VeneerError(f"output folder {path} is not empty", hint=hint)
     there = _nearest_existing(path)
     if not there.is_dir():
         raise VeneerError(f"output folder {path}: found {there}, which is not a folder, expected a folder or nothing")

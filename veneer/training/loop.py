@@ -98,7 +98,7 @@ class _Run:
             )
         self.checkpoints = out / "checkpoints"
         if not (resume and self.checkpoints.is_dir()):
-            require_empty_folder(out)
+            require_new_run(out)
         self.name, self.parameters = name, adapter_parameters(model, name)
         self.data = data_config or DataConfig(train="-")
         self.train_set, self.eval_set, self.notes = prepare_data(data, self.data, tokenizer, config.seed)
@@ -333,6 +333,12 @@ class _Run:
     def _stopped(self) -> bool:
         patience = self.config.early_stopping
         return patience is not None and self.state["bad_evaluations"] >= patience
+
+
+def require_new_run(out: Path) -> None:
+    """Raise VeneerError when `out` cannot become a run's folder; one that holds a run can be gone on with."""
+    there = (out / "checkpoints").is_dir()
+    require_empty_folder(out, instead="--resume goes on with the run in it; else " if there else "")
 
 
 def batches(

@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "simd.h"
+#include "amx.h"
 
 namespace {
 
@@ -20,6 +20,13 @@ constexpr int kRows = 4, kColumns = 2;
 #else
 constexpr int kRows = 2, kColumns = 2;
 #endif
+
+#if defined(__AMX_BF16__)
+constexpr int64_t kStep = kTile;  // a product does rows, and takes pairs of the depth, in multiples of this
+#else
+constexpr int64_t kStep = 1;
+#endif
+inline int64_t RoundUp(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
 struct Layout {  // what a call is about
   const int32_t* starts;
@@ -55,10 +62,28 @@ inline void Columns(int64_t m, int64_t depth, const uint32_t* a, int64_t lda, co
   for (; i < m; ++i) Tile<1, C>(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc, add);
 }
 
-// C (m, n) [+]= A x B; n a multiple of kWidth, depth and lda in pairs.
+// C (m, n) [+]= A x B; n a multiple of kWidth, depth and lda in pairs. There is room for m rounded up to kStep in A and
+// C: what stands there is not used.
 void Product(int64_t m, int64_t n, int64_t depth, const void* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
              int64_t ldc, bool add) {
   const uint32_t* pairs = static_cast<const uint32_t*>(a);
+#if defined(__AMX_BF16__)
+  if (depth % kTile == 0) {
+    const Slice slice{pairs, lda, depth};
+    for (int64_t i = 0; i < m; i += 2 * kTile)
+      for (int64_t j = 0; j < n; j += 2 * kTile) {
+        float* sum = c + i * ldc + j;
+        if (n - j < 2 * kTile)
+          for (int64_t r = i; r < m && r < i + 2 * kTile; r += kTile)
+            TileProduct<1, 1>(&slice, 1, r, b + j, ldb, c + r * ldc + j, ldc, add);
+        else if (m - i > kTile)
+          TileProduct<2, 2>(&slice, 1, i, b + j, ldb, sum, ldc, add);
+        else
+          TileProduct<1, 2>(&slice, 1, i, b + j, ldb, sum, ldc, add);
+      }
+    return;
+  }
+#endif
   int64_t j = 0;
   for (; j + kColumns * kWidth <= n; j += kColumns * kWidth)
     Columns<kColumns>(m, depth, pairs, lda, b + j, ldb, c + j, ldc, add);
@@ -179,8 +204,9 @@ void ForwardHead(const Layout& l, const Task& t, int64_t first_head, int64_t hea
             for (int64_t d = 0; d < width; ++d)
               Store(sum + d * kBlock + j * kWidth, Load(sum + d * kBlock + j * kWidth) * fade);
         }
-        Product(width, kBlock, even / 2, values + c * kBlock / 2 * width, kBlock / 2, weight, kBlock, sum, kBlock,
-                c > 0);
+        const int64_t depth = RoundUp(even / 2, kStep);
+        std::memset(weight + even / 2 * kBlock, 0, (depth - even / 2) * kBlock * 4);
+        Product(width, kBlock, depth, values + c * kBlock / 2 * width, kBlock / 2, weight, kBlock, sum, kBlock, c > 0);
       }
       for (int j = 0; j < kBlock / kWidth; ++j) {
         const Vec inverse = Set(1.f) / total[j];
@@ -214,10 +240,11 @@ void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t h
                    const float* lse, int64_t tokens, const Gradients& out, float* dk_part, float* dv_part) {
   const int64_t width = l.width, blocks = Blocks(t.length), padded = blocks * kBlock, pairs = padded * width / 2;
   const int64_t kv_head = first_head / (l.heads / l.kv_heads);
-  scratch.Reserve(heads * (pairs * 4 * 4 + padded * width * 4 + padded * 8 + 8192) + kBlock * width * 28 +
+  scratch.Reserve(heads * (pairs * 4 * 4 + padded * width * 4 + padded * 8 + 8192) + kBlock * width * 30 +
                   kBlock * kBlock * 24 + heads * sizeof(BackwardHead) + 16384);
   BackwardHead* packed = scratch.Take<BackwardHead>(heads);
   uint16_t* rows = scratch.Take<uint16_t>(kBlock * width);
+  uint16_t* value_rows = scratch.Take<uint16_t>(kBlock * width);
   uint32_t* keys_t = scratch.Take<uint32_t>(width * kBlock / 2);
   uint32_t* pairs_of_keys = scratch.Take<uint32_t>(width * kBlock / 2);
   float* score = scratch.Take<float>(kBlock * kBlock);
@@ -272,12 +299,17 @@ void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t h
     PackPairs(rows, width, live, width, pairs_of_keys);
     TurnAll(pairs_of_keys, width, kBlock / 2, width, keys_t, kBlock / 2);
     const uint16_t* values = v + (t.start + first) * sv + kv_head * width;
+    int64_t ldv = sv;
+    if (live % kStep) {  // rows behind the last one must be there
+      for (int64_t i = 0; i < live; ++i) std::memcpy(value_rows + i * width, values + i * sv, width * 2);
+      values = value_rows, ldv = width;
+    }
     for (int64_t h = 0; h < heads; ++h) {
       const BackwardHead& p = packed[h];
       for (int64_t b = c; b < blocks; ++b) {
         const int64_t at = b * kBlock / 2 * width;
         Product(live, kBlock, width / 2, rows, width / 2, p.q_columns + at, kBlock, score, kBlock, false);
-        Product(live, kBlock, width / 2, values, sv / 2, p.do_columns + at, kBlock, dscore, kBlock, false);
+        Product(live, kBlock, width / 2, values, ldv / 2, p.do_columns + at, kBlock, dscore, kBlock, false);
         for (int64_t i = 0; i < live; ++i)
           for (int32_t j = 0; j < kBlock; j += kWidth) {
             Vec weight = Exp(Load(score + i * kBlock + j) * scale - Load(p.lse + b * kBlock + j));
@@ -290,10 +322,12 @@ void BackwardGroup(const Layout& l, const Task& t, int64_t first_head, int64_t h
         if (live % 2) std::memset(dscore + live * kBlock, 0, kBlock * 4);
         for (int64_t i = 0; i < even; i += 2)
           RoundPairs(dscore + i * kBlock, dscore + (i + 1) * kBlock, ds_pairs + i / 2 * kBlock);
+        const int64_t depth = RoundUp(even / 2, kStep);
+        std::memset(ds_pairs + even / 2 * kBlock, 0, (depth - even / 2) * kBlock * 4);
         const bool add = h > 0 || b > c;
         Product(live, width, kBlock / 2, p_rows, kBlock / 2, p.do_pairs + at, width, dv_sum, width, add);
         Product(live, width, kBlock / 2, ds_rows, kBlock / 2, p.q_pairs + at, width, dk_sum, width, add);
-        Product(width, kBlock, even / 2, keys_t, kBlock / 2, ds_pairs, kBlock, p.dq + b * kBlock * width, kBlock, true);
+        Product(width, kBlock, depth, keys_t, kBlock / 2, ds_pairs, kBlock, p.dq + b * kBlock * width, kBlock, true);
       }
     }
     for (int64_t i = 0; i < live; ++i) {
@@ -336,10 +370,14 @@ EXPORT(attention_forward)
   const int64_t tokens = starts[segments], group = heads / kv_heads;
   const int64_t each = segments * kv_heads >= 16 ? group : 1;  // query heads a task: few segments are cut finer
   const int64_t parts = heads / each;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t n = 0; n < segments * parts; ++n) {
-    const Task t = Segment(l, n / parts);
-    if (t.length > 0) ForwardHead(l, t, n % parts * each, each, q, sq, k, sk, v, sv, o, lse, tokens);
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t n = 0; n < segments * parts; ++n) {
+      const Task t = Segment(l, n / parts);
+      if (t.length > 0) ForwardHead(l, t, n % parts * each, each, q, sq, k, sk, v, sv, o, lse, tokens);
+    }
   }
 }
 
@@ -355,11 +393,15 @@ EXPORT(attention_backward)
   const int64_t tokens = starts[segments], group = heads / kv_heads, each = part == nullptr ? group : 1;
   const int64_t parts = heads / each;
   float* dv_part = part == nullptr ? nullptr : part + heads * tokens * width;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t n = 0; n < segments * parts; ++n) {
-    const Task t = Segment(l, n / parts);
-    if (t.length > 0)
-      BackwardGroup(l, t, n % parts * each, each, q, sq, k, sk, v, sv, o, d_o, lse, tokens, out, part, dv_part);
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t n = 0; n < segments * parts; ++n) {
+      const Task t = Segment(l, n / parts);
+      if (t.length > 0)
+        BackwardGroup(l, t, n % parts * each, each, q, sq, k, sk, v, sv, o, d_o, lse, tokens, out, part, dv_part);
+    }
   }
   if (part == nullptr) return;
 #pragma omp parallel for schedule(static) num_threads(threads)

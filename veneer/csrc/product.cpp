@@ -4,6 +4,7 @@
 // A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel
 // columns side by side. An NF4 weight is decoded on the way there, so a dense copy never exists.
 
+#include "amx.h"
 #include "nf4.h"
 
 namespace {
@@ -30,11 +31,6 @@ struct Term {
   int64_t ldw;  // elements between rows of the weight
   const Nf4* nf4;
   int64_t kind;
-};
-
-struct Slice {  // of one term: what is in the packed panel
-  const uint32_t* a;
-  int64_t lda, depth;  // in pairs
 };
 
 // Where finished sums go: bias and residual added, rounded, stored; columns beyond `live` are not there.
@@ -207,6 +203,115 @@ void Panel(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t
   }
 }
 
+#if defined(__AMX_BF16__)
+// ---- many rows, on the matrix unit: the weight is packed once by all threads together, some panels at a time --------
+
+constexpr int64_t kChunk = 1 << 20;  // bytes of packed panels a thread: half of a second-level cache
+constexpr int64_t kRowTask = 64;     // rows of one task
+
+thread_local Scratch decoded;  // `scratch` of the first thread holds the packed weight
+
+// What is left of a term's depth beyond whole tiles, copied and filled up with zeros: (m, 32) a term.
+void CopyTails(const Terms& sum, int64_t m, uint16_t* tails, int threads) {
+  for (int s = 0; s < sum.count; ++s) {
+    const Term& t = sum.terms[s];
+    const int64_t whole = t.depth / (2 * kTile) * 2 * kTile, rest = t.depth - whole;
+    if (rest == 0) continue;
+#pragma omp parallel for schedule(static) num_threads(threads) if (m > 4096)
+    for (int64_t i = 0; i < m; ++i) {
+      std::memcpy(tails + i * 2 * kTile, t.a + i * t.lda + whole, rest * 2);
+      std::memset(tails + i * 2 * kTile + rest, 0, (2 * kTile - rest) * 2);
+    }
+    tails += m * 2 * kTile;
+  }
+}
+
+// Rows [from, from + 16 R) and a pair of vectors of columns.
+template <int R>
+inline void TileOut(const Slice* slices, int count, int64_t row, const uint32_t* b, const Output& out) {
+  alignas(64) float sum[R * kTile * 2 * kTile];
+  TileProduct<R, 2>(slices, count, row, b, kPanel, sum, 2 * kTile, false);
+  const bool whole = out.live >= 2 * kTile;
+  for (int64_t r = 0; r < R * kTile; ++r) {
+    const float* from = sum + r * 2 * kTile;
+    if (!whole) {
+      out.Some(row + r, 2 * kTile, from);
+      continue;
+    }
+#pragma GCC unroll 2
+    for (int64_t j = 0; j < 2 * kTile; j += kWidth) {
+      Vec value = Load(from + j);
+      if (out.bias) value += LoadBFloat16(out.bias + j);
+      if (out.residual) value += LoadBFloat16(out.residual + (row + r) * out.ldr + j);
+      StoreBFloat16(out.y + (row + r) * out.ldy + j, value);
+    }
+  }
+}
+
+// m >= 16. The last rows are done with the ones before them once more, so that tiles are always full.
+void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
+  Slice slices[2 * kMaxTerms];
+  int count = 0, with_tail = 0;
+  int64_t depth = 0;  // padded
+  for (int s = 0; s < sum.count; ++s) with_tail += sum.terms[s].depth % (2 * kTile) != 0;
+  for (int s = 0; s < sum.count; ++s) depth += (sum.terms[s].depth + 2 * kTile - 1) / (2 * kTile) * 2 * kTile;
+  const int64_t panels = (n + kPanel - 1) / kPanel, size = depth / 2 * kPanel;  // of one panel, in pairs
+  int64_t together = kChunk * threads / (size * 4);
+  together = together < 1 ? 1 : together > panels ? panels : together;
+  scratch.Reserve(together * size * 4 + with_tail * m * 4 * kTile + 4096);
+  uint32_t* packed = scratch.Take<uint32_t>(together * size);
+  uint16_t* tails = scratch.Take<uint16_t>(with_tail * m * 2 * kTile);
+  CopyTails(sum, m, tails, threads);
+  for (int s = 0; s < sum.count; ++s) {
+    const Term& t = sum.terms[s];
+    const int64_t whole = t.depth / (2 * kTile) * kTile;
+    if (whole) slices[count++] = {reinterpret_cast<const uint32_t*>(t.a), t.lda / 2, whole};
+    if (2 * whole == t.depth) continue;
+    slices[count++] = {reinterpret_cast<const uint32_t*>(tails), kTile, kTile};
+    tails += m * 2 * kTile;
+  }
+  const int64_t tasks = (m + kRowTask - 1) / kRowTask;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+    decoded.Reserve(kTile * (depth < 2 * kPanel ? 2 * kPanel : depth) * 2);
+    uint16_t* rows = decoded.Take<uint16_t>(0);
+    for (int64_t first = 0; first < panels; first += together) {
+      const int64_t here = panels - first < together ? panels - first : together;
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t panel = 0; panel < here; ++panel) {
+        const int64_t column = (first + panel) * kPanel, live = n - column < kPanel ? n - column : kPanel;
+        uint32_t* b = packed + panel * size;
+        for (int s = 0; s < sum.count; ++s) {
+          const Term& t = sum.terms[s];
+          const int64_t pairs = (t.depth + 2 * kTile - 1) / (2 * kTile) * kTile;
+          Pack(t, column, live, 0, t.depth, rows, b);
+          std::memset(b + t.depth / 2 * kPanel, 0, (pairs - t.depth / 2) * kPanel * 4);
+          b += pairs * kPanel;
+        }
+      }
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t to = (task + 1) * kRowTask < m ? (task + 1) * kRowTask : m;
+        for (int64_t row = task * kRowTask, tall; row < to; row += tall) {
+          tall = to - row > kTile && m >= 2 * kTile ? 2 * kTile : kTile;
+          const int64_t at = row + tall <= m ? row : m - tall;
+          for (int64_t panel = 0; panel < here; ++panel)
+            for (int64_t j = 0; j < kPanel; j += 2 * kTile) {
+              const Output place = out.At((first + panel) * kPanel + j);
+              if (place.live <= 0) break;
+              if (tall > kTile)
+                TileOut<2>(slices, count, at, packed + panel * size + j, place);
+              else
+                TileOut<1>(slices, count, at, packed + panel * size + j, place);
+            }
+        }
+      }
+    }
+  }
+}
+#endif
+
 // ---- few rows: each weight is decoded once, in registers, and used for all of them at once -------------------------
 
 constexpr int64_t kFewRows = 12;  // from here on, packing panels is faster
@@ -337,6 +442,9 @@ EXPORT(product)
   bool few = m < kFewRows && terms[0].kind == kNf4ByRow;
   for (int i = 1; i < count; ++i) few = few && terms[i].kind == kByRow;
   if (few) return FewRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
+#if defined(__AMX_BF16__)
+  if (m >= kTile) return ManyRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
+#endif
   const int64_t panels = (n + kPanel - 1) / kPanel;
   int64_t parts = (m + kTaskRows - 1) / kTaskRows;  // of the rows: more where there are few panels for many threads
   while (panels * parts < 4 * threads && m / (parts + 1) >= 64) ++parts;
@@ -356,34 +464,50 @@ EXPORT(product)
 EXPORT(outer_sum)
 (const uint16_t* left, int64_t ldl, int64_t r, const uint16_t* right, int64_t ldright, int64_t n, int64_t tokens,
  float* out, int64_t row, int64_t col, int threads) {
-  constexpr int64_t kPiece = 256;  // tokens whose packed columns stay in the first-level cache
-  const int64_t pairs = (tokens + 1) / 2;
-  uint32_t* turned = static_cast<uint32_t*>(std::malloc(r * pairs * 4));
+#if defined(__AMX_BF16__)
+  constexpr int64_t kPiece = 4096, kMultiple = 32;  // tokens whose packed columns stay in the second-level cache
+  const int64_t ranks = (r + kTile - 1) / kTile * kTile;
+#else
+  constexpr int64_t kPiece = 256, kMultiple = 2;  // in the first-level cache
+  const int64_t ranks = r;
+#endif
+  const int64_t pairs = (tokens + kMultiple - 1) / kMultiple * kMultiple / 2,
+                piece = kPiece / 2 < pairs ? kPiece / 2 : pairs;
+  uint32_t* turned = static_cast<uint32_t*>(std::calloc(ranks * pairs, 4));
   if (turned == nullptr) std::abort();
-  for (int64_t p = 0; p < pairs; ++p)
-    for (int64_t i = 0; i < r; ++i)
-      turned[i * pairs + p] =
-          left[2 * p * ldl + i] | (2 * p + 1 < tokens ? static_cast<uint32_t>(left[(2 * p + 1) * ldl + i]) << 16 : 0);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < r; ++i) turned[i * pairs + t / 2] |= static_cast<uint32_t>(left[t * ldl + i]) << t % 2 * 16;
   const int64_t panels = (n + kPanel - 1) / kPanel;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t panel = 0; panel < panels; ++panel) {
-    const int64_t column = panel * kPanel, live = n - column < kPanel ? n - column : kPanel;
-    scratch.Reserve(kPiece / 2 * kPanel * 4 + r * kPanel * 4 + 4096);
-    uint32_t* b = scratch.Take<uint32_t>(kPiece / 2 * kPanel);
-    float* part = scratch.Take<float>(r * kPanel);
-    std::memset(part, 0, r * kPanel * 4);
-    const uint16_t none[kPanel] = {};
-    const Output nowhere{nullptr, 0, nullptr, nullptr, 0, kPanel};
-    for (int64_t from = 0; from < tokens; from += kPiece) {
-      const int64_t to = from + kPiece < tokens ? from + kPiece : tokens;
-      for (int64_t t = from; t < to; t += 2)
-        PackPair(right + t * ldright + column, t + 1 < tokens ? right + (t + 1) * ldright + column : none, live,
-                 b + (t - from) / 2 * kPanel);
-      const Slice slice{turned + from / 2, pairs, (to - from + 1) / 2};
-      Down<false, false>(&slice, 1, 0, r, b, part, nowhere);
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t column = panel * kPanel, live = n - column < kPanel ? n - column : kPanel;
+      scratch.Reserve(piece * kPanel * 4 + ranks * kPanel * 4 + 4096);
+      uint32_t* b = scratch.Take<uint32_t>(piece * kPanel);
+      float* part = scratch.Take<float>(ranks * kPanel);
+      std::memset(part, 0, ranks * kPanel * 4);
+      const uint16_t none[kPanel] = {};
+      for (int64_t from = 0; from < pairs; from += piece) {
+        const int64_t to = from + piece < pairs ? from + piece : pairs;
+        for (int64_t p = from; p < to; ++p) {
+          const uint16_t* low = right + 2 * p * ldright + column;
+          PackPair(2 * p < tokens ? low : none, 2 * p + 1 < tokens ? low + ldright : none, live,
+                   b + (p - from) * kPanel);
+        }
+        const Slice slice{turned + from, pairs, to - from};
+#if defined(__AMX_BF16__)
+        for (int64_t i = 0; i < ranks; i += kTile)
+          for (int64_t j = 0; j < kPanel; j += 2 * kTile)
+            TileProduct<1, 2>(&slice, 1, i, b + j, kPanel, part + i * kPanel + j, kPanel, from > 0);
+#else
+        Down<false, false>(&slice, 1, 0, r, b, part, Output{nullptr, 0, nullptr, nullptr, 0, kPanel});
+#endif
+      }
+      for (int64_t i = 0; i < r; ++i)
+        for (int64_t j = 0; j < live; ++j) out[i * row + (column + j) * col] = part[i * kPanel + j];
     }
-    for (int64_t i = 0; i < r; ++i)
-      for (int64_t j = 0; j < live; ++j) out[i * row + (column + j) * col] = part[i * kPanel + j];
   }
   std::free(turned);
 }

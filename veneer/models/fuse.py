@@ -90,8 +90,13 @@ def _mixes_tokens_elsewhere(model: nn.Module) -> bool:
 
 
 def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwargs: Any) -> Any:
-    """As transformers' forward. With `skip_logits` and `labels`: the loss alone, logits None, much less memory."""
+    """As transformers' forward. With `skip_logits` and `labels`: the loss alone, logits None, much less memory.
+
+    With labels no cache of keys and values is made unless it is asked for: it would keep the fused layers away.
+    """
     labels, head = kwargs.get("labels"), self.get_output_embeddings()
+    if labels is not None and kwargs.get("past_key_values") is None:
+        kwargs.setdefault("use_cache", False)
     if not skip_logits or labels is None or args or type(head) is not nn.Linear:
         # by the class, not by a bound method kept from before: a deep copy of the model must run its own weights
         return type(self).forward(self, *args, **kwargs)

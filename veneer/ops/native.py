@@ -1,6 +1,6 @@
 """The C++ kernels through ctypes: optional, for CPU tensors. The operations are defined beside their references.
 
-`VENEER_ISA` (scalar, avx2, avx512 or avx512bf16) forces an instruction set, for tests; left out, the best one the CPU
+`VENEER_ISA` (scalar, avx2, avx512, avx512bf16 or amx) forces an instruction set, for tests; left out, the best one the CPU
 has is taken. Sizes and types are checked here: past this module only pointers are left.
 """
 
@@ -25,7 +25,7 @@ from veneer.ops.reference import BLOCK, DYNAMIC_MAP, NESTED_BLOCK, NF4_CODE, NF4
 LIBRARIES = [
     folder / "_kernels.so" for folder in (Path(__file__).parent.parent, Path(sysconfig.get_path("platlib"), "veneer"))
 ]
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAX_TERMS = 16  # of one product

@@ -32,6 +32,14 @@ def report(results: Results, limits: Result, options: Options) -> list[Table]:
             apart = [difference([p], [q]) for p, q in zip(x["losses"], y["losses"], strict=True)]
             row["loss, largest"], row["loss, mean"] = f"{max(apart):.2%}", f"{sum(apart) / len(apart):.2%}"
             row["gradient norm, largest"] = f"{difference(x['grad_norms'], y['grad_norms']):.2%}"
+    if all(results[name].records for name in (VENEER, PEER, EXACT)):
+        a, b, c = (results[name].records[0]["losses"] for name in (VENEER, PEER, EXACT))
+        for wanted, found, allowed in (
+            ("within 0.5% of PEFT's bf16 run", difference(a, b), 0.005),
+            ("as close to PEFT's fp32 run as its bf16 run is", difference(a, c), difference(b, c)),
+        ):
+            verdict = "met" if found <= allowed else "NOT MET"
+            table.notes.append(f"{verdict}: {wanted}: largest {found:.2%}, allowed {allowed:.2%}")
     steps = Table("follow: step by step", [])
     for step in range(options.follow_steps):
         losses = {r.name: f"{r.records[0]['losses'][step]:.4f}" for r in results.values() if r.records}

@@ -3,7 +3,7 @@
 python -m benchmarks.run [c1 ... c7 follow] [--rounds 5] [--quick] [--isa avx2] [--data FILE] [--out DIR] [--only NAME]
 
 Progress goes to stderr; tables to stdout and, with all raw records, to OUT/<date>-<cpu>.md and .json.
-Exit code 1: a contender failed or a ratio is void.
+Exit code 1: a contender failed, a ratio is void, follow is not met, or other processes kept the machine busy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plan import QUICK, Benchmark, Cell, Options, Result, Table
+from benchmarks.plan import QUICK, Benchmark, Cell, Figure, Options, Percent, Result, Table
 
 ROOT = Path(__file__).parent.parent
 FILES = {
@@ -31,6 +31,7 @@ FILES = {
     "c6": "c6_quantize", "c7": "c7_linear", "follow": "follow",
 }  # fmt: skip
 THREADS = "2"
+BAD = ("VOID", "BUSY", "NOT MET")  # how notes begin that forbid to quote a figure
 # What holds each library to an instruction set: ours, torch's oneDNN, its own kernels, MKL. bitsandbytes has no switch.
 ISAS = {
     "avx2": ("avx2", "AVX2", "avx2", "AVX2"),
@@ -41,6 +42,9 @@ ISA_VARIABLES = ("VENEER_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL
 PREPARE = Cell("inputs", "benchmarks.data:prepare")
 ENVIRONMENT = Cell("versions", "benchmarks.measure:environment")
 LIMITS = Cell("machine limits", "benchmarks.measure:limits")
+BUSY = (
+    0.1  # share of the machine that other processes may take; two threads that wait for a third lose far more than that
+)
 SHOWN_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
 
 
@@ -82,14 +86,16 @@ class Runner:
             for result in (limits, *results.values()):
                 if result.problem or (result.cell.once and number > 1):
                     continue
-                began = time.monotonic()
+                began, before = time.monotonic(), _cpu_seconds()
                 record = self.process(result.cell)
-                took = f"{time.monotonic() - began:.1f} s"
+                elapsed = time.monotonic() - began
+                others = max(0.0, _cpu_seconds() - before) / elapsed / (os.cpu_count() or 1)
+                took = f"{elapsed:.1f} s, others took {others:.0%} of the machine"
                 if isinstance(record, str):
                     result.problem, result.records = record, []  # a contender that fails once is not measured
                     took = record
                 else:
-                    result.records.append(record)
+                    result.records.append({**record, "others": others})
                 say(f"{group}: round {number} of {self.rounds}: {result.name}: {took}")
             if limits.problem:
                 raise SystemExit(f"the machine's limits could not be measured: {limits.problem}")
@@ -113,6 +119,12 @@ def run(benchmarks: Sequence[Benchmark], runner: Runner, only: str | None = None
         measured, limits = runner.measure(list(cells.values()), " ".join(b.name for b in members))
         for name in ("bf16_gflops", "fp32_gflops", "read_gbs", "copy_gbs", "read_cached_gbs"):
             found["limits"].setdefault(group, {})[name] = limits.figure(name)
+        found["limits"][group]["others"] = Figure(
+            max(record["others"] for record in records)
+            for records in zip(
+                *(r.records for r in (limits, *measured.values()) if len(r.records) == len(limits.records)), strict=True
+            )
+        )
         for benchmark in members:
             results = {
                 cell.name: measured.get(cell.key, Result(cell, problem="left out by --only"))
@@ -146,10 +158,29 @@ def machine_line() -> str:
 def limits_table(found: dict[str, Any]) -> Table:
     rows = [
         {"during": group, "bf16 GFLOP/s": v["bf16_gflops"], "fp32 GFLOP/s": v["fp32_gflops"], "read GB/s": v["read_gbs"],
-         "copy GB/s": v["copy_gbs"], "read 8 MB GB/s": v["read_cached_gbs"]}
+         "copy GB/s": v["copy_gbs"], "read 8 MB GB/s": v["read_cached_gbs"], "taken by others, most": Percent(v["others"])}
         for group, v in found["limits"].items()
     ]  # fmt: skip
-    return Table("The machine's own limits, measured in the same run", rows)
+    busy = [
+        f"{row['during']} {max(row['taken by others, most']):.0%}"
+        for row in rows
+        if max(row["taken by others, most"]) > BUSY
+    ]
+    notes = (
+        [f"BUSY: other processes took much of the machine ({', '.join(busy)}): do not quote these figures"]
+        if busy
+        else []
+    )
+    return Table("The machine's own limits, measured in the same run", rows, notes)
+
+
+def _cpu_seconds() -> float:
+    """CPU time that was spent on this machine, steal included, without that of this process and its finished children."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    all_of_it = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return all_of_it - sum(os.times()[:4])
 
 
 def show(tables: Sequence[Table]) -> None:
@@ -165,7 +196,7 @@ def show(tables: Sequence[Table]) -> None:
             drawn.add_row(*map(_cell, row.values()))
         console.print(drawn)
         for note in table.notes:
-            console.print(f"  {note}", style="bold red" if note.startswith("VOID") else "dim", markup=False)
+            console.print(f"  {note}", style="bold red" if note.startswith(BAD) else "dim", markup=False)
 
 
 def markdown(head: Sequence[str], tables: Sequence[Table]) -> str:
@@ -243,18 +274,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raw |= {"tables": [table.to_json() for table in tables], "records": found["records"]}
     path.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
     say(f"written: {path}.md and .json")
-    return int(bool(problems(found)))
+    return int(bool(problems(found, tables)))
 
 
-def problems(found: dict[str, Any]) -> list[str]:
-    """What makes the run's exit code 1: contenders that failed, ratios that are void."""
+def problems(found: dict[str, Any], tables: Sequence[Table]) -> list[str]:
+    """What makes the run's exit code 1: contenders that failed, ratios that are void, a machine that was busy."""
     failed = [
         f"{name}: {r['problem']}"
         for group in found["records"].values()
         for name, r in group.items()
         if r["problem"] and r["problem"].startswith("failed")
     ]
-    return failed + [note for table in found["tables"] for note in table.notes if note.startswith("VOID")]
+    return failed + [note for table in tables for note in table.notes if note.startswith(BAD)]
 
 
 def _commit() -> str:

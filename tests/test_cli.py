@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import subprocess
 import sys
@@ -213,7 +214,13 @@ BAD_INPUTS = [
         NOTHING,
         "no such file",
     ),
+    (("train", "quick", *SET, "data.train=none.jsonl", *SET, "model=none", *SET, "train.out=o"), NOTHING, "none.jsonl"),
+    (("train", "quick", *SET, "data.eval=no.csv", *SET, "data.train=rows.jsonl", *SET, "train.out=o"), ROWS, "no.csv"),
     (("eval", "model", "--data", "none.jsonl"), NOTHING, "no such file"),
+    (("eval", "model", "--data", "rows.jsonl", "--column", "completion"), ROWS, "expected OURS=THEIRS"),
+    (("eval", "model", "--data", "x.csv"), text("x.csv", "text,label\na,b\n"), "--column completion=label"),
+    (("chat", "adapter"), NOTHING, "it holds an adapter: give its base model"),
+    (("inspect", "."), NOTHING, "found no config.json"),
     (("eval", "model", "--data", "rows.jsonl", "--adapter", "none"), ROWS, "no such folder"),
     (("eval", "model", "--data", "rows.jsonl", "--quantize", "int3"), ROWS, "expected 'nf4'"),
     (("merge", "model", "none", "--out", "out"), NOTHING, "no such folder"),
@@ -271,8 +278,11 @@ def test_resuming_another_run_is_refused(main):
         *SET,
         "lora.r=4",
     )
-    code, _, err = main(*run, *SET, "train.max_steps=1")
+    code, out, err = main(*run, *SET, "train.max_steps=1", *SET, "data.system=Say it's so.")
     assert code == 0, err
+    command = shlex.split(out.rpartition("try it:")[2])
+    assert command[-1] == "Say it's so." and command[:4] == ["veneer", "chat", "model", "--adapter"]
+    run += (*SET, "data.system=Say it's so.")
     code, _, err = main(*run)
     assert code == 2 and "run is not empty" in err and "--resume goes on with the run in it" in err
     code, out, err = main(*run, *SET, "train.max_steps=2", *SET, "lora.alpha=8", "--resume")

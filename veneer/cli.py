@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -51,9 +52,13 @@ def train(
         )
     import veneer
     from veneer.training.loop import require_new_run
+    from veneer.training.rows import require_readable
 
     if not resume:
         require_new_run(Path(plan.train.out))
+    train_files = [plan.data.train] if isinstance(plan.data.train, str) else plan.data.train
+    for file in [*train_files, *([plan.data.eval] if isinstance(plan.data.eval, str) else [])]:
+        require_readable(Path(file))
     model, tokenizer = veneer.load(
         plan.model, quantize=plan.quantize, double_quant=plan.double_quant, dtype=plan.dtype, device=plan.device,
         revision=plan.revision,
@@ -70,8 +75,10 @@ def train(
         f"{result['steps']} steps in {result['seconds']:.0f} s ({result['tokens_per_second']:,.0f} tokens/s), "
         f"loss {result['train_loss']:.4f}{held}, peak memory {result['peak_bytes'] / 1e9:.1f} GB"
     )
-    quantize = f" --quantize {plan.quantize}" if plan.quantize else ""
-    print(f"adapter: {result['adapter']}\ntry it:  veneer chat {plan.model} --adapter {result['adapter']}{quantize}")
+    chat = ["veneer", "chat", plan.model, "--adapter", result["adapter"]]
+    chat += ["--quantize", plan.quantize] if plan.quantize else []
+    chat += ["--system", plan.data.system] if plan.data.system else []
+    print(f"adapter: {result['adapter']}\ntry it:  {shlex.join(chat)}")
 
 
 @app.command("eval")
@@ -102,6 +109,10 @@ def evaluate(
     from veneer.training.rows import read_rows
 
     pairs = [pair.partition("=")[::2] for pair in columns or []]
+    if not all(ours and theirs for ours, theirs in pairs):
+        raise VeneerError(
+            f"--column: found {', '.join(columns or [])}, expected OURS=THEIRS, as in --column completion=label"
+        )
     rows = read_rows(data, columns=dict(pairs), limit=limit, strict=strict)
     for bad in rows.bad:
         print(f"bad row skipped: {bad}", file=sys.stderr)

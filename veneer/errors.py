@@ -10,13 +10,14 @@ from collections.abc import Sequence
 EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
 EXIT_INTERRUPTED = 130
+SHOWN = 20  # problems in one message; the others are counted
 
 
 class VeneerError(ValueError):
     """Bad input or configuration: what, found, expected, how to mend it; all problems at once.
 
     Args:
-        problems: one problem, or all of them, one sentence each.
+        problems: one problem, or all of them, one sentence each; the message shows the first SHOWN.
         hint: how to mend it; printed last.
     """
 
@@ -27,7 +28,9 @@ class VeneerError(ValueError):
         self.hint = hint
         text = self.problems[0]
         if len(self.problems) > 1:
-            text = f"{len(self.problems)} problems:\n" + "\n".join(f"  - {p}" for p in self.problems)
+            text = f"{len(self.problems):,} problems:\n" + "\n".join(f"  - {p}" for p in self.problems[:SHOWN])
+            if len(self.problems) > SHOWN:
+                text += f"\n  and {len(self.problems) - SHOWN:,} more"
         super().__init__(text + (f"\n{hint}" if hint else ""))
 
 

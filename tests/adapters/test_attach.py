@@ -39,6 +39,14 @@ def test_targets_in_the_experts_alone_say_why_nothing_is_there(targets):
     assert len(caught.value.problems) == 1 and not lora_layers(model)
 
 
+def test_a_rank_too_large_is_one_problem_for_each_kind_of_layer():
+    with pytest.raises(VeneerError) as caught:
+        veneer.attach(make_model(), veneer.LoraConfig(r=40, targets="attention"))
+    assert caught.value.problems == [
+        f"lora.r: found 40, expected at most 24 for {kind} (24 x 48)" for kind in ("k_proj", "v_proj")
+    ]
+
+
 def test_a_dense_model_says_nothing_of_experts():
     with pytest.raises(VeneerError, match="matches no linear layer") as caught:
         veneer.attach(make_model(), veneer.LoraConfig(r=2, targets=["w_proj"]))

@@ -63,13 +63,15 @@ def attach(
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
     names = resolve_targets(model, config.targets)
     modules = dict(model.named_modules())
-    too_large = [
-        f"lora.r: found {config.r}, expected at most {limit} for {path} ({layer.out_features} x {layer.in_features})"
-        for path in names
-        if (layer := modules[path]) and config.r > (limit := min(layer.in_features, layer.out_features))
+    too_large = [  # layers of one name and shape, as there is one in each block, are one problem
+        f"lora.r: found {config.r}, expected at most {min(rows, width)} for {kind} ({rows} x {width})"
+        for kind, rows, width in dict.fromkeys(
+            (path.rsplit(".", 1)[-1], modules[path].out_features, modules[path].in_features) for path in names
+        )
+        if config.r > min(rows, width)
     ]
     if too_large:
-        raise VeneerError(too_large[:8], hint="choose a smaller rank, or leave those layers out of lora.targets")
+        raise VeneerError(too_large, hint="choose a smaller rank, or leave those layers out of lora.targets")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     freeze_base(model)
     for path in names:

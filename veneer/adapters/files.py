@@ -128,7 +128,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
     factors = adapter_parameters(model, name)
     bad = [key for key, value in factors.items() if not bool(torch.isfinite(value).all())]
     if bad:
-        raise VeneerError([f"{key}: found NaN or Inf, not saved" for key in bad[:8]])
+        raise VeneerError([f"{key}: found NaN or Inf, not saved" for key in bad])
     path = Path(path)
     config = file_config(model, name)
     with atomic_folder(path, replace=replace) as folder:
@@ -213,10 +213,9 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
     left_out = sorted(_expected(model, raw) - factors.keys())
     problems += [f"{layer}: in target_modules, but not in {WEIGHTS_FILE}" for layer in left_out]
     if problems:
-        shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
         base = raw.get("base_model_name_or_path")
         raise VeneerError(
-            [f"adapter {path}: {problem}" for problem in shown],
+            [f"adapter {path}: {problem}" for problem in problems],
             hint=f"it was made for {base!r}; this model is {getattr(model, 'name_or_path', '?')!r}" if base else None,
         )
     freeze_base(model)
@@ -295,8 +294,7 @@ def _read_factors(path: Path, raw: dict[str, Any], config: LoraConfig) -> dict[s
     if not found:
         problems.append("no lora_A and lora_B tensors in it")
     if problems:
-        shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
-        raise VeneerError([f"{path}: {problem}" for problem in shown], hint="the adapter is damaged; copy it again")
+        raise VeneerError([f"{path}: {problem}" for problem in problems], hint="the adapter is damaged; copy it again")
     return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
 
 

@@ -36,7 +36,7 @@ def merge(model: Any, name: str | None = None) -> Any:
     layers = lora_layers(model)
     bad = [p for p, m in layers.items() if name in m.lora_A and not bool(torch.isfinite(m.delta(name)).all())]
     if bad:
-        raise VeneerError([f"{path}: the update holds NaN or Inf" for path in bad[:8]])
+        raise VeneerError([f"{path}: the update holds NaN or Inf" for path in bad])
     tied = _is_tied(model)
     for path, layer in layers.items():
         delta = layer.delta(name) if name in layer.lora_A else None

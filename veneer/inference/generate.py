@@ -30,7 +30,7 @@ def generate_greedy(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     answers = [""] * len(prompts)
-    started = time.monotonic()
+    started, live = time.monotonic(), bool(progress) and sys.stderr.isatty()
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         longest = max(len(prompts[i]) for i in group)
@@ -52,10 +52,10 @@ def generate_greedy(
         )
         for row, i in enumerate(group):
             answers[i] = tokenizer.decode(out[row, longest:], skip_special_tokens=True).strip()
-        if progress and time.monotonic() - started > 2:
+        if live and time.monotonic() - started > 2:
             print(f"\r\x1b[K{progress} {start + len(group)}/{len(order)}", file=sys.stderr, end="", flush=True)
     if progress and time.monotonic() - started > 2:
-        print(file=sys.stderr, flush=True)
+        print("" if live else f"{progress} {len(order)}/{len(order)}", file=sys.stderr, flush=True)
     return answers
 
 

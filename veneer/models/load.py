@@ -285,6 +285,10 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 def _read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
     """config.json as one of transformers' own classes, and its quantization part: bitsandbytes' NF4, or None."""
     path = folder / "config.json"
+    if not path.is_file():
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "it holds an adapter: give its base model, and this folder as the adapter" if adapter else None
+        raise VeneerError(f"model folder {folder}: found no config.json", hint=hint)
     raw = read_json(path)
     quantization = raw.pop("quantization_config", None)
     if quantization:
@@ -367,8 +371,7 @@ def _require_fit(
     problems += [f"{key}: found {tuple(found)}, expected {tuple(expected)}" for key, found, expected in sorted(wrong)]
     problems += [f"{key}: left over, this model has no such tensor" for key in sorted(left)]
     if problems:
-        shown = [*problems[:12], f"and {len(problems) - 12} more"] if len(problems) > 12 else problems
-        raise VeneerError([f"{folder}: {problem}" for problem in shown], hint=_OTHER_MODEL)
+        raise VeneerError([f"{folder}: {problem}" for problem in problems], hint=_OTHER_MODEL)
 
 
 def _in_a_line(error: Exception) -> str:

@@ -133,4 +133,4 @@ def replace_layers(model: nn.Module, tensors: dict[str, Tensor], compute_dtype: 
         except VeneerError as error:
             problems += error.problems
     if problems:
-        raise VeneerError(problems[:12])
+        raise VeneerError(problems)

@@ -88,7 +88,7 @@ def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], opt
     ]
     if problems:
         raise VeneerError(
-            sorted(problems)[:12], hint="it was written by another recipe; lora settings must not change on --resume"
+            sorted(problems), hint="it was written by another recipe; lora settings must not change on --resume"
         )
     for name, parameter in parameters.items():
         with torch.no_grad():

@@ -132,7 +132,7 @@ def bad_rows_error(bad: Sequence[BadRow], strict: bool) -> VeneerError:
     if not strict and len(bad) > 1 and len({row.reason for row in bad}) == 1:  # the file, rather than its rows
         return VeneerError(f"data {bad[0].file}, all {len(bad):,} rows: {bad[0].reason}")
     hint = "mend or remove these rows" + (", or leave strict out to skip them" if strict else "")
-    return VeneerError(listed(bad), hint=hint)
+    return VeneerError([str(row) for row in bad], hint=hint)
 
 
 def split_rows(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -162,7 +162,8 @@ class _Unreadable(str):
     """In place of a row that could not be parsed: the reason."""
 
 
-def _raw_rows(path: Path) -> Iterator[tuple[str, int, Any]]:
+def require_readable(path: Path) -> None:
+    """Raise VeneerError for what can be seen of a data file without reading it: asked before a model is loaded."""
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_error(path)
     if not path.is_file():
@@ -171,6 +172,10 @@ def _raw_rows(path: Path) -> Iterator[tuple[str, int, Any]]:
         raise VeneerError(f"data {path}: found {path.suffix or 'no suffix'}, expected one of {', '.join(SUFFIXES)}")
     if path.stat().st_size == 0:
         raise VeneerError(f"data {path}: the file is empty")
+
+
+def _raw_rows(path: Path) -> Iterator[tuple[str, int, Any]]:
+    require_readable(path)
     if path.suffix == ".parquet":
         from datasets import Dataset
 
@@ -266,12 +271,12 @@ def _detect(row: dict[str, Any], kinds: list[str]) -> str:
     for kind in kinds:
         if there >= set(_FIELDS[kind][0]) and (kind != "text" or not labels):
             return kind
-    example = (
-        f"{{prompt: text, completion: {labels[0]}}}" if labels and "text" in row else "{prompt: ..., completion: ...}"
-    )
+    prompt, answer = ("text", labels[0]) if labels and "text" in row else ("...", "...")
+    example = f"{{prompt: {prompt}, completion: {answer}}}"
+    options = f"--column prompt={prompt} --column completion={answer}"
     raise _BadRow(
         f"found the columns {', '.join(map(str, row))}; expected messages, prompt and completion, instruction and "
-        f"output, or text (say which is which in the recipe, for example data.columns: {example})"
+        f"output, or text (say which is which: data.columns: {example} in a recipe, {options} for eval)"
     )
 
 

@@ -1,0 +1,13 @@
+from veneer.errors import SHOWN, VeneerError
+
+
+def test_one_problem_is_a_sentence_and_several_are_a_list():
+    assert str(VeneerError("a: found 0", hint="set it")) == "a: found 0\nset it"
+    assert str(VeneerError(["a", "b"], hint="mend")) == "2 problems:\n  - a\n  - b\nmend"
+
+
+def test_of_very_many_problems_the_first_are_shown_and_all_are_counted():
+    error = VeneerError([f"row {number}" for number in range(1500)])
+    first, *shown, last = str(error).splitlines()
+    assert first == "1,500 problems:" and last == f"  and {1500 - SHOWN:,} more"
+    assert shown == [f"  - row {number}" for number in range(SHOWN)] and len(error.problems) == 1500

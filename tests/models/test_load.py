@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -238,3 +239,10 @@ def test_smollm2_answers_and_tokenizer_is_right():
     out = model.generate(**prompt, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(out[0])
     assert tokenizer.eos_token == "<|im_end|>" and model.name_or_path == "smollm2"
+
+
+def test_a_disk_too_small_for_the_model_is_said_before_it_is_written(tmp_path, model, tokenizer, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 8, 1000))
+    with pytest.raises(veneer.VeneerError, match=r"disk too small for the model: found 0\.0 MB .*expected 0\.[1-9] MB"):
+        veneer.save_model(model, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -31,6 +31,7 @@ from veneer.storage import (
     pickle_error,
     read_json,
     read_tensors,
+    require_disk_space,
     sha256,
     write_json,
     write_tensors,
@@ -86,7 +87,7 @@ def load(
     model, tokenizer = _from_folder(resolve(str(name), revision), torch_dtype)
     if quantize == "nf4":
         if any(isinstance(module, Nf4Linear) for module in model.modules()):
-            raise VeneerError(f"{name} is 4-bit already", hint="leave quantize out")
+            raise VeneerError(f"{name} is 4-bit already", hint="take it as it is, without quantize")
         quantize_model(model, double_quant=double_quant, compute_dtype=torch_dtype)
         for parameter in model.parameters():  # what stays 16-bit lies in the mapped file: let go of all of that
             parameter.data = parameter.data.clone()
@@ -131,12 +132,14 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> Path:
     """Write a model without adapters as a folder plain transformers loads, atomically; 4-bit layers as bitsandbytes does.
 
     Raises:
-        VeneerError: adapters are still on it, or the folder is not empty.
+        VeneerError: adapters are still on it, the folder is not empty, or the disk is too small.
     """
     if getattr(model, "veneer_adapters", None):
         raise VeneerError("this model still carries adapters", hint="merge them, or save them with save_adapter")
     path = Path(path)
     layers = [module for module in model.modules() if isinstance(module, Nf4Linear)]
+    tensors = bnb_format.model_tensors(model)
+    require_disk_space(path, sum(tensor.nbytes for tensor in tensors.values()), "the model")
     with atomic_folder(path) as folder:
         config = model.config.to_dict()
         config.pop("_name_or_path", None)
@@ -150,7 +153,7 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> Path:
                 double_quant=layers[0].double_quant, compute_dtype=layers[0].compute_dtype, skip=head
             )
         write_json(folder / "config.json", config)
-        write_tensors(folder / "model.safetensors", bnb_format.model_tensors(model))
+        write_tensors(folder / "model.safetensors", tensors)
         if model.generation_config is not None:
             # not save_pretrained: that refuses what many published models have, a temperature beside greedy search
             write_json(folder / "generation_config.json", model.generation_config.to_diff_dict())

@@ -1,5 +1,5 @@
 // Causal attention of rows that do not see each other, with the rotary embedding, forward and backward, in bf16 with
-// fp32 softmax and accumulation. Contract and formulas: veneer/ops/attention.py.
+// fp32 softmax and accumulation. Contract and formulas: veneer/ops/__init__.py.
 //
 // Everything is computed transposed, a block of 64 queries in the lanes of vectors: S^T = K Q^T, so that the softmax
 // runs down the rows and never across a vector, and P^T, dS^T come out in the layout the next product wants.

@@ -1,5 +1,5 @@
 // What happens between the products, a row at a time: RMS norm, gated activation, softmax cross-entropy; bf16 in and
-// out, fp32 between. Contracts and formulas: veneer/ops/elementwise.py and veneer/ops/cross_entropy.py.
+// out, fp32 between. Contracts and formulas: veneer/ops/reference.py and veneer/ops/cross_entropy.py.
 
 #include <cmath>
 

@@ -1,5 +1,5 @@
 // Matrix products of a frozen weight, bf16 or NF4, and its low-rank terms, summed in fp32 and rounded once; and the
-// gradient of the low-rank factors. Contract and formulas: veneer/ops/linear.py.
+// gradient of the low-rank factors. Contract and formulas: veneer/ops/__init__.py.
 //
 // A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel
 // columns side by side. An NF4 weight is decoded on the way there, so a dense copy never exists.

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.ops import native
+from veneer.ops.arena import empty
 
 Recompute = Literal["none", "mlp", "full"]
 
@@ -134,7 +135,7 @@ class _Group:
         return None if self.a is None else native.product([(x, self.a, True)])
 
     def forward(self, x: Tensor, h: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        y = torch.empty(x.shape[0], self.outs[-1], dtype=x.dtype)
+        y = empty((x.shape[0], self.outs[-1]), x.dtype)
         for linear, b, place, out in zip(self.group, self.b, self.places, self.split(y), strict=True):
             terms = [(x, linear.weight, True)]
             if b is not None and h is not None:
@@ -146,7 +147,7 @@ class _Group:
         """dh (T, R) = dy B of each adapter."""
         if self.a is None:
             return None
-        dh = torch.empty(dy.shape[0], self.a.shape[0], dtype=dy.dtype)
+        dh = empty((dy.shape[0], self.a.shape[0]), dy.dtype)
         for d, b, place in zip(self.split(dy), self.b, self.places, strict=True):
             if b is not None:
                 native.product([(d, b, False)], out=dh[:, place])
@@ -201,7 +202,7 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_o: Tensor) -> tuple[Any, ...]:
         q, k, v, o, lse, cos, sin, starts = ctx.saved_tensors
-        gradients = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        gradients = tuple(empty(x.shape, x.dtype) for x in (q, k, v))
         native.attention_backward(q, k, v, o, lse, d_o, cos, sin, starts, ctx.scale, gradients)  # type: ignore[arg-type]
         return *gradients, None, None, None, None
 
@@ -240,7 +241,7 @@ class _AttentionBlock(torch.autograd.Function):
         if qkv is None:
             qkv = group.forward(normed, h)
         q, k, v = _heads(qkv, block)
-        d_qkv = torch.empty_like(qkv)
+        d_qkv = empty(qkv.shape, qkv.dtype)
         dq, dk, dv = _heads(d_qkv, block)
         native.attention_backward(
             _normed(q, block.q_norm), _normed(k, block.k_norm), v, o, lse, d_o, block.cos, block.sin,
@@ -278,7 +279,7 @@ class _MlpBlock(torch.autograd.Function):
         if both is None:
             both = group.forward(normed, h)
         dh_down = down.low_rank_gradient(dy)
-        d_both = torch.empty_like(both)
+        d_both = empty(both.shape, both.dtype)
         d_gate, d_up = d_both.chunk(2, dim=1)
         gate, up = both.chunk(2, dim=1)
         act = native.gated_backward(down.input_gradient(dy, dh_down), gate, up, block.activation, (d_gate, d_up))

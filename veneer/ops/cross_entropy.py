@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.ops import native
+from veneer.ops.arena import empty
 
 PIECE = 256  # rows: 25 MB of bf16 logits at V = 49152, and long enough for a full-speed matrix product
 
@@ -33,7 +34,7 @@ def _torch_piece(h: Tensor, weight: Tensor, labels: Tensor, gradient: bool) -> t
 
 
 def _native_piece(h: Tensor, weight: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    logits = h @ weight.T
+    logits = torch.mm(h, weight.T, out=empty((h.shape[0], weight.shape[0]), h.dtype))
     return native.cross_entropy_(logits, labels, gradient).sum(), logits
 
 

@@ -19,6 +19,7 @@ import torch  # before the library: it then shares torch's OpenMP threads
 from torch import Tensor
 
 from veneer.errors import VeneerError
+from veneer.ops.arena import empty
 from veneer.ops.reference import BLOCK, DYNAMIC_MAP, NESTED_BLOCK, NF4_CODE, NF4_MIDPOINTS, double_quantize_table
 
 # Beside the package; with an editable install the package is the source tree and the library is in site-packages.
@@ -230,7 +231,7 @@ def product(
     if residual is not None:
         residual = _rows(residual)
         assert residual.shape == (m, n)
-    y = torch.empty(m, n, dtype=torch.bfloat16) if out is None else out
+    y = empty((m, n), torch.bfloat16) if out is None else out
     assert y.shape == (m, n) and y.dtype == torch.bfloat16 and (y.stride(1) == 1 or n == 1)
     _run(
         "product", ctypes.addressof(made), len(terms), m, n, _pointer(bias), _pointer(residual),
@@ -255,8 +256,8 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, starts: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     tokens, heads, width = q.shape
-    o = torch.empty(tokens, heads, width, dtype=torch.bfloat16)
-    lse = torch.empty(heads, tokens, dtype=torch.float32)
+    o = empty((tokens, heads, width), torch.bfloat16)
+    lse = empty((heads, tokens), torch.float32)
     _run(
         "attention_forward", *_heads(q, k, v, cos, sin, starts), o.data_ptr(), lse.data_ptr(), *_rotary(cos, sin),
         starts.data_ptr(), starts.numel() - 1, heads, k.shape[1], width, scale,
@@ -273,7 +274,7 @@ def attention_backward(
     assert d_o.shape == o.shape == q.shape and o.is_contiguous() and lse.is_contiguous()
     assert all(g.shape == x.shape and g.stride()[1:] == (width, 1) for g, x in zip(gradients, (q, k, v), strict=True))
     few = segments * kv_heads < 16
-    part = torch.empty(2, heads, tokens, width, dtype=torch.float32) if few else None
+    part = empty((2, heads, tokens, width), torch.float32) if few else None
     _run(
         "attention_backward", *_heads(q, k, v, cos, sin, starts), o.data_ptr(), lse.data_ptr(), d_o.data_ptr(),
         *_rotary(cos, sin), starts.data_ptr(), segments, heads, kv_heads, width, scale,
@@ -301,7 +302,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float) -> tuple[T
     rows, width = x.shape
     x, weight = x.contiguous(), weight.contiguous()
     assert weight.shape == (width,) and weight.dtype == x.dtype == torch.bfloat16
-    y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
+    y, rstd = empty(x.shape, x.dtype), torch.empty(rows, dtype=torch.float32)
     _run("rms_norm", x.data_ptr(), weight.data_ptr(), shift, epsilon, rows, width, y.data_ptr(), rstd.data_ptr())
     return y, rstd
 
@@ -312,7 +313,7 @@ def rms_norm_backward(
     dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
     d_residual = None if d_residual is None else d_residual.contiguous()
     assert dy.shape == x.shape and rstd.shape == x.shape[:1] and (d_residual is None or d_residual.shape == x.shape)
-    dx = torch.empty_like(x)
+    dx = empty(x.shape, x.dtype)
     _run("rms_norm_backward", dy.data_ptr(), x.data_ptr(), weight.data_ptr(), shift, rstd.data_ptr(), _pointer(d_residual), *x.shape, dx.data_ptr())  # fmt: skip
     return dx
 
@@ -320,7 +321,7 @@ def rms_norm_backward(
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     rows, width = gate.shape
     assert up.shape == gate.shape and gate.stride() == up.stride() and (gate.stride(1) == 1 or width == 1)
-    out = torch.empty(rows, width, dtype=torch.bfloat16)
+    out = empty((rows, width), torch.bfloat16)
     _run("gated", gate.data_ptr(), up.data_ptr(), ACTIVATIONS[activation], rows, width, gate.stride(0), out.data_ptr())
     return out
 
@@ -331,7 +332,7 @@ def gated_backward(
     rows, width = gate.shape
     d_out = d_out.contiguous()
     assert d_out.shape == gate.shape and all(x.stride() == gate.stride() for x in (up, *gradients))
-    out = torch.empty(rows, width, dtype=torch.bfloat16)
+    out = empty((rows, width), torch.bfloat16)
     _run(
         "gated_backward", d_out.data_ptr(), gate.data_ptr(), up.data_ptr(), ACTIVATIONS[activation], rows, width,
         gate.stride(0), gradients[0].data_ptr(), gradients[1].data_ptr(), out.data_ptr(),

@@ -24,6 +24,7 @@ from veneer.config import DataConfig, TrainConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
 from veneer.models.fuse import set_recompute
+from veneer.ops import arena
 from veneer.ops.blocks import Recompute
 from veneer.optim.schedule import default_learning_rate, lr_factor
 from veneer.quant.linear import Nf4Linear
@@ -387,6 +388,7 @@ def _training(model: nn.Module, recompute: Recompute) -> Iterator[None]:
     finally:
         model.eval()
         set_recompute(model, "none")
+        arena.release()
         if checkpointing:
             model.gradient_checkpointing_disable()  # type: ignore[operator]
 

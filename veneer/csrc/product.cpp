@@ -206,8 +206,10 @@ void Panel(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t
 #if defined(__AMX_BF16__)
 // ---- many rows, on the matrix unit: the weight is packed once by all threads together, some panels at a time --------
 
-constexpr int64_t kChunk = 1 << 20;  // bytes of packed panels a thread: half of a second-level cache
-constexpr int64_t kRowTask = 64;     // rows of one task
+constexpr int64_t kPanels = 768 << 10;  // bytes of packed panels that stay in a second-level cache, most of it
+constexpr int64_t kDeep = 2048;         // a longer depth is cut, and the sums wait in memory between the cuts
+constexpr int64_t kMaxCuts = 64;
+constexpr int64_t kRowTask = 64, kDeepRowTask = 256;  // rows of one task
 
 thread_local Scratch decoded;  // `scratch` of the first thread holds the packed weight
 
@@ -226,15 +228,12 @@ void CopyTails(const Terms& sum, int64_t m, uint16_t* tails, int threads) {
   }
 }
 
-// Rows [from, from + 16 R) and a pair of vectors of columns.
+// Finished sums of 16 R rows and 32 columns.
 template <int R>
-inline void TileOut(const Slice* slices, int count, int64_t row, const uint32_t* b, const Output& out) {
-  alignas(64) float sum[R * kTile * 2 * kTile];
-  TileProduct<R, 2>(slices, count, row, b, kPanel, sum, 2 * kTile, false);
-  const bool whole = out.live >= 2 * kTile;
+inline void TileOut(int64_t row, const float* sum, int64_t ldsum, const Output& out) {
   for (int64_t r = 0; r < R * kTile; ++r) {
-    const float* from = sum + r * 2 * kTile;
-    if (!whole) {
+    const float* from = sum + r * ldsum;
+    if (out.live < 2 * kTile) {
       out.Some(row + r, 2 * kTile, from);
       continue;
     }
@@ -248,34 +247,79 @@ inline void TileOut(const Slice* slices, int count, int64_t row, const uint32_t*
   }
 }
 
-// m >= 16. The last rows are done with the ones before them once more, so that tiles are always full.
-void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
+struct Cut {  // a stretch of the padded depth of all terms
   Slice slices[2 * kMaxTerms];
-  int count = 0, with_tail = 0;
-  int64_t depth = 0;  // padded
-  for (int s = 0; s < sum.count; ++s) with_tail += sum.terms[s].depth % (2 * kTile) != 0;
-  for (int s = 0; s < sum.count; ++s) depth += (sum.terms[s].depth + 2 * kTile - 1) / (2 * kTile) * 2 * kTile;
-  const int64_t panels = (n + kPanel - 1) / kPanel, size = depth / 2 * kPanel;  // of one panel, in pairs
-  int64_t together = kChunk * threads / (size * 4);
-  together = together < 1 ? 1 : together > panels ? panels : together;
+  int count;
+  int64_t from;  // in pairs
+};
+
+// 16 R rows of some panels, for one cut. sum: 32 columns where `alone`, else all of them, a row every ldsum.
+template <int R>
+inline void TileRows(const Cut& cut, int64_t row, int64_t panels, const uint32_t* packed, int64_t size, float* sum,
+                     int64_t ldsum, bool alone, bool last, const Output& out) {
+  for (int64_t j = 0; j < panels * kPanel && j < out.live; j += 2 * kTile) {
+    const uint32_t* b = packed + j / kPanel * size + cut.from * kPanel + j % kPanel;
+    float* here = alone ? sum : sum + j;
+    TileProduct<R, 2>(cut.slices, cut.count, row, b, kPanel, here, ldsum, cut.from > 0);
+    if (last) TileOut<R>(row, here, ldsum, out.At(j));
+  }
+}
+
+// Cuts the padded depth; returns the number of cuts.
+int64_t CutDepth(const Terms& sum, int64_t m, const uint16_t* tails, int64_t pairs, Cut* cuts) {
+  const int64_t wanted = (2 * pairs + kDeep - 1) / kDeep, most = wanted > kMaxCuts ? kMaxCuts : wanted;
+  const int64_t each = ((pairs + most - 1) / most + kTile - 1) / kTile * kTile;
+  int64_t at = 0, count = 0;
+  cuts[0].count = 0, cuts[0].from = 0;
+  const auto add = [&](const uint32_t* a, int64_t lda, int64_t depth) {
+    while (depth > 0) {
+      if (at == cuts[count].from + each) ++count, cuts[count].count = 0, cuts[count].from = at;
+      Cut& cut = cuts[count];
+      const int64_t room = cut.from + each - at, some = depth < room ? depth : room;
+      cut.slices[cut.count++] = {a, lda, some};
+      a += some, at += some, depth -= some;
+    }
+  };
+  for (int s = 0; s < sum.count; ++s) {
+    const Term& t = sum.terms[s];
+    const int64_t whole = t.depth / (2 * kTile) * kTile;
+    add(reinterpret_cast<const uint32_t*>(t.a), t.lda / 2, whole);
+    if (2 * whole == t.depth) continue;
+    add(reinterpret_cast<const uint32_t*>(tails), kTile, kTile);
+    tails += m * 2 * kTile;
+  }
+  return count + 1;
+}
+
+// m >= 16. The last rows are done with some before them once more, so that tiles are always full.
+void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
+  int64_t with_tail = 0, pairs = 0;  // of the padded depth
+  for (int s = 0; s < sum.count; ++s) {
+    with_tail += sum.terms[s].depth % (2 * kTile) != 0;
+    pairs += (sum.terms[s].depth + 2 * kTile - 1) / (2 * kTile) * kTile;
+  }
+  const int64_t panels = (n + kPanel - 1) / kPanel, size = pairs * kPanel;  // of one panel, in pairs
+  static thread_local Cut cuts_of_thread[kMaxCuts];
+  Cut* cuts = cuts_of_thread;
+  const int64_t cut_pairs = 2 * pairs <= kDeep ? pairs : kDeep / 2;
+  int64_t group = kPanels / (cut_pairs * kPanel * 4);  // panels that rows are taken through together
+  group = group < 1 ? 1 : group > panels ? panels : group;
+  int64_t together = group * ((threads * (1 << 20)) / (group * size * 4) + 1);  // panels packed at once
+  together = together > panels ? panels : together;
   scratch.Reserve(together * size * 4 + with_tail * m * 4 * kTile + 4096);
   uint32_t* packed = scratch.Take<uint32_t>(together * size);
   uint16_t* tails = scratch.Take<uint16_t>(with_tail * m * 2 * kTile);
   CopyTails(sum, m, tails, threads);
-  for (int s = 0; s < sum.count; ++s) {
-    const Term& t = sum.terms[s];
-    const int64_t whole = t.depth / (2 * kTile) * kTile;
-    if (whole) slices[count++] = {reinterpret_cast<const uint32_t*>(t.a), t.lda / 2, whole};
-    if (2 * whole == t.depth) continue;
-    slices[count++] = {reinterpret_cast<const uint32_t*>(tails), kTile, kTile};
-    tails += m * 2 * kTile;
-  }
-  const int64_t tasks = (m + kRowTask - 1) / kRowTask;
+  const int64_t count = CutDepth(sum, m, tails, pairs, cuts);
+  const int64_t each = count > 1 ? kDeepRowTask : kRowTask, row_tasks = (m + each - 1) / each;
 #pragma omp parallel num_threads(threads)
   {
     Tiles tiles;
-    decoded.Reserve(kTile * (depth < 2 * kPanel ? 2 * kPanel : depth) * 2);
-    uint16_t* rows = decoded.Take<uint16_t>(0);
+    const bool alone = count == 1;
+    const int64_t ldsum = alone ? 2 * kTile : group * kPanel;
+    decoded.Reserve(kTile * (pairs < kPanel ? 2 * kPanel : 2 * pairs) * 2 + each * ldsum * 4 + 4096);
+    uint16_t* rows = decoded.Take<uint16_t>(kTile * (pairs < kPanel ? 2 * kPanel : 2 * pairs));
+    float* sums = decoded.Take<float>(each * ldsum);
     for (int64_t first = 0; first < panels; first += together) {
       const int64_t here = panels - first < together ? panels - first : together;
 #pragma omp for schedule(dynamic, 1)
@@ -284,27 +328,30 @@ void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
         uint32_t* b = packed + panel * size;
         for (int s = 0; s < sum.count; ++s) {
           const Term& t = sum.terms[s];
-          const int64_t pairs = (t.depth + 2 * kTile - 1) / (2 * kTile) * kTile;
+          const int64_t padded = (t.depth + 2 * kTile - 1) / (2 * kTile) * kTile;
           Pack(t, column, live, 0, t.depth, rows, b);
-          std::memset(b + t.depth / 2 * kPanel, 0, (pairs - t.depth / 2) * kPanel * 4);
-          b += pairs * kPanel;
+          std::memset(b + t.depth / 2 * kPanel, 0, (padded - t.depth / 2) * kPanel * 4);
+          b += padded * kPanel;
         }
       }
+      const int64_t groups = (here + group - 1) / group;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < tasks; ++task) {
-        const int64_t to = (task + 1) * kRowTask < m ? (task + 1) * kRowTask : m;
-        for (int64_t row = task * kRowTask, tall; row < to; row += tall) {
-          tall = to - row > kTile && m >= 2 * kTile ? 2 * kTile : kTile;
-          const int64_t at = row + tall <= m ? row : m - tall;
-          for (int64_t panel = 0; panel < here; ++panel)
-            for (int64_t j = 0; j < kPanel; j += 2 * kTile) {
-              const Output place = out.At((first + panel) * kPanel + j);
-              if (place.live <= 0) break;
-              if (tall > kTile)
-                TileOut<2>(slices, count, at, packed + panel * size + j, place);
-              else
-                TileOut<1>(slices, count, at, packed + panel * size + j, place);
-            }
+      for (int64_t task = 0; task < groups * row_tasks; ++task) {
+        const int64_t panel = task / row_tasks * group, some = here - panel < group ? here - panel : group;
+        const int64_t from = task % row_tasks * each, to = from + each < m ? from + each : m;
+        const Output place = out.At((first + panel) * kPanel);
+        for (int64_t c = 0; c < count; ++c) {
+          float* sum_of_rows = sums;
+          for (int64_t row = from, tall; row < to; row += tall) {
+            tall = to - row > kTile && m >= 2 * kTile ? 2 * kTile : kTile;
+            const int64_t at = row + tall <= m ? row : m - tall;
+            const uint32_t* b = packed + panel * size;
+            if (tall > kTile)
+              TileRows<2>(cuts[c], at, some, b, size, sum_of_rows, ldsum, alone, c + 1 == count, place);
+            else
+              TileRows<1>(cuts[c], at, some, b, size, sum_of_rows, ldsum, alone, c + 1 == count, place);
+            if (!alone) sum_of_rows += tall * ldsum;
+          }
         }
       }
     }
@@ -465,22 +512,31 @@ EXPORT(outer_sum)
 (const uint16_t* left, int64_t ldl, int64_t r, const uint16_t* right, int64_t ldright, int64_t n, int64_t tokens,
  float* out, int64_t row, int64_t col, int threads) {
 #if defined(__AMX_BF16__)
-  constexpr int64_t kPiece = 4096, kMultiple = 32;  // tokens whose packed columns stay in the second-level cache
-  const int64_t ranks = (r + kTile - 1) / kTile * kTile;
+  constexpr int64_t kPiece = 4096;  // tokens whose packed columns stay in the second-level cache
 #else
-  constexpr int64_t kPiece = 256, kMultiple = 2;  // in the first-level cache
-  const int64_t ranks = r;
+  constexpr int64_t kPiece = 256;  // in the first-level cache
 #endif
-  const int64_t pairs = (tokens + kMultiple - 1) / kMultiple * kMultiple / 2,
-                piece = kPiece / 2 < pairs ? kPiece / 2 : pairs;
-  uint32_t* turned = static_cast<uint32_t*>(std::calloc(ranks * pairs, 4));
+  const int64_t ranks = (r + 15) / 16 * 16, pairs = (tokens + 31) / 32 * 16;
+  const int64_t piece = kPiece / 2 < pairs ? kPiece / 2 : pairs;
+  uint32_t* turned = static_cast<uint32_t*>(std::aligned_alloc(64, ranks * pairs * 4));
   if (turned == nullptr) std::abort();
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < r; ++i) turned[i * pairs + t / 2] |= static_cast<uint32_t>(left[t * ldl + i]) << t % 2 * 16;
   const int64_t panels = (n + kPanel - 1) / kPanel;
 #pragma omp parallel num_threads(threads)
   {
     Tiles tiles;
+    const uint16_t none[kPanel] = {};
+#pragma omp for schedule(static)
+    for (int64_t p = 0; p < pairs; p += 16)
+      for (int64_t i = 0; i < ranks; i += kPanel) {
+        const int64_t live = r - i < kPanel ? r - i : kPanel;
+        uint32_t rows[16 * kPanel];
+        for (int64_t k = 0; k < 16; ++k) {
+          const uint16_t* low = left + 2 * (p + k) * ldl + i;
+          PackPair(2 * (p + k) < tokens ? low : none, 2 * (p + k) + 1 < tokens ? low + ldl : none, live,
+                   rows + k * kPanel);
+        }
+        for (int64_t k = 0; k < live; k += 16) Turn(rows + k, kPanel, turned + (i + k) * pairs + p, pairs);
+      }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t column = panel * kPanel, live = n - column < kPanel ? n - column : kPanel;
@@ -488,7 +544,6 @@ EXPORT(outer_sum)
       uint32_t* b = scratch.Take<uint32_t>(piece * kPanel);
       float* part = scratch.Take<float>(ranks * kPanel);
       std::memset(part, 0, ranks * kPanel * 4);
-      const uint16_t none[kPanel] = {};
       for (int64_t from = 0; from < pairs; from += piece) {
         const int64_t to = from + piece < pairs ? from + piece : pairs;
         for (int64_t p = from; p < to; ++p) {

@@ -137,10 +137,10 @@ EXPORT(gated_backward)
   GatedBackward<kGeluTanh>(n, d_out, gate, up, d_gate, d_up, out, threads);
 }
 
-// logits (rows, width) -> loss (rows) = logsumexp - logit of the label; the logits are replaced by their gradient,
-// softmax - one at the label, when `gradient` is set.
+// logits (rows, width) -> loss (rows) = logsumexp - logit of the label; when `factor` is not zero, the logits are
+// replaced by their gradient, factor (softmax - one at the label).
 EXPORT(cross_entropy)
-(uint16_t* logits, const int64_t* labels, int64_t rows, int64_t width, float* loss, int gradient, int threads) {
+(uint16_t* logits, const int64_t* labels, int64_t rows, int64_t width, float* loss, float factor, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < rows; ++r) {
     uint16_t* row = logits + r * width;
@@ -161,12 +161,13 @@ EXPORT(cross_entropy)
     for (; i < width; ++i) rest += Exp(Set(FromBFloat16(row[i]) - largest))[0];
     const float sum = Sum(total) + rest;
     loss[r] = largest + std::log(sum) - FromBFloat16(row[labels[r]]);
-    if (!gradient) continue;
-    const float at_label = Exp(Set(FromBFloat16(row[labels[r]]) - largest))[0] / sum - 1.f;
-    const Vec inverse = Set(1.f / sum);
+    if (factor == 0.f) continue;
+    const float at_label = factor * (Exp(Set(FromBFloat16(row[labels[r]]) - largest))[0] / sum - 1.f);
+    const float share = factor / sum;
+    const Vec inverse = Set(share);
     for (i = 0; i + kWidth <= width; i += kWidth)
       StoreBFloat16(row + i, Exp(LoadBFloat16(row + i) - Set(largest)) * inverse);
-    for (; i < width; ++i) row[i] = ToBFloat16(Exp(Set(FromBFloat16(row[i]) - largest))[0] / sum);
+    for (; i < width; ++i) row[i] = ToBFloat16(Exp(Set(FromBFloat16(row[i]) - largest))[0] * share);
     row[labels[r]] = ToBFloat16(at_label);
   }
 }

@@ -48,7 +48,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "gated": [c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int],
     "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
                        c_int],
-    "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int, c_int],
+    "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_int],
 }  # fmt: skip
 
 
@@ -340,13 +340,13 @@ def gated_backward(
     return out
 
 
-def cross_entropy_(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+def cross_entropy_(logits: Tensor, labels: Tensor, factor: float) -> Tensor:
     rows, width = logits.shape
     labels = labels.contiguous()
     assert logits.is_contiguous() and logits.dtype == torch.bfloat16 and labels.dtype == torch.int64
     assert labels.shape == (rows,) and (rows == 0 or 0 <= int(labels.min()) <= int(labels.max()) < width)
     loss = torch.empty(rows, dtype=torch.float32)
-    _run("cross_entropy", logits.data_ptr(), labels.data_ptr(), rows, width, loss.data_ptr(), int(gradient))
+    _run("cross_entropy", logits.data_ptr(), labels.data_ptr(), rows, width, loss.data_ptr(), factor)
     return loss
 
 

@@ -28,9 +28,10 @@ struct Tiles {
 };
 
 // sum (16 R, 16 C) fp32 [+]= A x B over all slices, whose depths are multiples of 16 pairs; rows from `row` of each A.
+// `across`: from a tile of B to the one beside it.
 template <int R, int C>
 inline void TileProduct(const Slice* slices, int count, int64_t row, const uint32_t* b, int64_t ldb, float* sum,
-                        int64_t ldsum, bool add) {
+                        int64_t ldsum, bool add, int64_t across = kTile) {
   static_assert(R <= 2 && C <= 2, "four sums, two tiles of A and two of B make eight");
   float* below = sum + kTile * ldsum;
   asm volatile("" ::: "memory");  // the tile loads do not tell the compiler that they read memory
@@ -53,7 +54,7 @@ inline void TileProduct(const Slice* slices, int count, int64_t row, const uint3
       _tile_loadd(4, a + k, lda * 4);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (C > 1) {
-        _tile_loadd(7, b + kTile, ldb * 4);
+        _tile_loadd(7, b + across, ldb * 4);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (R > 1) {

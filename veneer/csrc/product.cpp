@@ -4,8 +4,7 @@
 // A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel
 // columns side by side. An NF4 weight is decoded on the way there, so a dense copy never exists.
 
-#include "amx.h"
-#include "nf4.h"
+#include "few_rows.h"
 
 namespace {
 
@@ -18,40 +17,6 @@ constexpr int kRows = 2, kColumns = 2;
 #endif
 constexpr int64_t kMaxDepth = 4096;  // of what is packed at once: 512 KiB, half of a usual second-level cache
 constexpr int64_t kTaskRows = 1024;  // rows that share one packing of a panel
-constexpr int kMaxTerms = 16;
-
-enum Kind { kByRow = 0, kByColumn = 1, kNf4ByRow = 2, kNf4ByColumn = 3 };
-
-// One term of a sum: a (m, depth) bf16 times a weight, which lies as (n, depth) "by row" or as (depth, n) "by column".
-struct Term {
-  const uint16_t* a;
-  int64_t lda;    // elements between rows of a
-  int64_t depth;  // even
-  const uint16_t* weight;
-  int64_t ldw;  // elements between rows of the weight
-  const Nf4* nf4;
-  int64_t kind;
-};
-
-// Where finished sums go: bias and residual added, rounded, stored; columns beyond `live` are not there.
-struct Output {
-  uint16_t* y;
-  int64_t ldy;
-  const uint16_t *bias, *residual;
-  int64_t ldr, live;
-
-  Output At(int64_t shift) const {
-    return {y + shift, ldy, bias ? bias + shift : nullptr, residual ? residual + shift : nullptr, ldr, live - shift};
-  }
-  void Some(int64_t row, int64_t columns, const float* sum) const {
-    for (int64_t j = 0; j < columns && j < live; ++j) {
-      float value = sum[j];
-      if (bias) value += FromBFloat16(bias[j]);
-      if (residual) value += FromBFloat16(residual[row * ldr + j]);
-      y[row * ldy + j] = ToBFloat16(value);
-    }
-  }
-};
 
 // kFirst: the sums start at zero, else in `part`; kLast: they go to `out`, else to `part`. All loops over the
 // accumulators are unrolled: they live in registers only if every index is known.
@@ -161,12 +126,6 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
   }
 }
 
-struct Terms {
-  const Term* terms;
-  int count;
-  int64_t depth;
-};
-
 // One panel of columns for rows [from, to).
 void Panel(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t to, const Output& out) {
   const int64_t deepest = sum.depth < kMaxDepth ? sum.depth : kMaxDepth;
@@ -210,8 +169,6 @@ constexpr int64_t kPanels = 768 << 10;  // bytes of packed panels that stay in a
 constexpr int64_t kDeep = 2048;         // a longer depth is cut, and the sums wait in memory between the cuts
 constexpr int64_t kMaxCuts = 64;
 constexpr int64_t kRowTask = 64, kDeepRowTask = 256;  // rows of one task
-
-thread_local Scratch decoded;  // `scratch` of the first thread holds the packed weight
 
 // What is left of a term's depth beyond whole tiles, copied and filled up with zeros: (m, 32) a term.
 void CopyTails(const Terms& sum, int64_t m, uint16_t* tails, int threads) {
@@ -359,125 +316,6 @@ void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
 }
 #endif
 
-// ---- few rows: each weight is decoded once, in registers, and used for all of them at once -------------------------
-
-constexpr int64_t kFewRows = 12;  // from here on, packing panels is faster
-
-// One row of an NF4 weight times the rows of x: any depth, any instruction set.
-void DotRow(const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64_t ldx, int64_t m, float* sums) {
-  constexpr int64_t kPiece = 512;
-  alignas(64) uint16_t row[kPiece];
-  for (int64_t i = 0; i < m; ++i) sums[i] = 0.f;
-  for (int64_t from = 0; from < depth; from += kPiece) {
-    const int64_t count = depth - from < kPiece ? depth - from : kPiece;
-    Decode<kBFloat16>(w, first + from, count, row);
-    for (int64_t i = 0; i < m; ++i) {
-      const uint16_t* a = x + i * ldx + from;
-      Vec total = Vec{};
-      int64_t d = 0;
-      for (; d + kWidth <= count; d += kWidth) total = Fma(LoadBFloat16(row + d), LoadBFloat16(a + d), total);
-      float rest = 0.f;
-      for (; d < count; ++d) rest += FromBFloat16(row[d]) * FromBFloat16(a[d]);
-      sums[i] += Sum(total) + rest;
-    }
-  }
-}
-
-#if defined(__AVX512BF16__)
-// 128 weights are 64 bytes, of two blocks: as 32 lanes of 16 bits, lane l holds the codes of weights 4l to 4l + 3. The
-// values of both blocks stand in one register, so a lookup gives 32 weights, 4 apart; x is brought into that order.
-constexpr int64_t kGroup = 128;
-
-void OrderForGroups(const uint16_t* x, int64_t depth, uint16_t* to) {  // a last half group is filled up with zeros
-  for (int64_t g = 0; g < depth; g += kGroup)
-    for (int64_t j = 0; j < 4; ++j)
-      for (int64_t l = 0; l < 32; ++l) to[g + 32 * j + l] = g + 4 * l < depth ? x[g + 4 * l + j] : 0;
-}
-
-template <int M>
-void DotGroups(const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64_t ldx, float* sums) {
-  constexpr int kChains = M <= 2 ? 4 : M <= 4 ? 2 : 1;  // sums of one row that do not wait for each other
-  const __m512 code = _mm512_loadu_ps(w.code);
-  const __m512i nibble = _mm512_set1_epi16(15);
-  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  __m512 sum[M][kChains];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < kChains; ++j) sum[i][j] = _mm512_setzero_ps();
-  for (int64_t g = 0; g < depth; g += kGroup) {
-    const int64_t block = (first + g) / kNf4Block;
-    const __m512 low = _mm512_mul_ps(code, _mm512_set1_ps(w.Scale(block)));
-    const bool whole = g + kGroup <= depth;
-    const __m512 high = whole ? _mm512_mul_ps(code, _mm512_set1_ps(w.Scale(block + 1))) : low;
-    const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    const __m512i bytes = _mm512_maskz_loadu_epi16(whole ? 0xffffffffu : 0xffffu, w.packed + (first + g) / 2);
-    __m512i index[4] = {_mm512_srli_epi16(bytes, 4), bytes, _mm512_srli_epi16(bytes, 12), _mm512_srli_epi16(bytes, 8)};
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      index[j] = _mm512_ternarylogic_epi32(index[j], nibble, second, 0xea);  // (a & b) | c
-      const __m512bh weights = (__m512bh)_mm512_permutexvar_epi16(index[j], values);
-#pragma GCC unroll 16
-      for (int i = 0; i < M; ++i)
-        sum[i][j % kChains] =
-            _mm512_dpbf16_ps(sum[i][j % kChains], weights, (__m512bh)_mm512_loadu_si512(x + i * ldx + g + 32 * j));
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i) {
-    __m512 total = sum[i][0];
-#pragma GCC unroll 4
-    for (int j = 1; j < kChains; ++j) total = _mm512_add_ps(total, sum[i][j]);
-    sums[i] = _mm512_reduce_add_ps(total);
-  }
-}
-
-template <int M>
-void DotGroupsOf(int64_t m, const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64_t ldx, float* sums) {
-  if constexpr (M > 0) {
-    if (m == M) return DotGroups<M>(w, first, depth, x, ldx, sums);
-    DotGroupsOf<M - 1>(m, w, first, depth, x, ldx, sums);
-  }
-}
-#endif
-
-// The first term NF4 by row, the others 16-bit by row.
-void FewRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
-  const Term& t = sum.terms[0];
-  const uint16_t* x = t.a;
-  int64_t ldx = t.lda;
-#if defined(__AVX512BF16__)
-  const bool groups = t.depth % kNf4Block == 0;
-  if (groups) {
-    ldx = (t.depth + kGroup - 1) / kGroup * kGroup;
-    scratch.Reserve(m * ldx * 2 + 64);
-    uint16_t* ordered = scratch.Take<uint16_t>(m * ldx);
-    for (int64_t i = 0; i < m; ++i) OrderForGroups(t.a + i * t.lda, t.depth, ordered + i * ldx);
-    x = ordered;
-  }
-#endif
-#pragma omp parallel for schedule(static) num_threads(threads) if (n * t.depth > 131072)
-  for (int64_t row = 0; row < n; ++row) {
-    float sums[kFewRows];
-#if defined(__AVX512BF16__)
-    if (groups)
-      DotGroupsOf<kFewRows - 1>(m, *t.nf4, row * t.ldw, t.depth, x, ldx, sums);
-    else
-#endif
-      DotRow(*t.nf4, row * t.ldw, t.depth, x, ldx, m, sums);
-    for (int64_t i = 0; i < m; ++i) {
-      for (int s = 1; s < sum.count; ++s) {
-        const Term& extra = sum.terms[s];
-        for (int64_t d = 0; d < extra.depth; ++d)
-          sums[i] += FromBFloat16(extra.a[i * extra.lda + d]) * FromBFloat16(extra.weight[row * extra.ldw + d]);
-      }
-      if (out.bias) sums[i] += FromBFloat16(out.bias[row]);
-      if (out.residual) sums[i] += FromBFloat16(out.residual[i * out.ldr + row]);
-      out.y[i * out.ldy + row] = ToBFloat16(sums[i]);
-    }
-  }
-}
-
 }  // namespace
 
 // y (m, n) bf16 = sum of the terms [+ bias (n)] [+ residual (m, n)]. Depths and lda are even.
@@ -488,6 +326,11 @@ EXPORT(product)
   for (int i = 0; i < count; ++i) sum.depth += terms[i].depth;
   bool few = m < kFewRows && terms[0].kind == kNf4ByRow;
   for (int i = 1; i < count; ++i) few = few && terms[i].kind == kByRow;
+#if defined(__AMX_BF16__)
+  bool more = m > 1 && m <= kMoreRows && n >= kTall && terms[0].kind == kNf4ByRow && terms[0].depth % kNf4Block == 0;
+  for (int i = 1; i < count; ++i) more = more && terms[i].kind == kByRow;
+  if (more) return MoreRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
+#endif
   if (few) return FewRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
 #if defined(__AMX_BF16__)
   if (m >= kTile) return ManyRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);

@@ -18,8 +18,7 @@ class _Nf4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return ops.product([(x.reshape(-1, x.shape[-1]), layer.tensor(), True)], bias).view(*x.shape[:-1], -1)
+        return layer.product(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -85,8 +84,16 @@ class Nf4Linear(nn.Module):
         """The dense weight (out, in), made anew."""
         return self.tensor().dequantize(dtype or self.compute_dtype)
 
+    def product(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = ops.product([(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), self.tensor(), True)], bias)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
     def forward(self, x: Tensor) -> Tensor:
-        return _Nf4Product.apply(autocast(x), self)
+        x = autocast(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            return _Nf4Product.apply(x, self)
+        return self.product(x)  # one token waits for this: no node of autograd where nobody asks for it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nf4Linear:
         def move(tensor: Tensor) -> Tensor:

@@ -84,12 +84,13 @@ def chat(options: Options, part: str) -> list[Any]:
 
 
 def _rows(options: Options) -> list[dict[str, Any]]:
-    """Rows of Alpaca form. Those that their authors marked as not usable (a `status` other than "ok") are left out."""
+    """Rows of Alpaca form. Left out: marked as not usable (a `status` other than "ok"), without an output."""
     if options.data is not None:
         text = Path(options.data).read_text(encoding="utf-8")
         rows = json.loads(text) if options.data.endswith(".json") else [json.loads(x) for x in text.splitlines() if x]
         kept = ("instruction", "input", "output")
-        return [{key: row.get(key, "") for key in kept} for row in rows if row.get("status", "ok") == "ok"]
+        usable = [row for row in rows if row.get("status", "ok") == "ok" and str(row.get("output", "")).strip()]
+        return [{key: row.get(key, "") for key in kept} for row in usable]
     from veneer.demo_data import build_demo_data
 
     made = build_demo_data(train_rows=4 * (options.sft_rows + options.sft_validation), test_rows=1).train

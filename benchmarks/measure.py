@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.plan import Options, Record
 from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
+from veneer.ops import arena
 
 
 class Memory:
@@ -19,6 +20,7 @@ class Memory:
     def __init__(self) -> None:
         gc.collect()
         release_memory()
+        arena.release()  # what veneer's kernels would keep for the next step counts like anybody's
         self.base = current_bytes()
         reset_peak()
         self.before = 0

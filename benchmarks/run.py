@@ -37,6 +37,7 @@ ISAS = {
     "avx2": ("avx2", "AVX2", "avx2", "AVX2"),
     "avx512": ("avx512", "AVX512_CORE", "avx512", "AVX512"),
     "avx512bf16": ("avx512bf16", "AVX512_CORE_BF16", "avx512", "AVX512"),
+    "amx": ("amx", "AVX512_CORE_AMX", "avx512", "AVX512"),
 }
 ISA_VARIABLES = ("VENEER_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 PREPARE = Cell("inputs", "benchmarks.data:prepare")

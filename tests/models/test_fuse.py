@@ -8,7 +8,7 @@ import transformers
 from conftest import make_model
 
 import veneer
-from veneer.adapters.attach import adapter_parameters
+from veneer.adapters.attach import adapter_parameters, lora_layers
 from veneer.models import fuse as fuse_module
 from veneer.models.fuse import fuse
 from veneer.ops import native
@@ -128,16 +128,81 @@ def test_generation_with_a_cache_agrees_with_the_fused_pass():
     assert bool(((again.argmax(-1) == out[:, 6:]) | close_call).all())
 
 
+def drop(model, p):
+    for layer in lora_layers(model).values():
+        layer.dropout["default"] = p
+    return model.train()
+
+
 @needs_library
-def test_dropout_and_full_training_leave_the_fused_path():
-    ids = torch.randint(3, 130, (2, 9))
-    model = build("Llama", True)
-    for layer in model.modules():
-        if hasattr(layer, "lora_A"):
-            layer.dropout["default"] = 0.5
+@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("name", ["Llama", "Phi3"])
+def test_adapter_dropout_stays_on_both_halves(name, four_bit, monkeypatch):
+    ids = torch.randint(3, 130, (2, 21), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids, "skip_logits": True}
+    model = build(name, True, four_bit=four_bit)
+    plain = float(model(**batch).loss.detach())
+    drop(model, 0.1)
+    ran, masks, found = [], [], []
+    for half in ("attention_block", "mlp_block"):  # the same masks in plain torch, where the halves are its definitions
+        forms = (getattr(fuse_module.ops, half), getattr(fuse_module.ops.reference, half))
+        monkeypatch.setattr(
+            fuse_module.ops,
+            half,
+            lambda x, b, f=forms, h=half: ran.append(h) or masks.append(b) or f[len(ran) > 6](x, b),
+        )
+    for _ in range(2):
+        model.zero_grad()
+        torch.manual_seed(3)
+        found.append(gradients(model, **batch))
+    assert ran == ["attention_block", "mlp_block"] * 6
+    linears = [linear for b in masks for linear in ((*b.qkv, b.out) if hasattr(b, "qkv") else (*b.gate_up, b.down))]
+    each = len(lora_layers(model))
+    assert len({linear.seed for linear in linears[:each]}) == each and all(linear.dropout == 0.1 for linear in linears)
+    assert [linear.seed for linear in linears[:each]] == [linear.seed for linear in linears[each:]]
+    assert float((found[0][0] - found[1][0]).abs()) < 0.02 and abs(float(found[0][0]) - plain) > 1e-3
+    assert float((found[0][1] - found[1][1]).norm() / found[1][1].norm()) < 0.1  # other masks: above 1
+
+
+@needs_library
+@pytest.mark.parametrize("how", ["none", "mlp", "full"])
+def test_the_seed_decides_dropout_and_evaluation_has_none(how):
+    ids = torch.randint(3, 130, (2, 21))
+    model = build("Qwen3", True)
+    fuse_module.set_recompute(model, how)
+    plain = model(input_ids=ids, labels=ids, skip_logits=True).loss
+    state = torch.get_rng_state()
+    assert torch.equal(drop(model, 0.3).eval()(input_ids=ids, labels=ids, skip_logits=True).loss, plain)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn where nothing is dropped
     model.train()
-    losses = {float(model(input_ids=ids, labels=ids, use_cache=False).loss) for _ in range(3)}
-    assert len(losses) == 3
+    found = []
+    for seed in (5, 5, 6):
+        model.zero_grad()
+        torch.manual_seed(seed)
+        found.append(gradients(model, input_ids=ids, labels=ids, skip_logits=True))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(found[0][0], found[2][0]) and not torch.equal(found[0][0], plain)
+
+
+@needs_library
+def test_dropout_moves_the_logits_as_torch_dropout_does():
+    """The same mean and the same spread over masks as that of the layers one at a time."""
+    ids = torch.randint(3, 130, (1, 9), generator=torch.Generator().manual_seed(0))
+    mean, spread = [], []
+    for fused in (True, False):
+        model = drop(build("Llama", fused), 0.1)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            logits = torch.stack([model(input_ids=ids, use_cache=False).logits.float() for _ in range(100)])
+        mean.append(logits.mean(0))
+        spread.append(float(logits.std(0).norm()))
+    assert float((mean[0] - mean[1]).norm()) < 1.3 * (2 / 100) ** 0.5 * spread[1]
+    assert spread[0] == pytest.approx(spread[1], rel=0.1)
+
+
+@needs_library
+def test_full_training_leaves_the_fused_path():
+    ids = torch.randint(3, 130, (2, 9))
     full = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).to(torch.bfloat16)
     fuse(full)
     full(input_ids=ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
@@ -158,12 +223,14 @@ def test_a_deep_copy_runs_its_own_weights():
 
 
 @needs_library
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("how", ["mlp", "full"])
-def test_recompute_gives_the_same_gradients(how):
+def test_recompute_gives_the_same_gradients(how, dropout):
     ids = torch.randint(3, 130, (2, 33))
     found = []
     for recompute in ("none", how):
-        model = build("Qwen3", True)
+        model = drop(build("Qwen3", True), dropout)
+        torch.manual_seed(0)
         assert fuse_module.set_recompute(model, recompute)
         found.append(gradients(model, input_ids=ids, labels=ids, skip_logits=True)[1])
     assert torch.equal(*found)

@@ -12,14 +12,15 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def linear(out, inner, r, g, *, four_bit=False, bias=False, scaling=0.5):
+def linear(out, inner, r, g, *, four_bit=False, bias=False, scaling=0.5, dropout=0.0):
     w = torch.randn(out, inner, generator=g) / inner**0.5
     weight = Nf4Tensor.quantize(w.bfloat16()) if four_bit else w.bfloat16()
     b = torch.randn(out, generator=g).bfloat16() if bias else None
     if r is None:
         return AdaptedLinear(weight, b)
     factors = (torch.randn(r, inner, generator=g) / inner**0.5, torch.randn(out, r, generator=g) / r**0.5)
-    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling)
+    seed = int(torch.randint(2**32, (), generator=g)) if dropout else 0
+    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling, dropout, seed)
 
 
 def wide(value):
@@ -52,12 +53,15 @@ def compare(native_form, definition, x, block, group, exact_group, exact):
 
 
 def attention(tokens, *, heads=4, kv_heads=2, width=16, model=48, r=4, four_bit=False, bias=False, fused=False,
-              rotary=8, qk_norm=False, starts=None, recompute="none"):  # fmt: skip
+              rotary=8, qk_norm=False, starts=None, recompute="none", dropout=0.0):  # fmt: skip
     g = generator()
     sizes = [(heads + 2 * kv_heads) * width] if fused else [heads * width, kv_heads * width, kv_heads * width]
-    ranks = r if isinstance(r, list) else [r] * (len(sizes) + 1)
-    qkv = [linear(n, model, rank, g, four_bit=four_bit, bias=bias) for n, rank in zip(sizes, ranks, strict=False)]
-    out = linear(model, heads * width, ranks[-1], g, four_bit=four_bit)
+    ranks, drops = (v if isinstance(v, list) else [v] * (len(sizes) + 1) for v in (r, dropout))
+    qkv = [
+        linear(n, model, rank, g, four_bit=four_bit, bias=bias, dropout=drop)
+        for n, rank, drop in zip(sizes, ranks, drops, strict=False)
+    ]
+    out = linear(model, heads * width, ranks[-1], g, four_bit=four_bit, dropout=drops[-1])
     norm = [Norm(1 + 0.1 * torch.randn(n, generator=g).bfloat16(), 1e-5) for n in (model, width, width)]
     angle = torch.rand(tokens, rotary, generator=g) * 6
     places = (angle.cos(), angle.sin()) if rotary else (None, None)
@@ -80,6 +84,10 @@ ATTENTION = {
     "ranks differ": {"tokens": 20, "r": [1, 3, None, 5]},
     "wide head": {"tokens": 66, "width": 128, "rotary": 64, "heads": 2, "kv_heads": 1},
     "odd head width": {"tokens": 66, "width": 80, "rotary": 16, "heads": 2, "kv_heads": 2},
+    "dropout": {"tokens": 67, "dropout": 0.3, "r": [1, 3, None, 5]},
+    "dropout differs": {"tokens": 20, "dropout": [0.0, 0.5, 0.1, 0.2], "qk_norm": True},
+    "dropout, 4 bits": {"tokens": 33, "dropout": 0.05, "four_bit": True, "recompute": "full"},
+    "dropout, one linear": {"tokens": 150, "dropout": 0.2, "fused": True, "starts": [0, 1, 66, 150]},
 }
 
 
@@ -99,12 +107,16 @@ def test_attention_block(isa, nan_empties, case):
     )
 
 
-def mlp(*, inner=96, model=48, r=4, four_bit=False, fused=False, activation="silu", shift=0.0, recompute="none"):
+def mlp(*, inner=96, model=48, r=4, four_bit=False, fused=False, activation="silu", shift=0.0, recompute="none",
+        dropout=0.0):  # fmt: skip
     g = generator()
-    ranks = r if isinstance(r, list) else [r] * 3
+    ranks, drops = (v if isinstance(v, list) else [v] * 3 for v in (r, dropout))
     sizes = [2 * inner] if fused else [inner, inner]
-    group = [linear(n, model, rank, g, four_bit=four_bit) for n, rank in zip(sizes, ranks, strict=False)]
-    down = linear(model, inner, ranks[-1], g, four_bit=four_bit)
+    group = [
+        linear(n, model, rank, g, four_bit=four_bit, dropout=drop)
+        for n, rank, drop in zip(sizes, ranks, drops, strict=False)
+    ]
+    down = linear(model, inner, ranks[-1], g, four_bit=four_bit, dropout=drops[-1])
     norm = Norm(1 - shift + 0.1 * torch.randn(model, generator=g).bfloat16(), 1e-5, shift)
     return Mlp(norm, group, down, activation, recompute)
 
@@ -116,6 +128,10 @@ MLP = {
     "gelu": {"activation": "gelu_tanh", "shift": 1.0},
     "odd width": {"inner": 102},
     "some without adapter": {"r": [None, 3, None]},
+    "dropout": {"inner": 102, "dropout": 0.3, "r": [3, 4, 5]},
+    "dropout differs": {"dropout": [0.5, 0.0, 0.0], "recompute": "mlp"},
+    "dropout, 4 bits": {"dropout": 0.05, "four_bit": True},
+    "dropout, one linear": {"dropout": 0.2, "fused": True, "activation": "gelu_tanh"},
 }
 
 
@@ -136,12 +152,13 @@ def test_mlp_block(isa, nan_empties, case, tokens):
     )
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("recompute", ["mlp", "full"])
-def test_recompute_changes_no_bit_and_keeps_less(recompute):
+def test_recompute_changes_no_bit_and_keeps_less(recompute, dropout):
     x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
     results, kept = [], []
     for how in ("none", recompute):
-        a, m = attention(70, recompute=how), mlp(recompute=how)
+        a, m = attention(70, recompute=how, dropout=dropout), mlp(recompute=how, dropout=dropout)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             y = blocks.mlp_block(blocks.attention_block(x, a), m)
@@ -151,6 +168,25 @@ def test_recompute_changes_no_bit_and_keeps_less(recompute):
         )
     assert kept[1] < kept[0] - 70 * 2 * 96 + 1
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_dropout_saves_nothing_and_without_it_no_kernel_is_added(monkeypatch):
+    x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
+    calls, kept, run = [], [], blocks.native._run
+    monkeypatch.setattr(blocks.native, "_run", lambda name, *rest: calls.append(name) or run(name, *rest))
+    counts = []
+    for dropout in (0.0, 0.2):
+        a, m = attention(70, dropout=dropout), mlp(dropout=dropout)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            y = blocks.mlp_block(blocks.attention_block(x, a), m)
+        y.float().sum().backward()
+        kept.append(sum(sizes))
+        counts.append((calls.count("masked"), calls.count("product"), calls.count("outer_sum")))
+        calls.clear()
+    assert kept[0] == kept[1]
+    # of each of the 7 linears the mask is made for h, dx and dA
+    assert counts == [(0, 4 + 7 + 7 + 4, 4 + 7), (21, 7 + 7 + 7 + 4 + 7, 7 + 7)]
 
 
 def test_no_gradient_is_made_below_the_lowest_adapter():

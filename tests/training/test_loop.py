@@ -16,8 +16,8 @@ from veneer.training import loop
 from veneer.training.checkpoint import newest_checkpoint, restore, save_checkpoint
 
 
-def fresh(quantize=False, **config):
-    model = make_model()
+def fresh(quantize=False, model=None, **config):
+    model = make_model(**(model or {}))
     if quantize:
         quantize_model(model)
     veneer.attach(model, veneer.LoraConfig(**{"r": 4, **config}), seed=1)
@@ -84,8 +84,9 @@ def test_gradient_checkpointing_is_another_name_for_recompute():
     assert veneer.TrainConfig(gradient_checkpointing=False).recompute == "none"
 
 
-def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, commands, monkeypatch):
-    whole = fresh(dropout=0.1)
+@pytest.mark.parametrize("model", [{}, {"dtype": torch.bfloat16, "hidden_size": 64}], ids=["as it was", "fused layers"])
+def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, commands, monkeypatch, model):
+    whole = fresh(dropout=0.1, model=model)
     run(whole, tokenizer, commands, tmp_path / "whole", epochs=2)
     seen = []
     original = loop.Order.step
@@ -99,10 +100,10 @@ def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, command
 
     monkeypatch.setattr(loop._Run, "_step", dies)
     with pytest.raises(SystemExit):
-        run(fresh(dropout=0.1), tokenizer, commands, tmp_path / "cut", epochs=2)
+        run(fresh(dropout=0.1, model=model), tokenizer, commands, tmp_path / "cut", epochs=2)
     monkeypatch.setattr(loop._Run, "_step", original_step)
     seen.clear()
-    again = fresh(dropout=0.1)
+    again = fresh(dropout=0.1, model=model)
     result = run(again, tokenizer, commands, tmp_path / "cut", epochs=2, resume=True)
     assert seen[0] == (6, original(loop.Order(37, 4, 0), 6)) and result["steps"] == 20
     assert [row["step"] for row in lines(tmp_path / "cut")] == list(range(1, 21))

@@ -122,15 +122,18 @@ class LoraLinear(nn.Module):
             return self.base_layer(x) + scaling * (h @ b.to(x.dtype).T)
         return LoraFunction.apply(x, a, b, self.base_layer, scaling)
 
-    def frozen(self) -> AdaptedLinear | None:
-        """This layer as the fused halves of a transformer layer take it; None when its dropout is at work."""
-        base = self.base_layer
+    def frozen(self) -> AdaptedLinear:
+        """This layer as the fused halves of a transformer layer take it; with dropout at work, with a mask of its own.
+
+        The mask's seed is drawn from torch's generator: `torch.manual_seed` decides it.
+        """
         if self.active is None:
-            return plain_linear(base)
-        if self.training and self.dropout[self.active] > 0:
-            return None
-        a, b = self.lora_A[self.active], self.lora_B[self.active]
-        return AdaptedLinear(frozen_weight(base, torch.bfloat16), base.bias, a, b, self.scaling[self.active])
+            return plain_linear(self.base_layer)
+        linear = plain_linear(self.base_layer)._replace(
+            a=self.lora_A[self.active], b=self.lora_B[self.active], scaling=self.scaling[self.active]
+        )
+        dropout = self.dropout[self.active] if self.training else 0.0
+        return linear._replace(dropout=dropout, seed=int(torch.randint(2**32, ()))) if dropout else linear
 
     def extra_repr(self) -> str:
         ranks = ", ".join(f"{name}: r={self.rank(name)}" for name in self.lora_A)

@@ -1,5 +1,5 @@
-// What happens between the products, a row at a time: RMS norm, gated activation, softmax cross-entropy; bf16 in and
-// out, fp32 between. Contracts and formulas: veneer/ops/reference.py and veneer/ops/cross_entropy.py.
+// What happens between the products, a row at a time: RMS norm, gated activation, dropout, softmax cross-entropy; bf16
+// in and out, fp32 between. Contracts and formulas: veneer/ops/reference.py and veneer/ops/cross_entropy.py.
 
 #include <cmath>
 
@@ -75,6 +75,36 @@ void GatedBackward(const Rows& n, const uint16_t* d_out, const uint16_t* gate, c
     }
 }
 
+typedef uint16_t Words __attribute__((vector_size(4 * kWidth)));  // of bf16, two in each 32-bit lane
+
+inline Words LoadWords(const uint16_t* p, int64_t count) {
+  if (count >= 2 * kWidth) return LoadAs<Words>(p);
+  Words some{};
+  std::memcpy(&some, p, count * 2);
+  return some;
+}
+inline void StoreWords(uint16_t* p, Words v, int64_t count) {
+  if (count >= 2 * kWidth) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    std::memcpy(p, &v, count * 2);
+  }
+}
+
+inline Words AddBFloat16(Words a, Words b) {
+  const Bits low = RoundBFloat16((Vec)((Bits)a << 16) + (Vec)((Bits)b << 16));
+  const Bits high = RoundBFloat16((Vec)((Bits)a & 0xffff0000u) + (Vec)((Bits)b & 0xffff0000u));
+  return (Words)(low | high << 16);
+}
+
+// A hash of 32 bits, each bit of the result depending on every bit of h; T is a number or a vector of them.
+template <class T>
+inline T Mix(T h) {
+  h = (h ^ h >> 16) * 0x7feb352du;
+  h = (h ^ h >> 15) * 0x846ca68bu;
+  return h ^ h >> 16;
+}
+
 }  // namespace
 
 // y (rows, width) = x rstd (weight + shift), rstd (rows) = (mean(x^2) + epsilon)^-1/2.
@@ -135,6 +165,27 @@ EXPORT(gated_backward)
   const Rows n{rows, width, stride};
   if (kind == kSilu) return GatedBackward<kSilu>(n, d_out, gate, up, d_gate, d_up, out, threads);
   GatedBackward<kGeluTanh>(n, d_out, gate, up, d_gate, d_up, out, threads);
+}
+
+// out (rows, width) = [residual +] x where a hash of seed, row and column is at least `limit`, else 0; out may be x or
+// residual. A hash of 32 bits serves two columns.
+EXPORT(masked)
+(const uint16_t* x, const uint16_t* residual, int64_t rows, int64_t width, uint32_t seed, int limit, uint16_t* out,
+ int threads) {
+  constexpr uint32_t kGolden = 0x9e3779b9u;
+  Bits lanes;
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i * kGolden;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > 65536)
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint32_t key = Mix((static_cast<uint32_t>(r) * kGolden) ^ seed);
+    for (int64_t i = 0; i < width; i += 2 * kWidth) {
+      const int64_t at = r * width + i, left = width - i;
+      const Words hash = (Words)Mix((lanes + static_cast<uint32_t>(i / 2) * kGolden) ^ key);
+      Words v = LoadWords(x + at, left) & (Words)(hash >= static_cast<uint16_t>(limit));
+      if (residual) v = AddBFloat16(v, LoadWords(residual + at, left));
+      StoreWords(out + at, v, left);
+    }
+  }
 }
 
 // logits (rows, width) -> loss (rows) = logsumexp - logit of the label; when `factor` is not zero, the logits are

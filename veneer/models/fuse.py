@@ -147,10 +147,9 @@ def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
             return None
         if base.in_features % 2 or base.out_features % 2:
             return None
-        ready = layer.frozen() if isinstance(layer, LoraLinear) else plain_linear(layer)
-        if ready is None or (base.bias is not None and (base.bias.requires_grad or base.bias.dtype != torch.bfloat16)):
+        if base.bias is not None and (base.bias.requires_grad or base.bias.dtype != torch.bfloat16):
             return None
-        found.append(ready)
+        found.append(layer.frozen() if isinstance(layer, LoraLinear) else plain_linear(layer))
     return found
 
 

@@ -3,10 +3,11 @@
     attention_block:  y = x + o( attention( rotate(q), rotate(k), v ) ),   q, k, v = linears( rms_norm(x) )
     mlp_block:        y = x + down( activation(gate) * up ),               gate, up = linears( rms_norm(x) )
 
-Every linear is frozen, 16-bit or NF4, with or without a low-rank term: W x + scaling B A x. The definitions, in plain
-torch, are `reference.attention_block` and `reference.mlp_block`. Saved for the backward pass, in elements a token: x
-and the outputs of the products that cannot be rebuilt cheaply (q, k, v, the attention's output, gate, up); norms and
-activations are made again. `recompute` "mlp" makes gate and up again too, "full" q, k and v as well.
+Every linear is frozen, 16-bit or NF4, with or without a low-rank term: W x + scaling B A dropout(x). The definitions,
+in plain torch, are `reference.attention_block` and `reference.mlp_block`. Saved for the backward pass, in elements a
+token: x and the outputs of the products that cannot be rebuilt cheaply (q, k, v, the attention's output, gate, up);
+norms, activations and dropout's masks are made again. `recompute` "mlp" makes gate and up again too, "full" q, k and v
+as well. Measured, a step of 4x512 tokens on SmolLM2-135M (r 16, 2 cores with AMX): dropout on all linears costs about 12%.
 
 Shapes: T tokens, D model width, H heads of width W, R all ranks of linears that share an input.
 """
@@ -22,14 +23,16 @@ from torch.nn import functional as F
 
 from veneer.ops import native
 from veneer.ops.arena import empty
+from veneer.ops.reference import drop_scale
 
 Recompute = Literal["none", "mlp", "full"]
 
 
 class AdaptedLinear(NamedTuple):
-    """y = x W^T + bias + scaling (x A^T) B^T. weight (out, in): bf16, or 4-bit (`quant.nf4.Nf4Tensor`); frozen.
+    """y = x W^T + bias + scaling (dropout(x) A^T) B^T. weight (out, in): bf16, or 4-bit (`quant.nf4.Nf4Tensor`); frozen.
 
-    a (r, in) and b (out, r) fp32, or None both.
+    a (r, in) and b (out, r) fp32, or None both. Each linear drops its own copy of x, as PEFT's modules do; the mask is
+    a function of `seed` (`reference.kept`), so the backward pass makes it again.
     """
 
     weight: Any
@@ -37,6 +40,8 @@ class AdaptedLinear(NamedTuple):
     a: Tensor | None = None
     b: Tensor | None = None
     scaling: float = 1.0
+    dropout: float = 0.0
+    seed: int = 0
 
 
 class Norm(NamedTuple):
@@ -107,7 +112,8 @@ def _factors(group: Sequence[AdaptedLinear]) -> list[Tensor | None]:
 class _Group:
     """Linears that share an input, ready for the kernels: their A (scaled) in one matrix, so one product serves all.
 
-    An odd rank gets a row, or column, of zeros: the kernels take depths in pairs.
+    An odd rank gets a row, or column, of zeros: the kernels take depths in pairs. With dropout each A meets an x of its
+    own; the factor 1 / (1 - p) is in the scaling, so what is left of dropout is exact: an element, or zero.
     """
 
     def __init__(self, group: Sequence[AdaptedLinear]) -> None:
@@ -121,18 +127,28 @@ class _Group:
                 self.b.append(None)
                 continue
             odd = linear.a.shape[0] % 2
-            a, b = linear.a.detach() * linear.scaling, linear.b.detach()
+            a, b = linear.a.detach() * _scaling(linear), linear.b.detach()
             rows.append(F.pad(a, (0, 0, 0, odd)) if odd else a)
             self.b.append((F.pad(b, (0, odd)) if odd else b).to(torch.bfloat16))
             self.places.append(slice(at, at := at + linear.a.shape[0] + odd))
         self.a = torch.cat(rows).to(torch.bfloat16) if rows else None
+        self.drops = any(linear.a is not None and linear.dropout for linear in group)
 
     def split(self, y: Tensor) -> list[Tensor]:
         return [y[:, start:end] for start, end in zip(self.outs[:-1], self.outs[1:], strict=True)]
 
     def project(self, x: Tensor) -> Tensor | None:
-        """h (T, R) = scaling x A^T of all adapters."""
-        return None if self.a is None else native.product([(x, self.a, True)])
+        """h (T, R) = scaling dropout(x) A^T of all adapters."""
+        if self.a is None or not self.drops:
+            return None if self.a is None else native.product([(x, self.a, True)])
+        h = empty((x.shape[0], self.a.shape[0]), x.dtype)
+        for linear, place in self.adapters():
+            native.product([(_masked(x, linear), self.a[place], True)], out=h[:, place])
+        return h
+
+    def adapters(self) -> list[tuple[AdaptedLinear, slice]]:
+        """The linears that have one, and its place among all ranks."""
+        return [(linear, at) for linear, at in zip(self.group, self.places, strict=True) if at.stop > at.start]
 
     def forward(self, x: Tensor, h: Tensor | None, residual: Tensor | None = None) -> Tensor:
         y = empty((x.shape[0], self.outs[-1]), x.dtype)
@@ -154,22 +170,39 @@ class _Group:
         return dh
 
     def input_gradient(self, dy: Tensor, dh: Tensor | None) -> Tensor:
-        """dx (T, in) = dy W + dh A, summed over the linears."""
+        """dx (T, in) = dy W + dropout(dh A), summed over the linears."""
         terms = [(d, linear.weight, False) for linear, d in zip(self.group, self.split(dy), strict=True)]
-        return native.product([*terms, (dh, self.a, False)] if dh is not None else terms)  # type: ignore[list-item]
+        if dh is None or self.a is None:
+            return native.product(terms)
+        if not self.drops:
+            return native.product([*terms, (dh, self.a, False)])
+        dx = None
+        for linear, place in self.adapters():
+            d = native.product([(dh[:, place], self.a[place], False)], residual=None if linear.dropout else dx)
+            dx = native.masked(d, linear.dropout, linear.seed, dx, out=d) if linear.dropout else d
+        return native.product(terms, residual=dx)
 
     def factor_gradients(self, x: Tensor, h: Tensor | None, dy: Tensor, dh: Tensor | None) -> list[Tensor | None]:
         """The gradients of a and b of each linear, fp32, in the order of `_factors`."""
         gradients: list[Tensor | None] = []
-        da = None if dh is None else native.outer_sum(dh, x)
+        da = None if dh is None or self.drops else native.outer_sum(dh, x)
         for linear, d, place in zip(self.group, self.split(dy), self.places, strict=True):
-            if linear.a is None or da is None or h is None:
+            if linear.a is None or dh is None or h is None:
                 gradients += [None, None]
                 continue
             r = linear.a.shape[0]
+            own = native.outer_sum(dh[:, place], _masked(x, linear)) if da is None else da[place]
             db = native.outer_sum(h[:, place], d, transposed=True)
-            gradients += [da[place][:r] * linear.scaling, db[:, :r].contiguous() if r % 2 else db]
+            gradients += [own[:r] * _scaling(linear), db[:, :r].contiguous() if r % 2 else db]
         return gradients
+
+
+def _scaling(linear: AdaptedLinear) -> float:
+    return linear.scaling * drop_scale(linear.dropout)
+
+
+def _masked(x: Tensor, linear: AdaptedLinear) -> Tensor:
+    return native.masked(x, linear.dropout, linear.seed) if linear.dropout else x
 
 
 class _RmsNorm(torch.autograd.Function):

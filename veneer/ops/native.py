@@ -11,7 +11,7 @@ import functools
 import os
 import sysconfig
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,15 @@ from torch import Tensor
 
 from veneer.errors import VeneerError
 from veneer.ops.arena import empty
-from veneer.ops.reference import BLOCK, DYNAMIC_MAP, NESTED_BLOCK, NF4_CODE, NF4_MIDPOINTS, double_quantize_table
+from veneer.ops.reference import (
+    BLOCK,
+    DYNAMIC_MAP,
+    NESTED_BLOCK,
+    NF4_CODE,
+    NF4_MIDPOINTS,
+    double_quantize_table,
+    drop_limit,
+)
 
 # Beside the package; with an editable install the package is the source tree and the library is in site-packages.
 LIBRARIES = [
@@ -48,6 +56,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "gated": [c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int],
     "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
                        c_int],
+    "masked": [c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_int, c_void_p, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_int],
 }  # fmt: skip
 
@@ -144,7 +153,7 @@ def nf4_dequantize(
     offset: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    out = torch.empty(shape, dtype=dtype) if out is None else out
+    out = empty(tuple(shape), dtype) if out is None else out
     assert out.is_contiguous() and out.shape == torch.Size(shape) and out.dtype == dtype and dtype in DTYPES
     weight, _keep = _nf4(packed, absmax, nested, offset, out.numel())
     _run("nf4_dequantize", ctypes.byref(weight), out.numel(), out.data_ptr(), DTYPES[dtype])
@@ -337,6 +346,16 @@ def gated_backward(
         "gated_backward", d_out.data_ptr(), gate.data_ptr(), up.data_ptr(), ACTIVATIONS[activation], rows, width,
         gate.stride(0), gradients[0].data_ptr(), gradients[1].data_ptr(), out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+def masked(x: Tensor, p: float, seed: int, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    x = x.contiguous()
+    out = empty(tuple(x.shape), x.dtype) if out is None else out
+    assert x.dim() == 2 and 0 <= seed < 2**32, (x.shape, seed)
+    for y in (x, out) if residual is None else (x, out, residual):
+        assert y.shape == x.shape and y.is_contiguous() and y.dtype == torch.bfloat16 and y.device.type == "cpu"
+    _run("masked", x.data_ptr(), _pointer(residual), *x.shape, seed, drop_limit(p), out.data_ptr())
     return out
 
 

@@ -155,6 +155,41 @@ def gated(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     return (value * up.float()).to(gate.dtype)
 
 
+def masked(x: Tensor, p: float, seed: int, residual: Tensor | None = None) -> Tensor:
+    """x (T, D) where `kept`, else 0 [+ residual, in fp32, rounded once]: dropout without its factor, `drop_scale`."""
+    y = torch.where(kept(x.shape[0], x.shape[1], p, seed).to(x.device), x, 0.0)
+    return y if residual is None else (y.float() + residual.float()).to(x.dtype)
+
+
+def kept(rows: int, width: int, p: float, seed: int) -> Tensor:
+    """Which elements dropout keeps, bool (rows, width): those whose 16 bits of a hash are at least `drop_limit`.
+
+    Counter-based random numbers (Salmon et al. 2011): a function of seed (below 2^32), row and column, the same on every
+    machine, so that nothing of a mask need be stored. One hash serves two columns.
+    """
+    row, pair = (torch.arange(n) * 0x9E3779B9 & 0xFFFFFFFF for n in (rows, (width + 1) // 2))
+    hashed = _mix(pair ^ _mix(row ^ seed)[:, None])
+    return torch.stack([hashed & 0xFFFF, hashed >> 16], -1).view(rows, -1)[:, :width] >= drop_limit(p)
+
+
+def drop_limit(p: float) -> int:
+    """How many of 65,536 elements dropout takes away: p is rounded to such a share."""
+    assert 0 <= p < 1, p
+    return min(round(p * 65536), 65535)
+
+
+def drop_scale(p: float) -> float:
+    """1 / (1 - p), of the rounded p."""
+    return 65536 / (65536 - drop_limit(p))
+
+
+def _mix(h: Tensor) -> Tensor:
+    """The 32-bit hash lowbias32 (C. Wellons, 2018, "Prospecting for hash functions") of int64 below 2^32."""
+    h = (h ^ h >> 16) * 0x7FEB352D & 0xFFFFFFFF
+    h = (h ^ h >> 15) * 0x846CA68B & 0xFFFFFFFF  # 64 bits wrap, the low 32 are right
+    return h ^ h >> 16
+
+
 def rotate(x_THW: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Rotary embedding of the first 2 n of W, n = columns of cos: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
     if cos is None or sin is None:
@@ -182,10 +217,13 @@ def attention(
 
 
 def linear(x: Tensor, layer: Any) -> Tensor:
-    """x W^T + bias + scaling (x A^T) B^T of an `AdaptedLinear`."""
+    """x W^T + bias + scaling (dropout(x) A^T) B^T of an `AdaptedLinear`."""
     y = x @ _dense(layer.weight).to(x.dtype).T
     y = y if layer.bias is None else y + layer.bias.to(x.dtype)
-    return y if layer.a is None else y + layer.scaling * (x @ layer.a.to(x.dtype).T) @ layer.b.to(x.dtype).T
+    if layer.a is None:
+        return y
+    x = masked(x, layer.dropout, layer.seed) * drop_scale(layer.dropout) if layer.dropout else x
+    return y + layer.scaling * (x @ layer.a.to(x.dtype).T) @ layer.b.to(x.dtype).T
 
 
 def attention_block(x: Tensor, block: Any) -> Tensor:

@@ -112,7 +112,11 @@ def isa() -> str:
     Raises:
         VeneerError: VENEER_ISA names an unknown one, or one that this CPU or this build lacks.
     """
-    wanted = os.environ.get("VENEER_ISA")
+    return _isa(os.environ.get("VENEER_ISA"))
+
+
+@functools.cache
+def _isa(wanted: str | None) -> str:
     if wanted and wanted not in ISAS:
         raise VeneerError(f"VENEER_ISA: found {wanted!r}, expected one of {', '.join(ISAS)}")
     best = _best()

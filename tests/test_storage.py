@@ -1,3 +1,4 @@
+import contextlib
 import os
 import resource
 import shutil
@@ -65,25 +66,31 @@ def test_a_new_or_empty_output_folder_is_fine_and_nothing_is_left_in_it(in_folde
     assert [path.name for path in in_folder.rglob("*")] == ["empty"]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """No file of this process may grow past 4 kB: writing fails half-way, as on a full disk."""
+    """No file of this process may grow past 4 kB: writing fails half-way, as on a full disk.
+
+    Inside the test, not a fixture: pytest writes its own progress before a fixture ends, and that may be a long file.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_tensors_that_cannot_be_written_are_one_plain_error(tmp_path, small_files):
-    with pytest.raises(VeneerError, match=r"x\.safetensors could not be written: .*free, expected 0\.4 MB") as caught:
+def test_tensors_that_cannot_be_written_are_one_plain_error(tmp_path):
+    words = r"x\.safetensors could not be written: .*free, expected 0\.4 MB"
+    with small_files(), pytest.raises(VeneerError, match=words) as caught:
         storage.write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(100_000)})
     assert "another disk" in str(caught.value) and not os.listdir(tmp_path)
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, small_files):
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     path = tmp_path / "x.safetensors"
     storage.write_tensors(path, {"a": torch.ones(2)})
-    with pytest.raises(VeneerError):
+    with small_files(), pytest.raises(VeneerError):
         storage.write_tensors(path, {"a": torch.zeros(100_000)})
     assert storage.read_tensors(path)["a"].tolist() == [1, 1] and os.listdir(tmp_path) == ["x.safetensors"]
 

@@ -31,11 +31,24 @@ def operands(m, n, depth, kind, by_row):
     return a, Nf4Tensor.quantize(w, double_quant=kind == "nf4-dq")
 
 
-def close(found, expected):
+def close(found, expected, error=1e-5):
     assert found.dtype == expected.dtype and found.shape == expected.shape
     torch.testing.assert_close(
-        found.float(), expected.float(), rtol=8e-3, atol=1e-5 * float(expected.abs().max()) + 1e-6
+        found.float(), expected.float(), rtol=8e-3, atol=error * float(expected.abs().max()) + 1e-6
     )
+
+
+def in_whole_numbers(isa, m, depth):
+    """Whether a 4-bit weight by row is multiplied in whole numbers, from unrounded values: csrc/few_rows.h."""
+    return depth % 64 == 0 and m <= {"avx512": 11, "avx512bf16": 2, "amx": 2}.get(isa, 0)
+
+
+def multiplied(w, m, isa, by_row=True):
+    """The dense weight that a product with m rows uses, and the error it may have."""
+    if not isinstance(w, Nf4Tensor):
+        return w, 1e-5
+    whole = by_row and in_whole_numbers(isa, m, w.shape[1])
+    return w.dequantize(torch.float32 if whole else torch.bfloat16), 2e-4 if whole else 1e-5
 
 
 @pytest.mark.parametrize("by_row", [True, False])
@@ -43,8 +56,8 @@ def close(found, expected):
 @pytest.mark.parametrize(("m", "n", "depth"), SIZES)
 def test_product_equals_reference(isa, nan_empties, m, n, depth, kind, by_row):
     a, w = operands(m, n, depth, kind, by_row)
-    dense = w if kind == "bf16" else w.dequantize(torch.bfloat16)
-    close(native.product([(a, w, by_row)]), reference.product([(a, dense, by_row)]))
+    dense, error = multiplied(w, m, isa, by_row)
+    close(native.product([(a, w, by_row)]), reference.product([(a, dense, by_row)]), error)
 
 
 def test_terms_bias_and_residual_are_summed_before_rounding(isa, nan_empties):
@@ -65,7 +78,40 @@ def test_few_rows_take_terms_bias_and_residual(isa, nan_empties, m, depth):
     (a, w), (b, v) = operands(m, 70, depth, "nf4-dq", True), operands(m, 70, 16, "bf16", True)
     bias, residual = torch.randn(70).bfloat16(), torch.randn(m, 90).bfloat16()[:, 20:]
     found = native.product([(a, w, True), (b, v, True)], bias, residual)
-    close(found, reference.product([(a, w.dequantize(torch.bfloat16), True), (b, v, True)], bias, residual))
+    dense, error = multiplied(w, m, isa)
+    close(found, reference.product([(a, dense, True), (b, v, True)], bias, residual), error)
+
+
+@pytest.mark.parametrize("m", [1, 2, 7])
+@pytest.mark.parametrize("scale", ["even", "outliers", "wide", "tiny", "huge"])
+def test_few_rows_are_nearer_to_the_4_bit_weight_than_its_bf16_form(isa, m, scale):
+    """Of x in any range: a few elements far larger, 20 orders of magnitude in one block, subnormal, near overflow."""
+    a, w = operands(m, 70, 448, "nf4-dq", True)
+    a[:, 100:110] = 0
+    if scale == "outliers":
+        a[:, [3, 200, 447]] *= 5000
+    elif scale == "wide":
+        a = (a.float() * torch.logspace(-10, 10, 448)).bfloat16()
+    elif scale != "even":
+        a = (a.float() * (1e-38 if scale == "tiny" else 1e34)).bfloat16()
+    exact = a.double() @ w.dequantize(torch.float32).double().T
+    rounded = (a.double() @ w.dequantize(torch.bfloat16).double().T).float().bfloat16()
+    found = native.product([(a, w, True)])
+    if scale == "tiny":
+        assert float(found.abs().max()) < 1e-35
+        return
+    error, allowed = ((y.double() - exact).norm() for y in (found, rounded))
+    assert error <= allowed * (1 if in_whole_numbers(isa, m, 448) else 1.05)
+
+
+@pytest.mark.parametrize("m", [1, 2, 7])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so(isa, m, value):
+    a, w = operands(m, 70, 128, "nf4-dq", True)
+    a[0, 77] = value
+    found, expected = native.product([(a, w, True)]), reference.product([(a, w.dequantize(torch.bfloat16), True)])
+    assert torch.equal(found[0].isfinite(), expected[0].isfinite()) and found[1:].isfinite().all()
+    assert torch.equal(found[0].isnan(), expected[0].isnan())
 
 
 @pytest.mark.parametrize("columns", [True, False])

@@ -27,7 +27,7 @@ void DotRow(const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BW__)
 // The scales of some blocks, as Nf4::Scale gives them.
 void Scales(const Nf4& w, int64_t first, int64_t count, float* out) {
   if (!w.nested) {
@@ -49,22 +49,9 @@ void Scales(const Nf4& w, int64_t first, int64_t count, float* out) {
   }
 }
 
-// 128 weights are 64 bytes, of two blocks: as 32 lanes of 16 bits, lane l holds the codes of weights 4l to 4l + 3. The
-// values of both blocks stand in one register, so a lookup gives 32 weights, 4 apart; x is brought into that order.
+// 128 weights are 64 bytes, of two blocks: as 32 lanes of 16 bits, lane l holds the codes of weights 4l to 4l + 3, so
+// one lookup in a table of 16 bits gives 32 weights, 4 apart; x is brought into that order.
 constexpr int64_t kGroup = 128;
-
-inline void DecodeGroup(const uint8_t* packed, const float* code, const float* scales, bool whole, __m512i* weights) {
-  const __m512 codes = _mm512_loadu_ps(code), low = _mm512_mul_ps(codes, _mm512_set1_ps(scales[0]));
-  const __m512 high = whole ? _mm512_mul_ps(codes, _mm512_set1_ps(scales[1])) : low;
-  const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low), nibble = _mm512_set1_epi16(15);
-  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-  const __m512i bytes = _mm512_maskz_loadu_epi16(whole ? 0xffffffffu : 0xffffu, packed);
-  const __m512i index[4] = {_mm512_srli_epi16(bytes, 4), bytes, _mm512_srli_epi16(bytes, 12),
-                            _mm512_srli_epi16(bytes, 8)};
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j)  // (index & nibble) | second
-    weights[j] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(index[j], nibble, second, 0xea), values);
-}
 
 void OrderForGroups(const uint16_t* x, int64_t depth, uint16_t* to) {  // a last half group is filled up with zeros
   alignas(64) uint16_t places[2][32];  // of 64 elements: those of part 0 and 1, and those of part 2 and 3
@@ -81,6 +68,132 @@ void OrderForGroups(const uint16_t* x, int64_t depth, uint16_t* to) {  // a last
     _mm512_storeu_si512(to + 64, _mm512_shuffle_i64x2(ef, gh, 0x44));
     _mm512_storeu_si512(to + 96, _mm512_shuffle_i64x2(ef, gh, 0xee));
   }
+}
+
+// ---- one row, or a few: whole numbers -------------------------------------------------------------------------------
+// Sums of 16-bit whole numbers are exact in 32 bits, four times as fast as bf16 dot products, and the table needs no
+// scaling: code * 8005 is off by at most 0.32, which is 4e-5 of a block's largest weight (rounding to bf16: 2e-3). x
+// has 15 bits and a power of two for each block: what is over 1/128 of the block's largest is exact, the rest is off by
+// at most 2^-16 of that. Eight products of a lane stay below 2^31.
+
+#if defined(__AVX512BF16__)
+constexpr int kWholeRows = 2;  // from there on bf16 dot products, or tiles, are as fast
+#else
+constexpr int kWholeRows = kFewRows - 1;
+#endif
+constexpr float kWhole = 8005.f;
+
+// A row of x as whole numbers in the order of the lookups, and, 16 lanes a group, what their sums are multiplied with.
+// False: something in it is not finite.
+bool WholeNumbers(const uint16_t* x, int64_t depth, uint16_t* to, float* factors) {
+  constexpr int kSmallest = 27;  // exponents below it, numbers below 2^-100, are taken for it
+  for (int64_t from = 0; from < depth; from += kNf4Block) {
+    const __m512i a = _mm512_loadu_si512(x + from), b = _mm512_loadu_si512(x + from + 32);
+    const __m512i most = _mm512_and_si512(_mm512_max_epu16(_mm512_slli_epi16(a, 1), _mm512_slli_epi16(b, 1)),
+                                          _mm512_set1_epi16(static_cast<int16_t>(0xff00)));
+    const __m512i pairs = _mm512_max_epu16(most, _mm512_srli_epi32(most, 16));
+    int exponent = _mm512_reduce_max_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff))) >> 8;
+    if (exponent == 255) return false;
+    exponent = exponent < kSmallest ? kSmallest : exponent;
+    const Vec scale = (Vec)_mm512_set1_epi32((268 - exponent) << 23);              // 2^(14 - (exponent - 127))
+    const Vec back = (Vec)_mm512_set1_epi32((exponent - 14) << 23) / Set(kWhole);  // its inverse / kWhole
+    for (int64_t i = 0; i < kNf4Block; i += kWidth) {
+      const __m512i whole = _mm512_cvtps_epi32((__m512)(LoadBFloat16(x + from + i) * scale));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + from + i), _mm512_cvtepi32_epi16(whole));
+    }
+    _mm256_storeu_ps(factors + from / 8, _mm512_castps512_ps256((__m512)back));
+  }
+  if (depth % kGroup) std::memset(factors + depth / 8, 0, 32);
+  OrderForGroups(to, depth, to);
+  return true;
+}
+
+// Group g of R rows of the weight, of two blocks or (half) of one, added to the sums.
+template <int M, int R, bool kHalf>
+inline void AddWhole(__m512i table, const uint8_t* packed, int64_t bytes_of_row, const float* scales, int64_t blocks,
+                     const uint16_t* x, int64_t ldx, const float* factors, __m512 (&sum)[R][M]) {
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r, packed += bytes_of_row, scales += blocks) {
+    __builtin_prefetch(packed + R * bytes_of_row);
+    const __m512i bytes = kHalf ? _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)))
+                                : _mm512_loadu_si512(packed);
+    const __m512 both =
+        _mm512_mask_broadcastss_ps(_mm512_set1_ps(scales[0]), 0xff00, _mm_load_ss(scales + (kHalf ? 0 : 1)));
+    __m512i weights[4] = {_mm512_srli_epi16(bytes, 4), bytes, _mm512_srli_epi16(bytes, 12),
+                          _mm512_srli_epi16(bytes, 8)};
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) weights[j] = _mm512_permutexvar_epi16(weights[j], table);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      __m512i total = _mm512_setzero_si512();
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const __m512i a = _mm512_loadu_si512(x + i * ldx + 32 * j);
+#if defined(__AVX512VNNI__)
+        total = _mm512_dpwssd_epi32(total, weights[j], a);
+#else
+        total = _mm512_add_epi32(total, _mm512_madd_epi16(weights[j], a));
+#endif
+      }
+      const __m512 factor = _mm512_mul_ps(both, _mm512_loadu_ps(factors + i * ldx / 8));
+      sum[r][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(total), factor, sum[r][i]);
+    }
+  }
+}
+
+// sums (R, M) = R rows of the weight times M rows of x. x: (M, ldx) from WholeNumbers, factors: (M, ldx / 8),
+// scales: (R, blocks of a row).
+template <int M, int R>
+void DotWhole(const Nf4& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x, int64_t ldx,
+              const float* factors, float* sums) {
+  const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w.code), _mm512_set1_ps(kWhole)));
+  const __m512i table = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(code));  // of an index 5 bits count: twice
+  const int64_t blocks = depth / kNf4Block;
+  const uint8_t* packed = w.packed + first / 2;
+  __m512 sum[R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) sum[r][i] = _mm512_setzero_ps();
+  int64_t g = 0;
+  for (; g + kGroup <= depth; g += kGroup)
+    AddWhole<M, R, false>(table, packed + g / 2, depth / 2, scales + g / kNf4Block, blocks, x + g, ldx, factors + g / 8,
+                          sum);
+  if (g < depth)
+    AddWhole<M, R, true>(table, packed + g / 2, depth / 2, scales + g / kNf4Block, blocks, x + g, ldx, factors + g / 8,
+                         sum);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) sums[r * M + i] = _mm512_reduce_add_ps(sum[r][i]);
+}
+
+template <int M>
+void DotWholeOf(int64_t m, const Nf4& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x,
+                int64_t ldx, const float* factors, float* sums) {
+  if constexpr (M > 0) {
+    if (m == M) return DotWhole<M, 1>(w, first, depth, scales, x, ldx, factors, sums);
+    DotWholeOf<M - 1>(m, w, first, depth, scales, x, ldx, factors, sums);
+  }
+}
+#endif
+
+#if defined(__AVX512BF16__)
+// ---- more of them: bf16
+// ------------------------------------------------------------------------------------------------ The values of both
+// blocks stand in one register.
+
+inline void DecodeGroup(const uint8_t* packed, const float* code, const float* scales, bool whole, __m512i* weights) {
+  const __m512 codes = _mm512_loadu_ps(code), low = _mm512_mul_ps(codes, _mm512_set1_ps(scales[0]));
+  const __m512 high = whole ? _mm512_mul_ps(codes, _mm512_set1_ps(scales[1])) : low;
+  const __m512i values = (__m512i)_mm512_cvtne2ps_pbh(high, low), nibble = _mm512_set1_epi16(15);
+  const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+  const __m512i bytes = _mm512_maskz_loadu_epi16(whole ? 0xffffffffu : 0xffffu, packed);
+  const __m512i index[4] = {_mm512_srli_epi16(bytes, 4), bytes, _mm512_srli_epi16(bytes, 12),
+                            _mm512_srli_epi16(bytes, 8)};
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j)  // (index & nibble) | second
+    weights[j] = _mm512_permutexvar_epi16(_mm512_ternarylogic_epi32(index[j], nibble, second, 0xea), values);
 }
 
 template <int M>
@@ -121,42 +234,97 @@ void DotGroupsOf(int64_t m, const Nf4& w, int64_t first, int64_t depth, const fl
 }
 #endif
 
+// ---- what there is of these on every instruction set
+// -------------------------------------------------------------------
+
+enum Way { kPlain, kWholeNumbers, kBFloat16Groups };
+
+// The rows of x as they are multiplied: as they lie, or brought into the order of the lookups.
+struct Left {
+  Way way;
+  const uint16_t* x;
+  int64_t ldx;
+  const float* factors;
+};
+
+constexpr int64_t kTogether = 4;  // rows of the weight, which share a place's x
+
+#if defined(__AVX512BW__)
+Left Prepare(const Term& t, int64_t m) {  // in `scratch`
+  if (t.depth % kNf4Block) return {kPlain, t.a, t.lda, nullptr};
+  const int64_t ldx = (t.depth + kGroup - 1) / kGroup * kGroup;
+  scratch.Reserve(m * ldx * 2 + m * ldx / 2 + 4096);
+  uint16_t* x = scratch.Take<uint16_t>(m * ldx);
+  float* factors = scratch.Take<float>(m * ldx / 8);
+  bool whole = m <= kWholeRows;
+  for (int64_t i = 0; whole && i < m; ++i)
+    whole = WholeNumbers(t.a + i * t.lda, t.depth, x + i * ldx, factors + i * ldx / 8);
+  if (whole) return {kWholeNumbers, x, ldx, factors};
+#if defined(__AVX512BF16__)
+  for (int64_t i = 0; i < m; ++i) OrderForGroups(t.a + i * t.lda, t.depth, x + i * ldx);
+  return {kBFloat16Groups, x, ldx, nullptr};
+#else
+  return {kPlain, t.a, t.lda, nullptr};
+#endif
+}
+#else
+Left Prepare(const Term& t, int64_t) { return {kPlain, t.a, t.lda, nullptr}; }
+#endif
+
+// sums (rows, m) = some rows of the weight, at most kTogether from `row` on, times all rows of x.
+void RowSums(const Term& t, const Left& left, int64_t m, int64_t row, int64_t rows, float* sums) {
+  const int64_t first = row * t.ldw;
+  if (left.way == kPlain) {
+    for (int64_t r = 0; r < rows; ++r) DotRow(*t.nf4, first + r * t.ldw, t.depth, left.x, left.ldx, m, sums + r * m);
+    return;
+  }
+#if defined(__AVX512BW__)
+  const int64_t blocks = t.depth / kNf4Block;
+  decoded.Reserve((rows * blocks + 1) * 4);
+  float* scales = decoded.Take<float>(0);
+  Scales(*t.nf4, row * blocks, rows * blocks, scales);
+  for (int64_t r = 0; r < rows;) {
+    const int64_t at = first + r * t.depth;
+    const float* scale = scales + r * blocks;
+    float* to = sums + r * m;
+    if (left.way == kWholeNumbers && m == 1 && rows - r >= 4) {
+      DotWhole<1, 4>(*t.nf4, at, t.depth, scale, left.x, left.ldx, left.factors, to);
+      r += 4;
+    } else if (left.way == kWholeNumbers && m == 2 && rows - r >= 2) {
+      DotWhole<2, 2>(*t.nf4, at, t.depth, scale, left.x, left.ldx, left.factors, to);
+      r += 2;
+    } else {
+      if (left.way == kWholeNumbers)
+        DotWholeOf<kWholeRows>(m, *t.nf4, at, t.depth, scale, left.x, left.ldx, left.factors, to);
+#if defined(__AVX512BF16__)
+      if (left.way == kBFloat16Groups) DotGroupsOf<kFewRows - 1>(m, *t.nf4, at, t.depth, scale, left.x, left.ldx, to);
+#endif
+      ++r;
+    }
+  }
+#endif
+}
+
 // The first term NF4 by row, the others 16-bit by row.
 void FewRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
   const Term& t = sum.terms[0];
-  const uint16_t* x = t.a;
-  int64_t ldx = t.lda;
-#if defined(__AVX512BF16__)
-  const bool groups = t.depth % kNf4Block == 0;
-  if (groups) {
-    ldx = (t.depth + kGroup - 1) / kGroup * kGroup;
-    scratch.Reserve(m * ldx * 2 + 4096);
-    uint16_t* ordered = scratch.Take<uint16_t>(m * ldx);
-    for (int64_t i = 0; i < m; ++i) OrderForGroups(t.a + i * t.lda, t.depth, ordered + i * ldx);
-    x = ordered;
-  }
-#endif
+  const Left left = Prepare(t, m);
 #pragma omp parallel for schedule(static) num_threads(threads) if (n * t.depth > 131072)
-  for (int64_t row = 0; row < n; ++row) {
-    float sums[kFewRows];
-#if defined(__AVX512BF16__)
-    if (groups) {
-      decoded.Reserve((t.depth / kNf4Block + 1) * 4);
-      float* scales = decoded.Take<float>(0);
-      Scales(*t.nf4, row * t.ldw / kNf4Block, t.depth / kNf4Block, scales);
-      DotGroupsOf<kFewRows - 1>(m, *t.nf4, row * t.ldw, t.depth, scales, x, ldx, sums);
-    } else
-#endif
-      DotRow(*t.nf4, row * t.ldw, t.depth, x, ldx, m, sums);
-    for (int64_t i = 0; i < m; ++i) {
+  for (int64_t first = 0; first < n; first += kTogether) {
+    const int64_t rows = n - first < kTogether ? n - first : kTogether;
+    float sums[kTogether * kFewRows];
+    RowSums(t, left, m, first, rows, sums);
+    for (int64_t place = 0; place < rows * m; ++place) {
+      const int64_t row = first + place / m, i = place % m;
+      float value = sums[place];
       for (int s = 1; s < sum.count; ++s) {
         const Term& extra = sum.terms[s];
         for (int64_t d = 0; d < extra.depth; ++d)
-          sums[i] += FromBFloat16(extra.a[i * extra.lda + d]) * FromBFloat16(extra.weight[row * extra.ldw + d]);
+          value += FromBFloat16(extra.a[i * extra.lda + d]) * FromBFloat16(extra.weight[row * extra.ldw + d]);
       }
-      if (out.bias) sums[i] += FromBFloat16(out.bias[row]);
-      if (out.residual) sums[i] += FromBFloat16(out.residual[i * out.ldr + row]);
-      out.y[i * out.ldy + row] = ToBFloat16(sums[i]);
+      if (out.bias) value += FromBFloat16(out.bias[row]);
+      if (out.residual) value += FromBFloat16(out.residual[i * out.ldr + row]);
+      out.y[i * out.ldy + row] = ToBFloat16(value);
     }
   }
 }
@@ -297,6 +465,7 @@ void Stretches(const Terms& sum, int64_t row, int64_t blocks, const float* scale
 
 // NF4 terms by row, whole blocks in each row; n >= 32. The last rows of the weight are done with some before them.
 void MoreRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
+  if (m <= kWholeRows) return FewRows(sum, m, n, out, threads);
   int64_t groups = 0, scales_of_row = 0;
   for (int s = 0; s < sum.count; ++s) {
     groups += Groups(sum.terms[s]);

@@ -23,7 +23,8 @@ extern "C" __attribute__((visibility("default"))) int veneer_best_isa() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return !avx2 ? 0 : !avx512 ? 1 : !__builtin_cpu_supports("avx512bf16") ? 2 : !HasTiles() ? 3 : 4;
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  return !avx2 ? 0 : !avx512 ? 1 : !bf16 ? 2 : !HasTiles() ? 3 : 4;
 #else
   return 0;
 #endif

@@ -8,19 +8,11 @@
 
 #include <cmath>
 
-#include "amx.h"
+#include "tile.h"
 
 namespace {
 
 constexpr int64_t kBlock = kPanel;  // queries, and keys, that are worked on together
-#if defined(__AVX512F__)
-constexpr int kRows = 4, kColumns = 4;  // of one tile of accumulators, in rows and vectors; 64 rows divide by 4
-#elif defined(__AVX2__)
-constexpr int kRows = 4, kColumns = 2;
-#else
-constexpr int kRows = 2, kColumns = 2;
-#endif
-
 #if defined(__AMX_BF16__)
 constexpr int64_t kStep = kTile;  // a product does rows, and takes pairs of the depth, in multiples of this
 #else
@@ -35,32 +27,6 @@ struct Layout {  // what a call is about
   int64_t rotary;          // half of the rotated width; 0: no rotation
   float scale;
 };
-
-template <int R, int C>
-inline void Tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, int64_t depth, float* c, int64_t ldc,
-                 bool add) {
-  Vec sum[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) sum[r][j] = add ? Load(c + r * ldc + j * kWidth) : Vec{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Pair right[C];
-    for (int j = 0; j < C; ++j) right[j] = Split(LoadAs<Bits>(b + k * ldb + j * kWidth));
-    for (int r = 0; r < R; ++r) {
-      const Pair left = Split(Bits{} + a[r * lda + k]);
-      for (int j = 0; j < C; ++j) sum[r][j] = Dot2(sum[r][j], left, right[j]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) Store(c + r * ldc + j * kWidth, sum[r][j]);
-}
-
-template <int C>
-inline void Columns(int64_t m, int64_t depth, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c,
-                    int64_t ldc, bool add) {
-  int64_t i = 0;
-  for (; i + kRows <= m; i += kRows) Tile<kRows, C>(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc, add);
-  for (; i < m; ++i) Tile<1, C>(a + i * lda, lda, b, ldb, depth, c + i * ldc, ldc, add);
-}
 
 // C (m, n) [+]= A x B; n a multiple of kWidth, depth and lda in pairs. There is room for m rounded up to kStep in A and
 // C: what stands there is not used.
@@ -84,10 +50,17 @@ void Product(int64_t m, int64_t n, int64_t depth, const void* a, int64_t lda, co
     return;
   }
 #endif
-  int64_t j = 0;
-  for (; j + kColumns * kWidth <= n; j += kColumns * kWidth)
-    Columns<kColumns>(m, depth, pairs, lda, b + j, ldb, c + j, ldc, add);
-  for (; j < n; j += kWidth) Columns<1>(m, depth, pairs, lda, b + j, ldb, c + j, ldc, add);
+  const int64_t deepest = kWiden ? kWideDepth / 2 : depth;
+  for (int64_t k = 0; k < depth; k += deepest) {
+    const Slice slice{pairs + k, lda, depth - k < deepest ? depth - k : deepest};
+    for (int64_t j = 0; j < n; j += kPanel) {
+      const int64_t columns = n - j < kPanel ? n - j : kPanel;
+      if (add || k > 0)
+        DownPairs<false>(&slice, 1, m, b + k * ldb + j, ldb, columns, c + j, ldc);
+      else
+        DownPairs<true>(&slice, 1, m, b + k * ldb + j, ldb, columns, c + j, ldc);
+    }
+  }
 }
 
 // Rotate one head of one token: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin); direction -1 turns back.

@@ -8,94 +8,9 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kRows = 6, kColumns = 4;  // of one tile of accumulators, in rows and vectors: 24 of 32 registers
-#elif defined(__AVX2__)
-constexpr int kRows = 4, kColumns = 2;
-#else
-constexpr int kRows = 2, kColumns = 2;
-#endif
-constexpr int64_t kMaxDepth = 4096;  // of what is packed at once: 512 KiB, half of a usual second-level cache
-constexpr int64_t kTaskRows = 1024;  // rows that share one packing of a panel
-
-// kFirst: the sums start at zero, else in `part`; kLast: they go to `out`, else to `part`. All loops over the
-// accumulators are unrolled: they live in registers only if every index is known.
-template <int R, int C, bool kFirst, bool kLast>
-inline void Tile(const Slice* slices, int count, int64_t row, const uint32_t* b, float* part, const Output& out) {
-  Vec sum[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) sum[r][j] = kFirst ? Vec{} : Load(part + r * kPanel + j * kWidth);
-  for (int s = 0; s < count; ++s) {
-    const int64_t lda = slices[s].lda, depth = slices[s].depth;
-    const uint32_t* a = slices[s].a + row * lda;
-    for (int64_t k = 0; k < depth; ++k, b += kPanel) {
-      Pair right[C];
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) right[j] = Split(LoadAs<Bits>(b + j * kWidth));
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Pair left = Split(Bits{} + a[r * lda + k]);
-#pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) sum[r][j] = Dot2(sum[r][j], left, right[j]);
-      }
-    }
-  }
-  if (!kLast || out.live < C * kWidth) {
-    float some[R][C * kWidth];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) Store(kLast ? some[r] + j * kWidth : part + r * kPanel + j * kWidth, sum[r][j]);
-    if (kLast)
-      for (int r = 0; r < R; ++r) out.Some(row + r, C * kWidth, some[r]);
-    return;
-  }
-  if (out.bias)
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) {
-      const Vec bias = LoadBFloat16(out.bias + j * kWidth);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r][j] += bias;
-    }
-  if (out.residual)
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) sum[r][j] += LoadBFloat16(out.residual + (row + r) * out.ldr + j * kWidth);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int j = 0; j < C; ++j) StoreBFloat16(out.y + (row + r) * out.ldy + j * kWidth, sum[r][j]);
-}
-
-template <int R, bool kFirst, bool kLast>
-inline void Across(const Slice* slices, int count, int64_t row, const uint32_t* b, float* part, const Output& out) {
-  int64_t j = 0;
-  for (; j < kPanel && j + (kColumns - 1) * kWidth < out.live; j += kColumns * kWidth)
-    Tile<R, kColumns, kFirst, kLast>(slices, count, row, b + j, part + j, out.At(j));
-  for (; j < kPanel && j < out.live; j += kWidth)
-    Tile<R, 1, kFirst, kLast>(slices, count, row, b + j, part + j, out.At(j));
-}
-
-// The rows that are left after the full tiles: one tile of just so many.
-template <int R, bool kFirst, bool kLast>
-inline void Rest(int64_t rows, const Slice* slices, int count, int64_t row, const uint32_t* b, float* part,
-                 const Output& out) {
-  if constexpr (R > 0) {
-    if (rows == R) return Across<R, kFirst, kLast>(slices, count, row, b, part, out);
-    Rest<R - 1, kFirst, kLast>(rows, slices, count, row, b, part, out);
-  }
-}
-
-template <bool kFirst, bool kLast>
-void Down(const Slice* slices, int count, int64_t from, int64_t to, const uint32_t* b, float* part, const Output& out) {
-  int64_t row = from;
-  for (; row + kRows <= to; row += kRows)
-    Across<kRows, kFirst, kLast>(slices, count, row, b, part + (row - from) * kPanel, out);
-  Rest<kRows - 1, kFirst, kLast>(to - row, slices, count, row, b, part + (row - from) * kPanel, out);
-}
+constexpr int64_t kMaxDepth = kWiden ? kWideDepth : 4096;  // of what is packed at once: 512 KiB, half of a usual cache
+constexpr int64_t kTaskRows = kWiden ? 512 : 1024;         // rows that share one packing of a panel
+constexpr int64_t kTaskPanels = 4;                         // that share one widening of A
 
 // Columns [column, column + live) of depth [from, to) of a term's weight, packed; `rows`: room for 64 decoded rows.
 void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to, uint16_t* rows, uint32_t* b) {
@@ -126,39 +41,55 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
   }
 }
 
-// One panel of columns for rows [from, to).
-void Panel(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t to, const Output& out) {
-  const int64_t deepest = sum.depth < kMaxDepth ? sum.depth : kMaxDepth;
-  scratch.Reserve(deepest / 2 * kPanel * 4 + 64 * (deepest < 2 * kPanel ? 2 * kPanel : deepest) * 2 / 4 +
-                  (sum.depth > kMaxDepth ? (to - from) * kPanel * 4 : 0) + 4096);
+// Some panels of columns, one where B stays in pairs, for rows [from, to).
+void Panels(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_t to, const Output& out) {
+  const int64_t deepest = sum.depth < kMaxDepth ? sum.depth : kMaxDepth, deep = sum.depth > kMaxDepth;
+  const int64_t columns = (live + kPanel - 1) / kPanel * kPanel,
+                decoded_depth = deepest < 2 * kPanel ? 2 * kPanel : deepest;
+  scratch.Reserve(deepest / 2 * kPanel * 4 + 16 * decoded_depth * 2 + (kWiden ? columns * deepest * 4 : 0) +
+                  deep * (to - from) * columns * 4 + 4096);
   uint32_t* b = scratch.Take<uint32_t>(deepest / 2 * kPanel);
-  uint16_t* rows = scratch.Take<uint16_t>(16 * (deepest < 2 * kPanel ? 2 * kPanel : deepest));
-  float* part = scratch.Take<float>(sum.depth > kMaxDepth ? (to - from) * kPanel : 0);
+  uint16_t* rows = scratch.Take<uint16_t>(16 * decoded_depth);
+  uint32_t* wide = scratch.Take<uint32_t>(kWiden ? columns * deepest : 0);
+  float* part = scratch.Take<float>(deep * (to - from) * columns);
   int term = 0;
   int64_t at = 0;  // where in the term
   for (bool first = true, last = false; !last; first = false) {
+    struct {
+      int term;
+      int64_t from, to;
+    } pieces[kMaxTerms];
     Slice slices[kMaxTerms];
     int count = 0;
-    int64_t room = kMaxDepth, packed = 0;
-    while (term < sum.count && room > 0) {
+    int64_t depth = 0;
+    while (term < sum.count && depth < kMaxDepth) {
       const Term& t = sum.terms[term];
-      const int64_t end = t.depth - at < room ? t.depth : at + room;
-      Pack(t, column, live, at, end, rows, b + packed / 2 * kPanel);
+      const int64_t end = t.depth - at < kMaxDepth - depth ? t.depth : at + kMaxDepth - depth;
+      pieces[count] = {term, at, end};
       slices[count++] = {reinterpret_cast<const uint32_t*>(t.a + at), t.lda / 2, (end - at) / 2};
-      packed += end - at;
-      room -= end - at;
+      depth += end - at;
       at = end;
       if (at == t.depth) ++term, at = 0;
     }
     last = term == sum.count;
+    for (int64_t j = 0; j < live; j += kPanel) {
+      const int64_t here = live - j < kPanel ? live - j : kPanel;
+      uint32_t* to_here = b;
+      for (int s = 0; s < count; ++s) {
+        Pack(sum.terms[pieces[s].term], column + j, here, pieces[s].from, pieces[s].to, rows, to_here);
+        to_here += (pieces[s].to - pieces[s].from) / 2 * kPanel;
+      }
+      if constexpr (kWiden) WidenRight(b, kPanel, depth / 2, here, wide + j * depth);
+    }
+    const uint32_t* packed = kWiden ? wide : b;
     if (first && last)
-      Down<true, true>(slices, count, from, to, b, part, out);
+      Down<true>(slices, count, from, to, packed, kPanel, live, part, columns, out);
     else if (first)
-      Down<true, false>(slices, count, from, to, b, part, out);
+      Down<true>(slices, count, from, to, packed, kPanel, live, part, columns, Keep{});
     else if (last)
-      Down<false, true>(slices, count, from, to, b, part, out);
+      Down<false>(slices, count, from, to, packed, kPanel, live, part, columns, out);
     else
-      Down<false, false>(slices, count, from, to, b, part, out);
+      Down<false>(slices, count, from, to, packed, kPanel, live, part, columns, Keep{});
   }
 }
 
@@ -336,16 +267,25 @@ EXPORT(product)
   if (m >= kTile) return ManyRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
 #endif
   const int64_t panels = (n + kPanel - 1) / kPanel;
-  int64_t parts = (m + kTaskRows - 1) / kTaskRows;  // of the rows: more where there are few panels for many threads
-  while (panels * parts < 4 * threads && m / (parts + 1) >= 64) ++parts;
+  // Of the panels and the rows: as large as they may be, but so that no thread waits long for the others.
+  int64_t each = kWiden ? kTaskPanels : 1, parts = (m + kTaskRows - 1) / kTaskRows;
+  const auto tasks = [&] { return (panels + each - 1) / each * parts; };
+  const auto balanced = [&] { return 10 * tasks() >= 9 * ((tasks() + threads - 1) / threads * threads); };
+  while (!balanced()) {
+    if (each > 1)
+      --each;
+    else if (m / (parts + 1) >= 64)
+      ++parts, each = kWiden ? kTaskPanels : 1;
+    else
+      break;
+  }
   const int64_t rows = ((m + parts - 1) / parts + kRows - 1) / kRows * kRows;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (panels * parts > 1)
-  for (int64_t task = 0; task < panels * parts; ++task) {
-    const int64_t column = task / parts * kPanel, from = task % parts * rows;
-    const int64_t to = from + rows < m ? from + rows : m, live = n - column < kPanel ? n - column : kPanel;
-    if (from < to)
-      Panel(sum, column, live, from, to,
-            Output{y + column, ldy, bias ? bias + column : nullptr, residual ? residual + column : nullptr, ldr, live});
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (tasks() > 1)
+  for (int64_t task = 0; task < tasks(); ++task) {
+    const int64_t column = task / parts * each * kPanel, from = task % parts * rows;
+    const int64_t to = from + rows < m ? from + rows : m;
+    const int64_t live = n - column < each * kPanel ? n - column : each * kPanel;
+    if (from < to) Panels(sum, column, live, from, to, Output{y, ldy, bias, residual, ldr, column + live}.At(column));
   }
 }
 
@@ -400,7 +340,7 @@ EXPORT(outer_sum)
           for (int64_t j = 0; j < kPanel; j += 2 * kTile)
             TileProduct<1, 2>(&slice, 1, i, b + j, kPanel, part + i * kPanel + j, kPanel, from > 0);
 #else
-        Down<false, false>(&slice, 1, 0, r, b, part, Output{nullptr, 0, nullptr, nullptr, 0, kPanel});
+        DownPairs<false>(&slice, 1, r, b, kPanel, live, part, kPanel);
 #endif
       }
       for (int64_t i = 0; i < r; ++i)

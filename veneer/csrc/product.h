@@ -1,12 +1,12 @@
 // What a product is made of, for its kernels: product.cpp and few_rows.h.
 #pragma once
 
-#include "amx.h"
 #include "nf4.h"
+#include "tile.h"
 
 namespace {
 
-constexpr int kMaxTerms = 16;
+constexpr int kMaxTerms = kMaxSlices;
 
 enum Kind { kByRow = 0, kByColumn = 1, kNf4ByRow = 2, kNf4ByColumn = 3 };
 
@@ -31,6 +31,9 @@ struct Output {
   Output At(int64_t shift) const {
     return {y + shift, ldy, bias ? bias + shift : nullptr, residual ? residual + shift : nullptr, ldr, live - shift};
   }
+  Output From(int64_t row) const {
+    return {y + row * ldy, ldy, bias, residual ? residual + row * ldr : nullptr, ldr, live};
+  }
   void Some(int64_t row, int64_t columns, const float* sum) const {
     for (int64_t j = 0; j < columns && j < live; ++j) {
       float value = sum[j];
@@ -38,6 +41,34 @@ struct Output {
       if (residual) value += FromBFloat16(residual[row * ldr + j]);
       y[row * ldy + j] = ToBFloat16(value);
     }
+  }
+  template <int R, int C>
+  void Take(int64_t row, Vec (&sum)[R][C], float*, int64_t) const {
+    if (live < C * kWidth) {
+      float some[R][C * kWidth];
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < C; ++j) Store(some[r] + j * kWidth, sum[r][j]);
+      for (int r = 0; r < R; ++r) Some(row + r, C * kWidth, some[r]);
+      return;
+    }
+    if (bias)
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) {
+        const Vec more = LoadBFloat16(bias + j * kWidth);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) sum[r][j] += more;
+      }
+    if (residual)
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int j = 0; j < C; ++j) sum[r][j] += LoadBFloat16(residual + (row + r) * ldr + j * kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) StoreBFloat16(y + (row + r) * ldy + j * kWidth, sum[r][j]);
   }
 };
 

@@ -138,31 +138,6 @@ inline float Largest(Vec v) {
   return top;
 }
 
-// acc + lo(a) * lo(b) + hi(a) * hi(b): a and b hold two bf16 in each 32-bit lane.
-struct Pair {
-#if defined(__AVX512BF16__)
-  Bits both;
-#else
-  Vec lo, hi;
-#endif
-};
-
-inline Pair Split(Bits b) {
-#if defined(__AVX512BF16__)
-  return {b};
-#else
-  return {(Vec)(b << 16), (Vec)(b & 0xffff0000u)};
-#endif
-}
-
-inline Vec Dot2(Vec acc, Pair a, Pair b) {
-#if defined(__AVX512BF16__)
-  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a.both, (__m512bh)b.both);
-#else
-  return Fma(a.hi, b.hi, Fma(a.lo, b.lo, acc));
-#endif
-}
-
 // A thread's working memory: grown when needed, kept between calls.
 struct Scratch {
   void* memory = nullptr;

@@ -4,10 +4,9 @@
     mlp_block:        y = x + down( activation(gate) * up ),               gate, up = linears( rms_norm(x) )
 
 Every linear is frozen, 16-bit or NF4, with or without a low-rank term: W x + scaling B A dropout(x). The definitions,
-in plain torch, are `reference.attention_block` and `reference.mlp_block`. Saved for the backward pass, in elements a
-token: x and the outputs of the products that cannot be rebuilt cheaply (q, k, v, the attention's output, gate, up);
-norms, activations and dropout's masks are made again. `recompute` "mlp" makes gate and up again too, "full" q, k and v
-as well. Measured, a step of 4x512 tokens on SmolLM2-135M (r 16, 2 cores with AMX): dropout on all linears costs about 12%.
+in plain torch, are `reference.attention_block` and `reference.mlp_block`. Saved for the backward pass: x, q, k, v, the
+attention's output and gate. Made again, bit for bit: up (where gate and up are two linears), norms, activations,
+dropout's masks, the bf16 factors. `recompute` "mlp" makes gate again too, "full" q, k and v as well. Measured, a step of 4x512 tokens on SmolLM2-135M (r 16, 2 cores with AMX): dropout on all linears costs about 12%.
 
 Shapes: T tokens, D model width, H heads of width W, R all ranks of linears that share an input.
 """
@@ -19,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from veneer.ops import native
 from veneer.ops.arena import empty
@@ -117,25 +115,26 @@ class _Group:
     """
 
     def __init__(self, group: Sequence[AdaptedLinear]) -> None:
-        self.group, self.places, self.outs = group, [], [0]
-        self.b: list[Tensor | None] = []
-        rows, at = [], 0
+        self.group, self.places, at = group, [], 0
         for linear in group:
-            self.outs.append(self.outs[-1] + linear.weight.shape[0])
-            if linear.a is None or linear.b is None:
-                self.places.append(slice(0, 0))
-                self.b.append(None)
-                continue
-            odd = linear.a.shape[0] % 2
-            a, b = linear.a.detach() * _scaling(linear), linear.b.detach()
-            rows.append(F.pad(a, (0, 0, 0, odd)) if odd else a)
-            self.b.append((F.pad(b, (0, odd)) if odd else b).to(torch.bfloat16))
-            self.places.append(slice(at, at := at + linear.a.shape[0] + odd))
-        self.a = torch.cat(rows).to(torch.bfloat16) if rows else None
+            r = 0 if linear.a is None or linear.b is None else linear.a.shape[0]
+            self.places.append(slice(at, at := at + r + r % 2))
+        self.a = empty((at, group[0].weight.shape[1]), torch.bfloat16) if at else None
+        self.b = [self._factors(linear, place) for linear, place in zip(group, self.places, strict=True)]
         self.drops = any(linear.a is not None and linear.dropout for linear in group)
 
-    def split(self, y: Tensor) -> list[Tensor]:
-        return [y[:, start:end] for start, end in zip(self.outs[:-1], self.outs[1:], strict=True)]
+    def _factors(self, linear: AdaptedLinear, place: slice) -> Tensor | None:
+        """Fill in the rows of A; returns B."""
+        if self.a is None or linear.a is None or linear.b is None:
+            return None
+        (out, r), rows = linear.b.shape, self.a[place]
+        b = torch.empty((out, rows.shape[0]), dtype=torch.bfloat16)
+        torch.mul(linear.a.detach(), _scaling(linear), out=rows[:r])
+        b[:, :r] = linear.b.detach()
+        if r % 2:
+            rows[r:].zero_()
+            b[:, r:].zero_()
+        return b
 
     def project(self, x: Tensor) -> Tensor | None:
         """h (T, R) = scaling dropout(x) A^T of all adapters."""
@@ -150,28 +149,29 @@ class _Group:
         """The linears that have one, and its place among all ranks."""
         return [(linear, at) for linear, at in zip(self.group, self.places, strict=True) if at.stop > at.start]
 
-    def forward(self, x: Tensor, h: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        y = empty((x.shape[0], self.outs[-1]), x.dtype)
-        for linear, b, place, out in zip(self.group, self.b, self.places, self.split(y), strict=True):
+    def forward(self, x: Tensor, h: Tensor | None, residual: Tensor | None = None, start: int = 0) -> list[Tensor]:
+        """The outputs (T, out) of the linears from `start` on."""
+        found = []
+        for linear, b, place in list(zip(self.group, self.b, self.places, strict=True))[start:]:
             terms = [(x, linear.weight, True)]
             if b is not None and h is not None:
                 terms.append((h[:, place], b, True))
-            native.product(terms, linear.bias, residual, out)
-        return y
+            found.append(native.product(terms, linear.bias, residual))
+        return found
 
-    def low_rank_gradient(self, dy: Tensor) -> Tensor | None:
-        """dh (T, R) = dy B of each adapter."""
+    def low_rank_gradient(self, dy: Sequence[Tensor]) -> Tensor | None:
+        """dh (T, R) = dy B of each adapter; dy: the gradient of each linear's output."""
         if self.a is None:
             return None
-        dh = empty((dy.shape[0], self.a.shape[0]), dy.dtype)
-        for d, b, place in zip(self.split(dy), self.b, self.places, strict=True):
+        dh = empty((dy[0].shape[0], self.a.shape[0]), dy[0].dtype)
+        for d, b, place in zip(dy, self.b, self.places, strict=True):
             if b is not None:
                 native.product([(d, b, False)], out=dh[:, place])
         return dh
 
-    def input_gradient(self, dy: Tensor, dh: Tensor | None) -> Tensor:
+    def input_gradient(self, dy: Sequence[Tensor], dh: Tensor | None) -> Tensor:
         """dx (T, in) = dy W + dropout(dh A), summed over the linears."""
-        terms = [(d, linear.weight, False) for linear, d in zip(self.group, self.split(dy), strict=True)]
+        terms = [(d, linear.weight, False) for linear, d in zip(self.group, dy, strict=True)]
         if dh is None or self.a is None:
             return native.product(terms)
         if not self.drops:
@@ -182,11 +182,13 @@ class _Group:
             dx = native.masked(d, linear.dropout, linear.seed, dx, out=d) if linear.dropout else d
         return native.product(terms, residual=dx)
 
-    def factor_gradients(self, x: Tensor, h: Tensor | None, dy: Tensor, dh: Tensor | None) -> list[Tensor | None]:
+    def factor_gradients(
+        self, x: Tensor, h: Tensor | None, dy: Sequence[Tensor], dh: Tensor | None
+    ) -> list[Tensor | None]:
         """The gradients of a and b of each linear, fp32, in the order of `_factors`."""
         gradients: list[Tensor | None] = []
         da = None if dh is None or self.drops else native.outer_sum(dh, x)
-        for linear, d, place in zip(self.group, self.split(dy), self.places, strict=True):
+        for linear, d, place in zip(self.group, dy, self.places, strict=True):
             if linear.a is None or dh is None or h is None:
                 gradients += [None, None]
                 continue
@@ -251,30 +253,29 @@ class _AttentionBlock(torch.autograd.Function):
         normed, rstd = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)
         h = group.project(normed)
         qkv = group.forward(normed, h)
+        del normed
         q, k, v = _heads(qkv, block)
         o, lse = native.attention_forward(
             _normed(q, block.q_norm), _normed(k, block.k_norm), v, block.cos, block.sin, block.starts, block.scale
         )
         flat = o.view(x.shape[0], -1)
         h_out = out.project(flat)
-        ctx.save_for_backward(x, rstd, None if block.recompute == "full" else qkv, o, lse, h, h_out)
-        ctx.block, ctx.group, ctx.out = block, group, out
-        return out.forward(flat, h_out, residual=x)
+        _save(ctx, block, (x, rstd, o, lse, h, h_out), [] if block.recompute == "full" else qkv, factors)
+        return out.forward(flat, h_out, residual=x)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, rstd, qkv, o, lse, h, h_out = ctx.saved_tensors
-        block, group, out = ctx.block, ctx.group, ctx.out
+        (x, rstd, o, lse, h, h_out), qkv = _saved(ctx, 6)
+        block, group, out = ctx.block, _Group(ctx.block.qkv), _Group([ctx.block.out])
         dy, flat = dy.contiguous(), o.view(x.shape[0], -1)
-        dh_out = out.low_rank_gradient(dy)
-        d_o = out.input_gradient(dy, dh_out).view(o.shape)
-        d_out_factors = out.factor_gradients(flat, h_out, dy, dh_out)
+        dh_out = out.low_rank_gradient([dy])
+        d_o = out.input_gradient([dy], dh_out).view(o.shape)
+        d_out_factors = out.factor_gradients(flat, h_out, [dy], dh_out)
         normed = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)[0]
-        if qkv is None:
-            qkv = group.forward(normed, h)
+        qkv = qkv or group.forward(normed, h)
         q, k, v = _heads(qkv, block)
-        d_qkv = empty(qkv.shape, qkv.dtype)
+        d_qkv = [empty(y.shape, y.dtype) for y in qkv]
         dq, dk, dv = _heads(d_qkv, block)
         native.attention_backward(
             _normed(q, block.q_norm), _normed(k, block.k_norm), v, o, lse, d_o, block.cos, block.sin,
@@ -295,46 +296,64 @@ class _MlpBlock(torch.autograd.Function):
         normed, rstd = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)
         h = group.project(normed)
         both = group.forward(normed, h)
-        gate, up = both.chunk(2, dim=1)
-        act = native.gated(gate, up, block.activation)
+        del normed
+        act = native.gated(*_gate_and_up(both), block.activation)
+        del both[1 if block.recompute == "none" else 0 :]
         h_down = down.project(act)
-        ctx.save_for_backward(x, rstd, both if block.recompute == "none" else None, h, h_down)
-        ctx.block, ctx.group, ctx.down = block, group, down
-        return down.forward(act, h_down, residual=x)
+        _save(ctx, block, (x, rstd, h, h_down), both, factors)
+        return down.forward(act, h_down, residual=x)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, rstd, both, h, h_down = ctx.saved_tensors
-        block, group, down = ctx.block, ctx.group, ctx.down
+        (x, rstd, h, h_down), kept = _saved(ctx, 4)
+        block, group, down = ctx.block, _Group(ctx.block.gate_up), _Group([ctx.block.down])
         dy = dy.contiguous()
         normed = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)[0]
-        if both is None:
-            both = group.forward(normed, h)
-        dh_down = down.low_rank_gradient(dy)
-        d_both = empty(both.shape, both.dtype)
-        d_gate, d_up = d_both.chunk(2, dim=1)
-        gate, up = both.chunk(2, dim=1)
-        act = native.gated_backward(down.input_gradient(dy, dh_down), gate, up, block.activation, (d_gate, d_up))
-        d_down_factors = down.factor_gradients(act, h_down, dy, dh_down)
+        again = group.forward(normed, h, start=len(kept))
+        # what was made again gives its place to its gradient; what was kept may be wanted by a second backward pass
+        d_both = [*(empty(y.shape, y.dtype) for y in kept), *again]
+        gate, up = _gate_and_up([*kept, *again])
+        dh_down = down.low_rank_gradient([dy])
+        d_act = down.input_gradient([dy], dh_down)
+        act = native.gated_backward(d_act, gate, up, block.activation, _gate_and_up(d_both), out=d_act)
+        d_down_factors = down.factor_gradients(act, h_down, [dy], dh_down)
+        del act, d_act
         dh = group.low_rank_gradient(d_both)
         d_factors = group.factor_gradients(normed, h, d_both, dh)
+        del normed
         dx = _through_norm(group, d_both, dh, x, block.norm, rstd, dy) if ctx.needs_input_grad[0] else None
         return dx, None, *d_factors, *d_down_factors
 
 
+def _save(ctx: Any, block: Attention | Mlp, few: Sequence[Any], outputs: Sequence[Tensor], factors: Any) -> None:
+    """The factors are saved only so that autograd notices when they are changed before the backward pass reads them."""
+    ctx.save_for_backward(*few, *outputs, *factors)
+    ctx.block, ctx.outputs = block, len(outputs)
+
+
+def _saved(ctx: Any, few: int) -> tuple[Sequence[Any], list[Tensor]]:
+    saved = ctx.saved_tensors
+    return saved[:few], list(saved[few : few + ctx.outputs])
+
+
 def _through_norm(
-    group: _Group, d: Tensor, dh: Tensor | None, x: Tensor, norm: Norm, rstd: Tensor, dy: Tensor
+    group: _Group, d: Sequence[Tensor], dh: Tensor | None, x: Tensor, norm: Norm, rstd: Tensor, dy: Tensor
 ) -> Tensor:
     """The gradient of x: through the linears and the norm, plus that of the residual path."""
     return native.rms_norm_backward(group.input_gradient(d, dh), x, norm.weight, rstd, norm.shift, dy)
 
 
-def _heads(qkv: Tensor, block: Attention) -> tuple[Tensor, Tensor, Tensor]:
-    """Views (T, H, W), (T, H_kv, W), (T, H_kv, W) of a buffer (T, (H + 2 H_kv) W)."""
-    heads = qkv.view(qkv.shape[0], -1, block.width)
-    q, k, v = heads.split((block.heads, block.kv_heads, block.kv_heads), dim=1)
+def _heads(qkv: Sequence[Tensor], block: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """Views (T, H, W), (T, H_kv, W), (T, H_kv, W) of the three linears' outputs, or of one with all side by side."""
+    heads = [y.view(y.shape[0], -1, block.width) for y in qkv]
+    q, k, v = heads if len(heads) == 3 else heads[0].split((block.heads, block.kv_heads, block.kv_heads), dim=1)
     return q, k, v
+
+
+def _gate_and_up(both: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    gate, up = both if len(both) == 2 else both[0].chunk(2, dim=1)
+    return gate, up
 
 
 def _normed(x: Tensor, norm: Norm | None) -> Tensor:

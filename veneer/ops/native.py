@@ -340,12 +340,15 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def gated_backward(
-    d_out: Tensor, gate: Tensor, up: Tensor, activation: str, gradients: tuple[Tensor, Tensor]
-) -> Tensor:
+    d_out: Tensor, gate: Tensor, up: Tensor, activation: str, gradients: tuple[Tensor, Tensor],
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """gradients: may be gate and up; out, for what `gated` gives: may be d_out."""
     rows, width = gate.shape
     d_out = d_out.contiguous()
     assert d_out.shape == gate.shape and all(x.stride() == gate.stride() for x in (up, *gradients))
-    out = empty((rows, width), torch.bfloat16)
+    out = empty((rows, width), torch.bfloat16) if out is None else out
+    assert out.shape == gate.shape and out.is_contiguous()
     _run(
         "gated_backward", d_out.data_ptr(), gate.data_ptr(), up.data_ptr(), ACTIVATIONS[activation], rows, width,
         gate.stride(0), gradients[0].data_ptr(), gradients[1].data_ptr(), out.data_ptr(),

@@ -123,6 +123,9 @@ class _Run:
             betas=config.betas,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
+            fused=True
+            if self.device.type == "cpu"
+            else None,  # one pass, no temporary tensors; torch's choice elsewhere
         )
         self.done = 0
         self.state: dict[str, Any] = {

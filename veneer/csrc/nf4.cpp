@@ -130,34 +130,21 @@ void Quantize(const void* w, int64_t n, const float* midpoints, uint8_t* packed,
   }
 }
 
-// Past the caches: memory is written without being read first.
-inline void StreamTo(void* to, const void* from, int64_t bytes) {
-#if defined(__AVX512F__)
-  for (int64_t i = 0; i < bytes; i += 64)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + i),
-                        _mm512_load_si512(static_cast<const char*>(from) + i));
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
+// What is written soon is fetched for writing, a block at a time: without it the stores of fp32 wait for each other.
 template <int kType>
 void Dequantize(const Nf4& w, int64_t n, void* out, int threads) {
   typedef typename Stored<kType>::Type Type;
-  constexpr int64_t kPiece = 32 * kNf4Block, kLarge = 16 << 20;  // bytes that no cache would keep
-  // only fp32 gains by it: 16 bits are written slower than they are decoded
-  const bool stream = kType == kFloat32 && n * 4 > kLarge && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  constexpr int64_t kPiece = 32 * kNf4Block, kLine = 64 / sizeof(Type), kAhead = 2048 / sizeof(Type);
 #pragma omp parallel for schedule(static) num_threads(threads) if (n > 65536)
   for (int64_t first = 0; first < n; first += kPiece) {
     const int64_t count = n - first < kPiece ? n - first : kPiece;
     Type* to = static_cast<Type*>(out) + first;
-    if (!stream || count < kPiece) {
-      Decode<kType>(w, first, count, to);
-      continue;
+    for (int64_t at = 0; at < count; at += kNf4Block) {
+      const int64_t some = count - at < kNf4Block ? count - at : kNf4Block;
+      __builtin_prefetch(w.packed + (first + at + kAhead) / 2);
+      for (int64_t i = 0; i < some; i += kLine) __builtin_prefetch(to + at + kAhead + i, 1);
+      Decode<kType>(w, first + at, some, to + at);
     }
-    alignas(64) Type piece[kPiece];
-    Decode<kType>(w, first, count, piece);
-    StreamTo(to, piece, sizeof piece);
   }
 }
 

@@ -207,27 +207,39 @@ inline void TurnAll(const uint32_t* from, int64_t stride, int64_t rows, int64_t 
       std::memcpy(to + d * to_stride + i, from + i * stride + d, 4);
 }
 
-// rows (count <= 64, depth) -> [depth / 2][64]; columns that are not there are zero.
-inline void PackByRow(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth, uint32_t* to) {
+// Where packed columns lie: 16 side by side, a pair of the depth every `ld`, the next 16 `across` further on.
+struct Place {
+  int64_t ld, across;
+};
+constexpr Place kSideBySide{kPanel, 16};  // [depth / 2][64]
+
+// rows (count <= 64, depth) -> 64 columns; those that are not there are zero.
+inline void PackByRow(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth, uint32_t* to,
+                      Place place = kSideBySide) {
   int64_t i = 0;
   for (; i + 16 <= count && stride % 2 == 0; i += 16)
-    TurnAll(reinterpret_cast<const uint32_t*>(rows + i * stride), stride / 2, 16, depth / 2, to + i, kPanel);
-  for (; i < kPanel; ++i)
+    TurnAll(reinterpret_cast<const uint32_t*>(rows + i * stride), stride / 2, 16, depth / 2,
+            to + i / 16 * place.across, place.ld);
+  for (; i < kPanel; ++i) {
+    uint32_t* column = to + i / 16 * place.across + i % 16;
     for (int64_t d = 0; d < depth / 2; ++d) {
-      to[d * kPanel + i] = 0;
-      if (i < count) std::memcpy(to + d * kPanel + i, rows + i * stride + 2 * d, 4);
+      column[d * place.ld] = 0;
+      if (i < count) std::memcpy(column + d * place.ld, rows + i * stride + 2 * d, 4);
     }
+  }
 }
 
 // Two rows of `count` <= 64 -> 64 pairs.
-inline void PackPair(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* to) {
+inline void PackPair(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* to,
+                     Place place = kSideBySide) {
   int64_t j = 0;
   for (; j + kWidth <= count; j += kWidth) {
     const Bits pair = __builtin_convertvector(LoadAs<Halves>(low + j), Bits) |
                       __builtin_convertvector(LoadAs<Halves>(high + j), Bits) << 16;
-    std::memcpy(to + j, &pair, sizeof pair);
+    std::memcpy(to + j / 16 * place.across + j % 16, &pair, sizeof pair);
   }
-  for (; j < kPanel; ++j) to[j] = j < count ? low[j] | static_cast<uint32_t>(high[j]) << 16 : 0;
+  for (; j < kPanel; ++j)
+    to[j / 16 * place.across + j % 16] = j < count ? low[j] | static_cast<uint32_t>(high[j]) << 16 : 0;
 }
 
 }  // namespace

@@ -22,7 +22,7 @@ def test_loss_and_gradients_equal_the_reference(rows, trained_head):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (3, 16), (257, 101), (300, 1000)])
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (3, 16), (257, 101), (300, 1000), (600, 300)])
 @pytest.mark.parametrize("trained_head", [False, True])
 def test_native_form_is_as_close_to_fp32_as_torch_in_bf16(isa, rows, vocabulary, trained_head):
     g = torch.Generator().manual_seed(0)

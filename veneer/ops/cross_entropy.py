@@ -8,7 +8,6 @@ pass only scales it. Memory: one piece of logits instead of N x V of them, twice
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +18,15 @@ from veneer.ops.arena import empty
 
 PIECE = 512  # rows: 50 MB of bf16 logits at V = 49152. With 256, the product that makes them runs at 60% of the speed
 BACK = 256  # rows of it for the gradient: with 512, that product runs at 60%
+FAST_BF16 = (
+    "avx512bf16",
+    "amx",
+)  # instruction sets that torch's bf16 products need: without, they run at 1 to 60 GFLOP/s
 
 
-def _torch_piece(h: Tensor, weight: Tensor, labels: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Sum of the losses of a piece, and factor times the gradient of its logits in the dtype of h; 0: not wanted."""
-    logits = (h @ weight.T).float()
+def _torch_softmax(logits: Tensor, labels: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of a piece, and factor times the gradient of its logits in their dtype; 0: not wanted."""
+    dtype, logits = logits.dtype, logits.float()
     target = logits.gather(1, labels[:, None])
     lse = logits.logsumexp(1, keepdim=True)
     loss = (lse - target).sum()
@@ -31,18 +34,27 @@ def _torch_piece(h: Tensor, weight: Tensor, labels: Tensor, factor: float) -> tu
         return loss, logits
     d_logits = logits.sub_(lse).exp_()
     d_logits.scatter_add_(1, labels[:, None], torch.full_like(target, -1.0))
-    return loss, d_logits.mul_(factor).to(h.dtype)
+    return loss, d_logits.mul_(factor).to(dtype)
 
 
-def _native_piece(h: Tensor, weight: Tensor, labels: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    logits = torch.mm(h, weight.T, out=empty((h.shape[0], weight.shape[0]), h.dtype))
+def _native_softmax(logits: Tensor, labels: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     return native.cross_entropy_(logits, labels, factor).sum(), logits
+
+
+def _product(a: Tensor, weight: Tensor, by_row: bool, ours: bool, out: Tensor) -> None:
+    """out = a W^T (by row) or a W, by our own kernel where torch has no fast one."""
+    if not ours:
+        torch.mm(a, weight.T if by_row else weight, out=out)
+        return
+    even = a.shape[1] // 2 * 2  # the kernel takes the depth in pairs
+    rest = a[:, even:] * (weight[:, even:].T if by_row else weight[even:]) if even < a.shape[1] else None
+    native.product([(a[:, :even], weight[:, :even] if by_row else weight[:even], by_row)], residual=rest, out=out)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor, piece: Callable[..., Any]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor, kernels: bool
     ) -> Tensor:
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -51,15 +63,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Divided before it is rounded, so only once. fp16 has not the range for that.
         wanted = want_hidden or want_weight
         factor = 0.0 if not wanted else 1.0 if hidden.dtype == torch.float16 else 1 / float(items)
+        ours, softmax = False, _torch_softmax
+        if kernels:
+            ours, softmax = native.isa() not in FAST_BF16, _native_softmax
+        back = PIECE if ours else BACK  # ours is slower on fewer rows
         for start in range(0, hidden.shape[0], PIECE):
             h = hidden[start : start + PIECE]
-            part, d_logits = piece(h, weight, labels[start : start + PIECE], factor)
+            shape = (h.shape[0], weight.shape[0])
+            logits = empty(shape, h.dtype) if kernels else h.new_empty(shape)
+            _product(h, weight, True, ours, logits)
+            part, d_logits = softmax(logits, labels[start : start + PIECE], factor)
             loss += part
             if d_hidden is not None:
-                for d, out in zip(d_logits.split(BACK), d_hidden[start : start + PIECE].split(BACK), strict=True):
-                    torch.mm(d, weight, out=out)
+                for d, out in zip(d_logits.split(back), d_hidden[start : start + PIECE].split(back), strict=True):
+                    _product(d, weight, False, ours, out)
             if d_weight is not None:
-                d_weight += (d_logits.T @ h).float()
+                d_weight += native.outer_sum(h, d_logits, transposed=True) if ours else (d_logits.T @ h).float()
         ctx.save_for_backward(*(g for g in (d_hidden, d_weight) if g is not None))
         ctx.left, ctx.weight_dtype = 1 / float(items) / factor if factor else 1.0, weight.dtype
         return loss / items
@@ -86,9 +105,9 @@ def torch_form(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Te
 
     Equals `reference.linear_cross_entropy`, gradients of hidden and weight included. `items`: what to divide by.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, items, _torch_piece)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, items, False)
 
 
 def native_form(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
     """The same, with softmax and its gradient in one native pass over bf16 logits."""
-    return _LinearCrossEntropy.apply(hidden, weight, labels, items, _native_piece)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, items, True)

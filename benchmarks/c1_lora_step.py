@@ -22,7 +22,7 @@ CELLS = (
 def step_table(title: str, results: Results, limits: Result, agreement: Agreement, options: Options) -> Table:
     """Speed of each contender, veneer's as a ratio to the best of the others; void when it does not learn as the peer."""
     speeds = {name: result.figure(tokens_per_second) for name, result in results.items() if result.records}
-    peers = [r for r in results.values() if not r.name.startswith("veneer") and not r.cell.once]
+    peers = [r for r in results.values() if not r.name.startswith("veneer")]
     fastest = best(peers, lambda r: speeds[r.name])
     table = Table(title, [], [agreement.note()])
     for name, result in results.items():

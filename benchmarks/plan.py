@@ -173,9 +173,16 @@ def difference(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 class Agreement:
-    """Whether training runs learn what the peer's does; `exact` is the peer's fp32 run from the same start, if any."""
+    """Whether training runs learn what the peer's does; `exact` is the peer's fp32 run from the same start, if any.
+
+    Where the peer was not done in time (bf16 without bf16 instructions), its fp32 run takes its place.
+    """
 
     def __init__(self, peer: Result, exact: Result | None) -> None:
+        self.instead = ""
+        if exact is not None and exact.records and not peer.records:
+            self.instead = f"; {peer.name} was not measured: compared with {exact.name}"
+            peer, exact = exact, None
         self.peer, self.loss, self.norm, self.own = peer, LOSS_BOUNDS[0], NORM_BOUNDS[0], "not measured"
         if peer.records and exact is not None and exact.records:
             loss, norm = self.apart(exact) or (0.0, 0.0)
@@ -202,7 +209,7 @@ class Agreement:
     def note(self) -> str:
         return (
             f"tolerance from {self.peer.name}, at every step: loss {self.loss:.2%}, gradient norm {self.norm:.2%} (twice what "
-            f"the peer's own bf16 and fp32 runs are apart, {self.own}; at least {LOSS_BOUNDS[0]:.1%} and {NORM_BOUNDS[0]:.0%})"
+            f"the peer's own bf16 and fp32 runs are apart, {self.own}; at least {LOSS_BOUNDS[0]:.1%} and {NORM_BOUNDS[0]:.0%}){self.instead}"
         )
 
 

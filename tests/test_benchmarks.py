@@ -67,6 +67,13 @@ def test_a_ratio_is_void_when_the_numbers_are_not_the_peers():
     assert Agreement(peer, result("PEFT fp32", [2.0, 2.0])).loss == 0.02
 
 
+def test_without_the_peers_bf16_run_its_fp32_run_is_what_to_agree_with():
+    slow = Result(Cell("PEFT bf16", "x:y"), problem="failed: not done after 100 s")
+    agreement = Agreement(slow, result("PEFT fp32", [2.0, 1.0]))
+    assert agreement.loss == 0.005 and "PEFT bf16 was not measured" in agreement.note()
+    assert agreement.void(result("veneer", [2.0, 1.004])) is None and agreement.void(result("veneer", [2.0, 1.01]))
+
+
 def test_a_process_that_fails_is_reported(options):
     runner = run.Runner(options, 1, None, 60)
     found = runner.process(Cell("broken", "benchmarks.data:no_such_function"))

@@ -99,6 +99,8 @@ void Panels(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_
 
 constexpr int64_t kPanels = 768 << 10;  // bytes of packed panels that stay in a second-level cache, most of it
 constexpr int64_t kRowTask = 64;        // rows of one task
+constexpr int64_t kShared = 1 << 20;    // bytes of A up to which each thread packs what it multiplies itself
+constexpr int64_t kDeepest = 3072, kDeep = 2048;  // pairs: a greater depth is cut into stretches of about kDeep
 
 // What is left of a term's depth beyond whole tiles, copied and filled up with zeros: (m, 32) a term.
 void CopyTails(const Terms& sum, int64_t m, uint16_t* tails, int threads) {
@@ -115,24 +117,54 @@ void CopyTails(const Terms& sum, int64_t m, uint16_t* tails, int threads) {
   }
 }
 
-// The padded depth of all terms as A's slices; returns how many.
-int TileSlices(const Terms& sum, int64_t m, const uint16_t* tails, Slice* slices) {
-  int count = 0;
+struct Cut {  // a stretch of the padded depth of all terms
+  Slice slices[2 * kMaxTerms];
+  int count;
+  int64_t from, to;  // in pairs
+};
+
+// The slices of A between cut.from and cut.to.
+void FillCut(const Terms& sum, int64_t m, const uint16_t* tails, Cut& cut) {
+  int64_t at = 0;
+  cut.count = 0;
+  const auto add = [&](const uint32_t* a, int64_t lda, int64_t depth) {
+    const int64_t from = cut.from > at ? cut.from - at : 0, to = cut.to - at < depth ? cut.to - at : depth;
+    if (from < to) cut.slices[cut.count++] = {a + from, lda, to - from};
+    at += depth;
+  };
   for (int s = 0; s < sum.count; ++s) {
     const Term& t = sum.terms[s];
     const int64_t whole = t.depth / (2 * kTile) * kTile;
-    if (whole > 0) slices[count++] = {reinterpret_cast<const uint32_t*>(t.a), t.lda / 2, whole};
+    add(reinterpret_cast<const uint32_t*>(t.a), t.lda / 2, whole);
     if (2 * whole == t.depth) continue;
-    slices[count++] = {reinterpret_cast<const uint32_t*>(tails), kTile, kTile};
+    add(reinterpret_cast<const uint32_t*>(tails), kTile, kTile);
     tails += m * 2 * kTile;
   }
-  return count;
+}
+
+// What of a panel of 64 columns is in a cut, as tiles: 16 by 16 columns, each (cut's pairs, 16).
+void PackCut(const Terms& sum, const Cut& cut, int64_t column, int64_t live, uint16_t* rows, uint32_t* b) {
+  const Place place{kTile, (cut.to - cut.from) * kTile};
+  int64_t at = 0;
+  for (int s = 0; s < sum.count; ++s) {
+    const Term& t = sum.terms[s];
+    const int64_t padded = (t.depth / 2 + kTile - 1) / kTile * kTile;
+    const int64_t from = cut.from > at ? cut.from - at : 0, to = cut.to - at < padded ? cut.to - at : padded;
+    if (from < to) {
+      const int64_t end = to < t.depth / 2 ? to : t.depth / 2;
+      Pack(t, column, live, 2 * from, 2 * end, rows, b, place);
+      for (int64_t i = 0; i < kPanel; i += kTile)
+        std::memset(b + i / kTile * place.across + (end - from) * kTile, 0, (to - end) * kTile * 4);
+      b += (to - from) * kTile;
+    }
+    at += padded;
+  }
 }
 
 // Finished sums of 16 R rows and 32 columns.
 template <int R>
-inline void TileOut(int64_t row, const float* sum, const Output& out) {
-  for (int64_t r = 0; r < R * kTile; ++r, sum += 2 * kTile) {
+inline void TileOut(int64_t row, const float* sum, int64_t ldsum, const Output& out) {
+  for (int64_t r = 0; r < R * kTile; ++r, sum += ldsum) {
     if (out.live < 2 * kTile) {
       out.Some(row + r, 2 * kTile, sum);
       continue;
@@ -147,26 +179,36 @@ inline void TileOut(int64_t row, const float* sum, const Output& out) {
   }
 }
 
-// 16 R rows of A times `columns` of B, which lie 16 by 16, each (pairs, 16). The places of 32 sums are fetched while
-// they are made, a few a step: 10 to 25% faster on 2048 rows, while all at once is slower than not at all.
+// 16 R rows of A times some columns of B, for one cut. The places of 32 sums are fetched while they are made, a few a
+// step: 10 to 25% faster on 2048 rows, while all at once is slower than not at all.
+// sums: where unfinished ones wait, a row every ldsum.
 template <int R>
-void Strip(const Slice* slices, int count, int64_t row, const uint32_t* b, int64_t pairs, int64_t columns,
+void Strip(const Cut& cut, int64_t row, const uint32_t* b, int64_t columns, float* sums, int64_t ldsum, bool last,
            const Output& out) {
-  alignas(64) float sum[R * kTile * 2 * kTile];
-  const int64_t steps = pairs / kTile, across = pairs * kTile;
+  alignas(64) float own[R * kTile * 2 * kTile];
+  const int64_t pairs = cut.to - cut.from, steps = pairs / kTile, across = pairs * kTile;
   for (int64_t j = 0; j < columns; j += 2 * kTile, b += across) {
     const Output here = out.At(j);
+    float* sum = sums ? sums + j : own;
+    const int64_t stride = sums ? ldsum : 2 * kTile;
     int64_t fetched = row, due = 0;
     asm volatile("" ::: "memory");  // the tile loads do not tell the compiler that they read memory
-    _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (R > 1) _tile_zero(2);
-    if constexpr (R > 1) _tile_zero(3);
-    for (int s = 0; s < count; ++s) {
-      const int64_t lda = slices[s].lda;
-      const uint32_t* a = slices[s].a + row * lda;
-      for (int64_t k = 0; k < slices[s].depth; k += kTile, b += kTile * kTile) {
-        for (due += R * kTile; due >= steps; due -= steps, ++fetched) {
+    if (cut.from > 0) {
+      _tile_loadd(0, sum, stride * 4);
+      _tile_loadd(1, sum + kTile, stride * 4);
+      if constexpr (R > 1) _tile_loadd(2, sum + kTile * stride, stride * 4);
+      if constexpr (R > 1) _tile_loadd(3, sum + kTile * stride + kTile, stride * 4);
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (R > 1) _tile_zero(2);
+      if constexpr (R > 1) _tile_zero(3);
+    }
+    for (int s = 0; s < cut.count; ++s) {
+      const int64_t lda = cut.slices[s].lda;
+      const uint32_t* a = cut.slices[s].a + row * lda;
+      for (int64_t k = 0; k < cut.slices[s].depth; k += kTile, b += kTile * kTile) {
+        for (due += R * kTile; last && due >= steps; due -= steps, ++fetched) {
           __builtin_prefetch(here.y + fetched * here.ldy, 1);
           if (here.residual) __builtin_prefetch(here.residual + fetched * here.ldr);
         }
@@ -182,74 +224,99 @@ void Strip(const Slice* slices, int count, int64_t row, const uint32_t* b, int64
         }
       }
     }
-    constexpr int64_t kStride = 2 * kTile * 4;
-    _tile_stored(0, sum, kStride);
-    _tile_stored(1, sum + kTile, kStride);
-    if constexpr (R > 1) _tile_stored(2, sum + 2 * kTile * kTile, kStride);
-    if constexpr (R > 1) _tile_stored(3, sum + 2 * kTile * kTile + kTile, kStride);
+    _tile_stored(0, sum, stride * 4);
+    _tile_stored(1, sum + kTile, stride * 4);
+    if constexpr (R > 1) _tile_stored(2, sum + kTile * stride, stride * 4);
+    if constexpr (R > 1) _tile_stored(3, sum + kTile * stride + kTile, stride * 4);
     asm volatile("" ::: "memory");
-    TileOut<R>(row, sum, here);
+    if (last) TileOut<R>(row, sum, stride, here);
   }
 }
 
-// m >= 16. The last rows are done with some before them once more, so that tiles are always full.
+// Rows [from, to) of the m >= 16. The last ones are done with some before them once more, so that tiles are always
+// full.
+void StripsOf(const Cut& cut, int64_t m, int64_t from, int64_t to, const uint32_t* b, int64_t columns, float* sums,
+              int64_t ldsum, bool last, const Output& out) {
+  for (int64_t row = from, tall; row < to; row += tall) {
+    tall = to - row > kTile && m >= 2 * kTile ? 2 * kTile : kTile;
+    const int64_t at = row + tall <= m ? row : m - tall;
+    float* waiting = sums ? sums + row * ldsum : nullptr;
+    if (tall > kTile)
+      Strip<2>(cut, at, b, columns, waiting, ldsum, last, out);
+    else
+      Strip<1>(cut, at, b, columns, waiting, ldsum, last, out);
+  }
+}
+
+// m >= 16.
 void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
   int64_t with_tail = 0, pairs = 0;  // of the padded depth
   for (int s = 0; s < sum.count; ++s) {
     with_tail += sum.terms[s].depth % (2 * kTile) != 0;
     pairs += (sum.terms[s].depth + 2 * kTile - 1) / (2 * kTile) * kTile;
   }
-  const int64_t panels = (n + kPanel - 1) / kPanel, size = pairs * kPanel;  // of one panel, in pairs
-  int64_t group = kPanels / (size * 4);                                     // panels that rows are taken through together
+  const int64_t panels = (n + kPanel - 1) / kPanel, cuts = pairs <= kDeepest ? 1 : (pairs + kDeep - 1) / kDeep;
+  const int64_t most = ((pairs + cuts - 1) / cuts + kTile - 1) / kTile * kTile, size = most * kPanel;
+  int64_t group = kPanels / (size * 4);  // panels that rows are taken through together
   group = group < 1 ? 1 : group > panels ? panels : group;
-  int64_t together = group * ((threads * (1 << 20)) / (group * size * 4) + 1);  // panels packed at once
+  int64_t together = cuts > 1 ? group : group * ((threads * (1 << 20)) / (group * size * 4) + 1);  // packed at once
   together = together > panels ? panels : together;
-  scratch.Reserve(together * size * 4 + with_tail * m * 4 * kTile + 4096);
+  const int64_t ldsum = cuts > 1 ? group * kPanel : 0;
+  scratch.Reserve(together * size * 4 + with_tail * m * 4 * kTile + (m + kTile) * ldsum * 4 + 4096);
   uint32_t* packed = scratch.Take<uint32_t>(together * size);
   uint16_t* tails = scratch.Take<uint16_t>(with_tail * m * 2 * kTile);
+  float* sums = ldsum ? scratch.Take<float>((m + kTile) * ldsum) : nullptr;
   CopyTails(sum, m, tails, threads);
-  Slice slices[2 * kMaxTerms];
-  const int count = TileSlices(sum, m, tails, slices);
+  if (cuts == 1 && m * pairs * 4 <= kShared && panels >= 4 * threads) {
+#pragma omp parallel num_threads(threads)
+    {
+      Tiles tiles;
+      Cut cut;
+      cut.from = 0, cut.to = pairs;
+      FillCut(sum, m, tails, cut);
+      const int64_t decoded_depth = most < kPanel ? 2 * kPanel : 2 * most;
+      decoded.Reserve(size * 4 + kTile * decoded_depth * 2 + 4096);
+      uint32_t* b = decoded.Take<uint32_t>(size);
+      uint16_t* rows = decoded.Take<uint16_t>(kTile * decoded_depth);
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t column = panel * kPanel, live = n - column < kPanel ? n - column : kPanel;
+        PackCut(sum, cut, column, live, rows, b);
+        StripsOf(cut, m, 0, m, b, live, nullptr, 0, true, out.At(column));
+      }
+    }
+    return;
+  }
   const int64_t row_tasks = (m + kRowTask - 1) / kRowTask;
 #pragma omp parallel num_threads(threads)
   {
     Tiles tiles;
-    const int64_t decoded_depth = pairs < kPanel ? 2 * kPanel : 2 * pairs;
+    const int64_t decoded_depth = most < kPanel ? 2 * kPanel : 2 * most;
     decoded.Reserve(kTile * decoded_depth * 2 + 4096);
     uint16_t* rows = decoded.Take<uint16_t>(kTile * decoded_depth);
-    for (int64_t first = 0; first < panels; first += together) {
-      const int64_t here = panels - first < together ? panels - first : together;
+    for (int64_t first = 0; first < panels; first += together)
+      for (int64_t from = 0; from < pairs; from += most) {
+        const int64_t here = panels - first < together ? panels - first : together;
+        Cut cut;
+        cut.from = from, cut.to = from + most < pairs ? from + most : pairs;
+        const int64_t panel_size = (cut.to - cut.from) * kPanel;
+        FillCut(sum, m, tails, cut);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t panel = 0; panel < here; ++panel) {
-        const int64_t column = (first + panel) * kPanel, live = n - column < kPanel ? n - column : kPanel;
-        const Place place{kTile, pairs * kTile};
-        uint32_t* b = packed + panel * size;
-        for (int s = 0; s < sum.count; ++s) {
-          const Term& t = sum.terms[s];
-          const int64_t depth = t.depth / 2, padded = (depth + kTile - 1) / kTile * kTile;
-          Pack(t, column, live, 0, t.depth, rows, b, place);
-          for (int64_t i = 0; i < kPanel; i += kTile)
-            std::memset(b + i * pairs + depth * kTile, 0, (padded - depth) * kTile * 4);
-          b += padded * kTile;
+        for (int64_t panel = 0; panel < here; ++panel) {
+          const int64_t column = (first + panel) * kPanel, live = n - column < kPanel ? n - column : kPanel;
+          PackCut(sum, cut, column, live, rows, packed + panel * panel_size);
+        }
+        const int64_t groups = (here + group - 1) / group;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < groups * row_tasks; ++task) {
+          const int64_t panel = task / row_tasks * group, some = here - panel < group ? here - panel : group;
+          const int64_t start = task % row_tasks * kRowTask, end = start + kRowTask < m ? start + kRowTask : m;
+          const Output place = out.At((first + panel) * kPanel);
+          const int64_t columns = some * kPanel < place.live ? some * kPanel : place.live;
+          const uint32_t* b = packed + panel * panel_size;
+          StripsOf(cut, m, start, end, b, columns, sums, ldsum, cut.to == pairs, place);
         }
       }
-      const int64_t groups = (here + group - 1) / group;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < groups * row_tasks; ++task) {
-        const int64_t panel = task / row_tasks * group, some = here - panel < group ? here - panel : group;
-        const int64_t from = task % row_tasks * kRowTask, to = from + kRowTask < m ? from + kRowTask : m;
-        const Output place = out.At((first + panel) * kPanel);
-        const int64_t columns = some * kPanel < place.live ? some * kPanel : place.live;
-        for (int64_t row = from, tall; row < to; row += tall) {
-          tall = to - row > kTile && m >= 2 * kTile ? 2 * kTile : kTile;
-          const int64_t at = row + tall <= m ? row : m - tall;
-          if (tall > kTile)
-            Strip<2>(slices, count, at, packed + panel * size, pairs, columns, place);
-          else
-            Strip<1>(slices, count, at, packed + panel * size, pairs, columns, place);
-        }
-      }
-    }
   }
 }
 #endif

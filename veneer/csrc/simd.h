@@ -218,8 +218,8 @@ inline void PackByRow(const uint16_t* rows, int64_t stride, int64_t count, int64
                       Place place = kSideBySide) {
   int64_t i = 0;
   for (; i + 16 <= count && stride % 2 == 0; i += 16)
-    TurnAll(reinterpret_cast<const uint32_t*>(rows + i * stride), stride / 2, 16, depth / 2,
-            to + i / 16 * place.across, place.ld);
+    TurnAll(reinterpret_cast<const uint32_t*>(rows + i * stride), stride / 2, 16, depth / 2, to + i / 16 * place.across,
+            place.ld);
   for (; i < kPanel; ++i) {
     uint32_t* column = to + i / 16 * place.across + i % 16;
     for (int64_t d = 0; d < depth / 2; ++d) {

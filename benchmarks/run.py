@@ -225,6 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=None, help="fresh processes of each contender (5; quick: 2)")
     parser.add_argument("--steps", type=int, default=None, help="timed training steps in each process")
+    parser.add_argument("--learning-rate", type=float, help="of C1 to C3, C5 and follow (1e-3)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, the figures mean nothing")
     parser.add_argument("--isa", choices=list(ISAS), help="hold every process to this instruction set")
     parser.add_argument(
@@ -239,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = Options(model=given.model, data=str(Path(given.data).resolve()) if given.data else None)
     options = replace(options, **QUICK) if given.quick else options
     options = replace(options, steps=given.steps) if given.steps else options
+    options = replace(options, learning_rate=given.learning_rate) if given.learning_rate else options
     rounds = given.rounds or (2 if given.quick else 5)
     benchmarks = [import_module(f"benchmarks.{FILES[name]}").BENCHMARK for name in given.names or FILES]
     machine = machine_line()

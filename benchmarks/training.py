@@ -152,7 +152,7 @@ def _batches(options: Options, by: str, data: str) -> Iterable[tuple[list[dict[s
 
     samples = chat(options, "train")
     for step in range(options.follow_steps):
-        rows = samples[step * options.batch % len(samples) :][: options.batch]
+        rows = samples[step * options.follow_batch % len(samples) :][: options.follow_batch]
         items = sum(row.supervised for row in rows)
         parts = [collate_packed(group) for group in pack(rows)] if by == "veneer" else [collate_padded(rows, 0)]
         yield parts, items

@@ -185,8 +185,21 @@ def test_dropout_saves_nothing_and_without_it_no_kernel_is_added(monkeypatch):
         counts.append((calls.count("masked"), calls.count("product"), calls.count("outer_sum")))
         calls.clear()
     assert kept[0] == kept[1]
-    # of each of the 7 linears the mask is made for h, dx and dA; `up` is made twice
-    assert counts == [(0, 4 + 7 + 1 + 7 + 4, 4 + 7), (21, 7 + 7 + 1 + 7 + 4 + 7, 7 + 7)]
+    # of each of the 7 linears the mask is made for h, dx and dA
+    assert counts == [(0, 4 + 7 + 7 + 4, 4 + 7), (21, 7 + 7 + 7 + 4 + 7, 7 + 7)]
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_up_is_kept_unless_the_base_is_4_bit(four_bit):
+    sizes: dict[str, int] = {}
+    for recompute in ("none", "mlp"):
+        m = mlp(recompute=recompute, inner=96, four_bit=four_bit)
+        x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
+        held: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=held: s.append(t.numel()) or t, lambda t: t):
+            blocks.mlp_block(x, m)
+        sizes[recompute] = sum(held)
+    assert sizes["none"] - sizes["mlp"] == 70 * 96 * (1 if four_bit else 2)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])

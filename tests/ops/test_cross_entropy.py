@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 
@@ -64,3 +66,21 @@ def test_no_supervised_row_gives_zero():
         loss = ops.linear_cross_entropy(hidden, torch.randn(11, 8, dtype=dtype), torch.empty(0, dtype=torch.long), 1)
         loss.backward()
         assert float(loss) == 0 and hidden.grad.shape == (0, 8)
+
+
+@pytest.mark.skipif(native.missing() is not None, reason="no compiler built the kernels")
+def test_the_logits_of_one_piece_are_gone_before_the_next(monkeypatch):
+    held, made = [], []
+
+    def counting(shape, dtype):
+        held.append(sum(tensor() is not None for tensor in made))
+        out = torch.empty(shape, dtype=dtype)
+        made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(ce, "empty", counting)
+    monkeypatch.setattr(ce, "PIECE", 16)
+    monkeypatch.setattr(ce, "_native_softmax", ce._torch_softmax)
+    hidden, weight = torch.randn(50, 8).bfloat16().requires_grad_(), torch.randn(30, 8).bfloat16()
+    ce.native_form(hidden, weight, torch.randint(0, 30, (50,)), 50.0).backward()
+    assert held == [0, 0, 0, 0]

@@ -18,10 +18,7 @@ from veneer.ops.arena import empty
 
 PIECE = 512  # rows: 50 MB of bf16 logits at V = 49152. With 256, the product that makes them runs at 60% of the speed
 BACK = 256  # rows of it for the gradient: with 512, that product runs at 60%
-FAST_BF16 = (
-    "avx512bf16",
-    "amx",
-)  # instruction sets that torch's bf16 products need: without, they run at 1 to 60 GFLOP/s
+FAST_BF16 = ("avx512bf16", "amx")  # sets that torch's bf16 products need: without, they run at 1 to 60 GFLOP/s
 
 
 def _torch_softmax(logits: Tensor, labels: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -51,6 +48,32 @@ def _product(a: Tensor, weight: Tensor, by_row: bool, ours: bool, out: Tensor) -
     native.product([(a[:, :even], weight[:, :even] if by_row else weight[:even], by_row)], residual=rest, out=out)
 
 
+def _piece(
+    h: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    factor: float,
+    kernels: bool,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+) -> Tensor:
+    """The loss of some rows, and their part of the gradients. Its logits are gone when it returns, before the next ones."""
+    ours, softmax = False, _torch_softmax
+    if kernels:
+        ours, softmax = native.isa() not in FAST_BF16, _native_softmax
+    shape = (h.shape[0], weight.shape[0])
+    logits = empty(shape, h.dtype) if kernels else h.new_empty(shape)
+    _product(h, weight, True, ours, logits)
+    loss, d_logits = softmax(logits, labels, factor)
+    if d_hidden is not None:
+        back = PIECE if ours else BACK  # ours is slower on fewer rows
+        for d, out in zip(d_logits.split(back), d_hidden.split(back), strict=True):
+            _product(d, weight, False, ours, out)
+    if d_weight is not None:
+        d_weight += native.outer_sum(h, d_logits, transposed=True) if ours else (d_logits.T @ h).float()
+    return loss
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -63,22 +86,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Divided before it is rounded, so only once. fp16 has not the range for that.
         wanted = want_hidden or want_weight
         factor = 0.0 if not wanted else 1.0 if hidden.dtype == torch.float16 else 1 / float(items)
-        ours, softmax = False, _torch_softmax
-        if kernels:
-            ours, softmax = native.isa() not in FAST_BF16, _native_softmax
-        back = PIECE if ours else BACK  # ours is slower on fewer rows
         for start in range(0, hidden.shape[0], PIECE):
-            h = hidden[start : start + PIECE]
-            shape = (h.shape[0], weight.shape[0])
-            logits = empty(shape, h.dtype) if kernels else h.new_empty(shape)
-            _product(h, weight, True, ours, logits)
-            part, d_logits = softmax(logits, labels[start : start + PIECE], factor)
-            loss += part
-            if d_hidden is not None:
-                for d, out in zip(d_logits.split(back), d_hidden[start : start + PIECE].split(back), strict=True):
-                    _product(d, weight, False, ours, out)
-            if d_weight is not None:
-                d_weight += native.outer_sum(h, d_logits, transposed=True) if ours else (d_logits.T @ h).float()
+            rows = slice(start, start + PIECE)
+            out = None if d_hidden is None else d_hidden[rows]
+            loss += _piece(hidden[rows], weight, labels[rows], factor, kernels, out, d_weight)
         ctx.save_for_backward(*(g for g in (d_hidden, d_weight) if g is not None))
         ctx.left, ctx.weight_dtype = 1 / float(items) / factor if factor else 1.0, weight.dtype
         return loss / items

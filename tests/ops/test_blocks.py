@@ -227,9 +227,11 @@ def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recomp
 
 
 @pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("four_bit", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
-def test_a_second_backward_pass_gives_the_same(recompute, fused):
-    a, m = attention(70, fused=fused, recompute=recompute), mlp(fused=fused, recompute=recompute)
+def test_a_second_backward_pass_gives_the_same(recompute, fused, four_bit):
+    a = attention(70, fused=fused, recompute=recompute, four_bit=four_bit)
+    m = mlp(fused=fused, recompute=recompute, four_bit=four_bit)
     x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
     loss = blocks.mlp_block(blocks.attention_block(x, a), m).float().square().sum()
     wanted = [x, *factors([*a.qkv, a.out, *m.gate_up, m.down])]

@@ -97,10 +97,10 @@ void Panels(const Terms& sum, int64_t column, int64_t live, int64_t from, int64_
 #if defined(__AMX_BF16__)
 // ---- many rows, on the matrix unit: the weight is packed once by all threads together, some panels at a time --------
 
-constexpr int64_t kPanels = 768 << 10;  // bytes of packed panels that stay in a second-level cache, most of it
-constexpr int64_t kRowTask = 64;        // rows of one task
-constexpr int64_t kShared = 1 << 20;    // bytes of A up to which each thread packs what it multiplies itself
-constexpr int64_t kDeepest = 3072, kDeep = 2048;  // pairs: a greater depth is cut into stretches of about kDeep
+constexpr int64_t kPanels = 1152 << 10;   // bytes of packed panels that stay in a second-level cache, most of it
+constexpr int64_t kRowTask = 64;          // rows of one task
+constexpr int64_t kOwnPacking = 1 << 20;  // bytes of A up to which each thread packs what it multiplies itself
+constexpr int64_t kDeepest = 1600, kDeep = 1024;  // pairs: a greater depth is cut into stretches of about kDeep
 
 // What is left of a term's depth beyond whole tiles, copied and filled up with zeros: (m, 32) a term.
 void CopyTails(const Terms& sum, int64_t m, uint16_t* tails, int threads) {
@@ -259,7 +259,8 @@ void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
   const int64_t most = ((pairs + cuts - 1) / cuts + kTile - 1) / kTile * kTile, size = most * kPanel;
   int64_t group = kPanels / (size * 4);  // panels that rows are taken through together
   group = group < 1 ? 1 : group > panels ? panels : group;
-  int64_t together = cuts > 1 ? group : group * ((threads * (1 << 20)) / (group * size * 4) + 1);  // packed at once
+  int64_t together =
+      cuts > 1 ? group : group * ((threads * (int64_t{1} << 20)) / (group * size * 4) + 1);  // packed at once
   together = together > panels ? panels : together;
   const int64_t ldsum = cuts > 1 ? group * kPanel : 0;
   scratch.Reserve(together * size * 4 + with_tail * m * 4 * kTile + (m + kTile) * ldsum * 4 + 4096);
@@ -267,7 +268,7 @@ void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
   uint16_t* tails = scratch.Take<uint16_t>(with_tail * m * 2 * kTile);
   float* sums = ldsum ? scratch.Take<float>((m + kTile) * ldsum) : nullptr;
   CopyTails(sum, m, tails, threads);
-  if (cuts == 1 && m * pairs * 4 <= kShared && panels >= 4 * threads) {
+  if (cuts == 1 && m * pairs * 4 <= kOwnPacking && panels >= 4 * threads) {
 #pragma omp parallel num_threads(threads)
     {
       Tiles tiles;
@@ -327,6 +328,7 @@ void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
 EXPORT(product)
 (const Term* terms, int count, int64_t m, int64_t n, const uint16_t* bias, const uint16_t* residual, int64_t ldr,
  uint16_t* y, int64_t ldy, int threads) {
+  if (m == 0 || n == 0) return;
   Terms sum{terms, count, 0};
   for (int i = 0; i < count; ++i) sum.depth += terms[i].depth;
   bool few = m < kFewRows && terms[0].kind == kNf4ByRow;

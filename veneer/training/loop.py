@@ -117,15 +117,14 @@ class _Run:
             if config.learning_rate == "auto"
             else float(config.learning_rate)
         )
+        fused = True if self.device.type == "cpu" else None  # one pass, no temporary tensors; torch's choice elsewhere
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=self.peak_lr,
             betas=config.betas,
             eps=config.epsilon,
             weight_decay=config.weight_decay,
-            fused=True
-            if self.device.type == "cpu"
-            else None,  # one pass, no temporary tensors; torch's choice elsewhere
+            fused=fused,
         )
         self.done = 0
         self.state: dict[str, Any] = {

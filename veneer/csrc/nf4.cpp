@@ -130,7 +130,7 @@ void Quantize(const void* w, int64_t n, const float* midpoints, uint8_t* packed,
   }
 }
 
-// What is written soon is fetched for writing, a block at a time: without it the stores of fp32 wait for each other.
+// What is written soon is fetched, a block at a time: without it the stores of fp32 wait for each other.
 template <int kType>
 void Dequantize(const Nf4& w, int64_t n, void* out, int threads) {
   typedef typename Stored<kType>::Type Type;

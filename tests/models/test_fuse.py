@@ -10,7 +10,7 @@ from conftest import make_model
 import veneer
 from veneer.adapters.attach import adapter_parameters, lora_layers
 from veneer.models import fuse as fuse_module
-from veneer.models.fuse import fuse
+from veneer.models.fuse import _rest, fuse
 from veneer.ops import native
 from veneer.quant.linear import quantize_model
 from veneer.training.data import Sample
@@ -81,7 +81,7 @@ def test_each_layer_ran_on_both_halves(name, monkeypatch):
     ran = []
     for half in ("attention_block", "mlp_block"):
         original = getattr(fuse_module.ops, half)
-        monkeypatch.setattr(fuse_module.ops, half, lambda x, b, f=original, h=half: ran.append(h) or f(x, b))
+        monkeypatch.setattr(fuse_module.ops, half, lambda x, b, r, f=original, h=half: ran.append(h) or f(x, b, r))
     model = build(name, True)
     model(input_ids=torch.randint(3, 130, (2, 9)), use_cache=False)
     assert ran == ["attention_block", "mlp_block"] * 3
@@ -99,6 +99,30 @@ def test_packed_rows_do_not_see_each_other(name):
         packed = model(**batch, use_cache=False).logits[0].float()
         alone = torch.cat([model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in rows]).float()
     torch.testing.assert_close(packed[: len(alone)], alone, rtol=0.02, atol=0.05)
+
+
+@needs_library
+def test_the_rest_of_the_residual_stream_is_not_used_for_another_tensor():
+    """Between layers it travels beside the hidden states; who changes or replaces them gets what they now are."""
+    ids = torch.randint(3, 130, (2, 9))
+    model = build("Llama", True)
+    seen = []
+    plain = model(input_ids=ids, use_cache=False).logits
+
+    def change(how):
+        hook = model.model.layers[1].register_forward_hook(lambda m, a, y: seen.append(_rest(y)) or how(y))
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+        hook.remove()
+        return logits
+
+    assert torch.equal(change(lambda y: y), plain) and all(rest is not None and bool(rest.any()) for rest in seen)
+    copied, zeroed = change(lambda y: y.clone()), change(lambda y: y.zero_())
+    assert not torch.equal(copied, plain)
+    torch.testing.assert_close(copied, plain, rtol=0.05, atol=0.05)
+    assert torch.equal(zeroed, change(lambda y: torch.zeros_like(y)))
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, plain)
 
 
 @needs_library
@@ -149,7 +173,7 @@ def test_adapter_dropout_stays_on_both_halves(name, four_bit, monkeypatch):
         monkeypatch.setattr(
             fuse_module.ops,
             half,
-            lambda x, b, f=forms, h=half: ran.append(h) or masks.append(b) or f[len(ran) > 6](x, b),
+            lambda x, b, r, f=forms, h=half: ran.append(h) or masks.append(b) or f[len(ran) > 6](x, b, r),
         )
     for _ in range(2):
         model.zero_grad()

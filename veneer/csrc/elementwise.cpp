@@ -107,44 +107,54 @@ inline T Mix(T h) {
 
 }  // namespace
 
-// y (rows, width) = x rstd (weight + shift), rstd (rows) = (mean(x^2) + epsilon)^-1/2.
+// y (rows, width) = x rstd (weight + shift), rstd (rows) = (mean(x^2) + epsilon)^-1/2. rest: of x, or null.
 EXPORT(rms_norm)
-(const uint16_t* x, const uint16_t* weight, float shift, float epsilon, int64_t rows, int64_t width, uint16_t* y,
- float* rstd, int threads) {
+(const uint16_t* x, const uint16_t* rest, const uint16_t* weight, float shift, float epsilon, int64_t rows,
+ int64_t width, uint16_t* y, float* rstd, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > 65536)
   for (int64_t r = 0; r < rows; ++r) {
-    const uint16_t* from = x + r * width;
+    const auto whole = [&](int64_t i) {
+      const Vec v = LoadSome(x + r * width + i, width - i);
+      return rest ? v + LoadSome(rest + r * width + i, width - i) : v;
+    };
     Vec squares = Vec{};
-    for (int64_t i = 0; i < width; i += kWidth) {
-      const Vec v = LoadSome(from + i, width - i);
-      squares = Fma(v, v, squares);
-    }
+    for (int64_t i = 0; i < width; i += kWidth) squares = Fma(whole(i), whole(i), squares);
     const float inverse = 1.f / std::sqrt(Sum(squares) / static_cast<float>(width) + epsilon);
     rstd[r] = inverse;
     for (int64_t i = 0; i < width; i += kWidth)
-      StoreSome(y + r * width + i,
-                LoadSome(from + i, width - i) * Set(inverse) * (LoadSome(weight + i, width - i) + Set(shift)),
-                width - i);
+      StoreSome(y + r * width + i, whole(i) * Set(inverse) * (LoadSome(weight + i, width - i) + Set(shift)), width - i);
   }
 }
 
-// dx = rstd (g - x rstd^2 mean(g x)) [+ d_residual], g = dy (weight + shift).
+// dx = rstd (g - x' mean(g x')) [+ d_residual], g = dy (weight + shift). x' = x rstd, from x or, where that is null,
+// from what rms_norm gave: y / (weight + shift).
 EXPORT(rms_norm_backward)
-(const uint16_t* dy, const uint16_t* x, const uint16_t* weight, float shift, const float* rstd,
+(const uint16_t* dy, const uint16_t* x, const uint16_t* y, const uint16_t* weight, float shift, const float* rstd,
  const uint16_t* d_residual, int64_t rows, int64_t width, uint16_t* dx, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > 65536)
-  for (int64_t r = 0; r < rows; ++r) {
-    const uint16_t *grad = dy + r * width, *from = x + r * width;
-    Vec along = Vec{};
-    for (int64_t i = 0; i < width; i += kWidth)
-      along = Fma(LoadSome(grad + i, width - i) * (LoadSome(weight + i, width - i) + Set(shift)),
-                  LoadSome(from + i, width - i), along);
-    const float inverse = rstd[r], share = Sum(along) / static_cast<float>(width) * inverse * inverse;
-    for (int64_t i = 0; i < width; i += kWidth) {
-      const Vec g = LoadSome(grad + i, width - i) * (LoadSome(weight + i, width - i) + Set(shift));
-      Vec d = (g - LoadSome(from + i, width - i) * Set(share)) * Set(inverse);
-      if (d_residual) d += LoadSome(d_residual + r * width + i, width - i);
-      StoreSome(dx + r * width + i, d, width - i);
+#pragma omp parallel num_threads(threads) if (rows * width > 65536)
+  {
+    const int64_t vectors = (width + kWidth - 1) / kWidth;
+    scratch.Reserve(2 * vectors * sizeof(Vec) + 64);
+    Vec *factor = scratch.Take<Vec>(vectors), *back = scratch.Take<Vec>(vectors);
+    for (int64_t v = 0; v < vectors; ++v) {
+      factor[v] = LoadSome(weight + v * kWidth, width - v * kWidth) + Set(shift);
+      back[v] = factor[v] == Vec{} ? Vec{} : Set(1.f) / factor[v];
+    }
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto normed = [&](int64_t i) {
+        if (x) return LoadSome(x + r * width + i, width - i) * Set(rstd[r]);
+        return LoadSome(y + r * width + i, width - i) * back[i / kWidth];
+      };
+      const auto gradient = [&](int64_t i) { return LoadSome(dy + r * width + i, width - i) * factor[i / kWidth]; };
+      Vec along = Vec{};
+      for (int64_t i = 0; i < width; i += kWidth) along = Fma(gradient(i), normed(i), along);
+      const Vec share = Set(Sum(along) / static_cast<float>(width));
+      for (int64_t i = 0; i < width; i += kWidth) {
+        Vec d = (gradient(i) - normed(i) * share) * Set(rstd[r]);
+        if (d_residual) d += LoadSome(d_residual + r * width + i, width - i);
+        StoreSome(dx + r * width + i, d, width - i);
+      }
     }
   }
 }

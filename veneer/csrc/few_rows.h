@@ -320,9 +320,7 @@ void FewRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thre
         for (int64_t d = 0; d < extra.depth; ++d)
           value += FromBFloat16(extra.a[i * extra.lda + d]) * FromBFloat16(extra.weight[row * extra.ldw + d]);
       }
-      if (out.bias) value += FromBFloat16(out.bias[row]);
-      if (out.residual) value += FromBFloat16(out.residual[i * out.ldr + row]);
-      out.y[i * out.ldy + row] = ToBFloat16(value);
+      out.Put(i, row, value);
     }
   }
 }
@@ -418,13 +416,7 @@ void StoreTurned(const float* sum, int64_t ldsum, int64_t row, int64_t first, in
   alignas(64) float turned[kTile * kTile];
   for (int64_t half = 0; half < kTall; half += kTile) {
     Turn(reinterpret_cast<const uint32_t*>(sum + half * ldsum), ldsum, reinterpret_cast<uint32_t*>(turned), kTile);
-    const int64_t column = row + half;
-    for (int64_t i = 0; i < kTile && first + i < m; ++i) {
-      Vec value = Load(turned + i * kTile);
-      if (out.bias) value += LoadBFloat16(out.bias + column);
-      if (out.residual) value += LoadBFloat16(out.residual + (first + i) * out.ldr + column);
-      StoreBFloat16(out.y + (first + i) * out.ldy + column, value);
-    }
+    for (int64_t i = 0; i < kTile && first + i < m; ++i) out.Put(first + i, row + half, Load(turned + i * kTile));
   }
 }
 

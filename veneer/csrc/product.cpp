@@ -170,12 +170,7 @@ inline void TileOut(int64_t row, const float* sum, int64_t ldsum, const Output& 
       continue;
     }
 #pragma GCC unroll 2
-    for (int64_t j = 0; j < 2 * kTile; j += kWidth) {
-      Vec value = Load(sum + j);
-      if (out.bias) value += LoadBFloat16(out.bias + j);
-      if (out.residual) value += LoadBFloat16(out.residual + (row + r) * out.ldr + j);
-      StoreBFloat16(out.y + (row + r) * out.ldy + j, value);
-    }
+    for (int64_t j = 0; j < 2 * kTile; j += kWidth) out.Put(row + r, j, Load(sum + j));
   }
 }
 
@@ -211,6 +206,8 @@ void Strip(const Cut& cut, int64_t row, const uint32_t* b, int64_t columns, floa
         for (due += R * kTile; last && due >= steps; due -= steps, ++fetched) {
           __builtin_prefetch(here.y + fetched * here.ldy, 1);
           if (here.residual) __builtin_prefetch(here.residual + fetched * here.ldr);
+          if (here.residual_rest) __builtin_prefetch(here.residual_rest + fetched * here.ldr);
+          if (here.rest) __builtin_prefetch(here.rest + fetched * here.ldy, 1);
         }
         _tile_loadd(6, b, kTile * 4);
         _tile_loadd(4, a + k, lda * 4);
@@ -324,11 +321,12 @@ void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
 
 }  // namespace
 
-// y (m, n) bf16 = sum of the terms [+ bias (n)] [+ residual (m, n)]. Depths and lda are even.
+// y (m, n) bf16 = sum of the terms [+ bias (n)] [+ residual (m, n) [+ its rest]]. Depths and lda are even.
 EXPORT(product)
-(const Term* terms, int count, int64_t m, int64_t n, const uint16_t* bias, const uint16_t* residual, int64_t ldr,
- uint16_t* y, int64_t ldy, int threads) {
+(const Term* terms, int count, int64_t m, int64_t n, const uint16_t* bias, const uint16_t* residual,
+ const uint16_t* residual_rest, int64_t ldr, uint16_t* y, uint16_t* rest, int64_t ldy, int threads) {
   if (m == 0 || n == 0) return;
+  const Output out{y, ldy, bias, residual, ldr, n, residual_rest, rest};
   Terms sum{terms, count, 0};
   for (int i = 0; i < count; ++i) sum.depth += terms[i].depth;
   bool few = m < kFewRows && terms[0].kind == kNf4ByRow;
@@ -336,11 +334,11 @@ EXPORT(product)
 #if defined(__AMX_BF16__)
   bool more = m > 1 && m <= kMoreRows && n >= kTall && terms[0].kind == kNf4ByRow && terms[0].depth % kNf4Block == 0;
   for (int i = 1; i < count; ++i) more = more && terms[i].kind == kByRow;
-  if (more) return MoreRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
+  if (more) return MoreRows(sum, m, n, out, threads);
 #endif
-  if (few) return FewRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
+  if (few) return FewRows(sum, m, n, out, threads);
 #if defined(__AMX_BF16__)
-  if (m >= kTile) return ManyRows(sum, m, n, Output{y, ldy, bias, residual, ldr, n}, threads);
+  if (m >= kTile) return ManyRows(sum, m, n, out, threads);
 #endif
   const int64_t panels = (n + kPanel - 1) / kPanel;
   // Of the panels and the rows: as large as they may be, but so that no thread waits long for the others.
@@ -361,7 +359,9 @@ EXPORT(product)
     const int64_t column = task / parts * each * kPanel, from = task % parts * rows;
     const int64_t to = from + rows < m ? from + rows : m;
     const int64_t live = n - column < each * kPanel ? n - column : each * kPanel;
-    if (from < to) Panels(sum, column, live, from, to, Output{y, ldy, bias, residual, ldr, column + live}.At(column));
+    Output place = out.At(column);
+    place.live = live;
+    if (from < to) Panels(sum, column, live, from, to, place);
   }
 }
 

@@ -21,26 +21,45 @@ struct Term {
   int64_t kind;
 };
 
-// Where finished sums go: bias and residual added, rounded, stored; columns beyond `live` are not there.
+// Where finished sums go: bias and residual added, rounded, stored; columns beyond `live` are not there. The rests,
+// dense like what they belong to, are what rounding took away: a residual stream of 16 bits twice is as good as one of
+// fp32.
 struct Output {
   uint16_t* y;
   int64_t ldy;
   const uint16_t *bias, *residual;
   int64_t ldr, live;
+  const uint16_t* residual_rest;
+  uint16_t* rest;
 
-  Output At(int64_t shift) const {
-    return {y + shift, ldy, bias ? bias + shift : nullptr, residual ? residual + shift : nullptr, ldr, live - shift};
+  Output At(int64_t shift) const { return Moved(shift, shift, shift, live - shift); }
+  Output From(int64_t row) const { return Moved(row * ldy, 0, row * ldr, live); }
+  Output Moved(int64_t of_y, int64_t of_bias, int64_t of_residual, int64_t columns) const {
+    return {y + of_y,
+            ldy,
+            bias ? bias + of_bias : nullptr,
+            residual ? residual + of_residual : nullptr,
+            ldr,
+            columns,
+            residual_rest ? residual_rest + of_residual : nullptr,
+            rest ? rest + of_y : nullptr};
   }
-  Output From(int64_t row) const {
-    return {y + row * ldy, ldy, bias, residual ? residual + row * ldr : nullptr, ldr, live};
+  void Put(int64_t row, int64_t j, float value) const {
+    if (bias) value += FromBFloat16(bias[j]);
+    if (residual) value += FromBFloat16(residual[row * ldr + j]);
+    if (residual_rest) value += FromBFloat16(residual_rest[row * ldr + j]);
+    const uint16_t rounded = y[row * ldy + j] = ToBFloat16(value);
+    if (rest) rest[row * ldy + j] = ToBFloat16(value - FromBFloat16(rounded));
+  }
+  void Put(int64_t row, int64_t j, Vec value) const {
+    if (bias) value += LoadBFloat16(bias + j);
+    if (residual) value += LoadBFloat16(residual + row * ldr + j);
+    if (residual_rest) value += LoadBFloat16(residual_rest + row * ldr + j);
+    if (rest) StoreBFloat16(rest + row * ldy + j, value - (Vec)(RoundBFloat16(value) << 16));
+    StoreBFloat16(y + row * ldy + j, value);
   }
   void Some(int64_t row, int64_t columns, const float* sum) const {
-    for (int64_t j = 0; j < columns && j < live; ++j) {
-      float value = sum[j];
-      if (bias) value += FromBFloat16(bias[j]);
-      if (residual) value += FromBFloat16(residual[row * ldr + j]);
-      y[row * ldy + j] = ToBFloat16(value);
-    }
+    for (int64_t j = 0; j < columns && j < live; ++j) Put(row, j, sum[j]);
   }
   template <int R, int C>
   void Take(int64_t row, Vec (&sum)[R][C], float*, int64_t) const {
@@ -53,22 +72,10 @@ struct Output {
       for (int r = 0; r < R; ++r) Some(row + r, C * kWidth, some[r]);
       return;
     }
-    if (bias)
-#pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) {
-        const Vec more = LoadBFloat16(bias + j * kWidth);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) sum[r][j] += more;
-      }
-    if (residual)
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int j = 0; j < C; ++j) sum[r][j] += LoadBFloat16(residual + (row + r) * ldr + j * kWidth);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int j = 0; j < C; ++j) StoreBFloat16(y + (row + r) * ldy + j * kWidth, sum[r][j]);
+      for (int j = 0; j < C; ++j) Put(row + r, j * kWidth, sum[r][j]);
   }
 };
 

@@ -131,7 +131,7 @@ def _norm_forward(self: Any, x: Tensor) -> Tensor:
     norm = _norm(self)
     if norm is None or not native.takes(x, norm.weight):
         return type(self).forward(self, x)  # type: ignore[no-any-return]
-    return ops.rms_norm(x.reshape(-1, x.shape[-1]), norm).view(x.shape)
+    return ops.rms_norm(x.reshape(-1, x.shape[-1]), norm, _rest(x)).view(x.shape)
 
 
 def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
@@ -178,17 +178,34 @@ def _layer_forward(
     if self.veneer_recompute != "none" and torch.is_grad_enabled() and (attention is None or mlp is None):
         whole = functools.partial(type(self).forward, self, **given)
         return checkpoint(whole, hidden_states, use_reentrant=False)  # type: ignore[no-any-return]
-    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    x, rest = hidden_states.reshape(-1, hidden_states.shape[-1]), _rest(hidden_states)
     if attention is not None:
-        x = ops.attention_block(x, attention)
+        x, rest = ops.attention_block(x, attention, rest)
     else:
         out, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
-        x = (hidden_states + out).reshape(x.shape)
+        x, rest = (hidden_states + out).reshape(x.shape), None
     if mlp is not None:
-        x = ops.mlp_block(x, mlp)
+        x, rest = ops.mlp_block(x, mlp, rest)
     else:
-        x = x + self.mlp(self.post_attention_layernorm(x.view(hidden_states.shape))).reshape(x.shape)
-    return x.view(hidden_states.shape)
+        x, rest = x + self.mlp(self.post_attention_layernorm(x.view(hidden_states.shape))).reshape(x.shape), None
+    y = x.view(hidden_states.shape)
+    if rest is not None:
+        y.veneer_rest = (rest, _version(y))  # type: ignore[attr-defined]
+    return y
+
+
+def _rest(hidden_states: Tensor) -> Tensor | None:
+    """What rounding took from the residual stream (T, D), left by the layer before on the very tensor it returned.
+
+    Whoever puts another tensor in its place, or changes it, goes on from that one's 16 bits.
+    """
+    rest, version = getattr(hidden_states, "veneer_rest", (None, None))
+    return rest if version == _version(hidden_states) else None
+
+
+def _version(x: Tensor) -> int:
+    """How often it was changed in place; inference mode does not count."""
+    return -1 if x.is_inference() else x._version
 
 
 def _attention_half(

@@ -35,7 +35,9 @@ TABLE = {
     "product": Operation(reference.product, native=native.product, torch=products.product, bf16=True),
     "outer_sum": Operation(reference.outer_sum, native=native.outer_sum, torch=products.outer_sum, bf16=True),
     "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
-    "rms_norm": Operation(lambda x, norm: reference.rms_norm(x, *norm), native=blocks.rms_norm, bf16=True),
+    "rms_norm": Operation(
+        lambda x, norm, rest=None: reference.rms_norm(x, *norm, rest=rest), native=blocks.rms_norm, bf16=True
+    ),
     "attention_block": Operation(reference.attention_block, native=blocks.attention_block, bf16=True),
     "mlp_block": Operation(reference.mlp_block, native=blocks.mlp_block, bf16=True),
     "linear_cross_entropy": Operation(
@@ -135,19 +137,28 @@ def attention(
     return choose("attention", q.device, q.dtype)[0](q, k, v, cos, sin, starts, scale)  # type: ignore[no-any-return]
 
 
-def rms_norm(x: Tensor, norm: blocks.Norm) -> Tensor:
-    """x (T, D) -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once. Differentiable in x."""
-    return choose("rms_norm", x.device, x.dtype)[0](x, norm)  # type: ignore[no-any-return]
+def rms_norm(x: Tensor, norm: blocks.Norm, rest: Tensor | None = None) -> Tensor:
+    """x (T, D) -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once. Differentiable in x.
+
+    rest (T, D): what the rounding of x took from it, if it is known; so too in the two halves of a layer.
+    """
+    return choose("rms_norm", x.device, x.dtype)[0](x, norm, rest)  # type: ignore[no-any-return]
 
 
-def attention_block(x: Tensor, block: blocks.Attention) -> Tensor:
-    """y (T, D) = x + o(attention(rotate(q), rotate(k), v)), q, k, v = linears(rms_norm(x)); all linears frozen + LoRA."""
-    return choose("attention_block", x.device, x.dtype)[0](x, block)  # type: ignore[no-any-return]
+def attention_block(x: Tensor, block: blocks.Attention, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y (T, D) = x + o(attention(rotate(q), rotate(k), v)), q, k, v = linears(rms_norm(x)); all linears frozen + LoRA.
+
+    Returns y, and its rest (T, D), of the same type: the residual stream has twice the digits of that type.
+    """
+    return choose("attention_block", x.device, x.dtype)[0](x, block, rest)  # type: ignore[no-any-return]
 
 
-def mlp_block(x: Tensor, block: blocks.Mlp) -> Tensor:
-    """y (T, D) = x + down(activation(gate) * up), gate, up = linears(rms_norm(x)); all linears frozen + LoRA."""
-    return choose("mlp_block", x.device, x.dtype)[0](x, block)  # type: ignore[no-any-return]
+def mlp_block(x: Tensor, block: blocks.Mlp, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """y (T, D) = x + down(activation(gate) * up), gate, up = linears(rms_norm(x)); all linears frozen + LoRA.
+
+    Returns y and its rest, as `attention_block`.
+    """
+    return choose("mlp_block", x.device, x.dtype)[0](x, block, rest)  # type: ignore[no-any-return]
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:

@@ -82,14 +82,14 @@ class Mlp(NamedTuple):
     recompute: Recompute = "none"
 
 
-def attention_block(x: Tensor, block: Attention) -> Tensor:
-    """x (T, D) bf16 -> (T, D): `reference.attention_block`."""
-    return _AttentionBlock.apply(x, block, *_factors([*block.qkv, block.out]))  # type: ignore[no-any-return]
+def attention_block(x: Tensor, block: Attention, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x (T, D) bf16 [and its rest] -> y (T, D) and its rest: `reference.attention_block`."""
+    return _AttentionBlock.apply(x, rest, block, *_factors([*block.qkv, block.out]))  # type: ignore[no-any-return]
 
 
-def mlp_block(x: Tensor, block: Mlp) -> Tensor:
-    """x (T, D) bf16 -> (T, D): `reference.mlp_block`."""
-    return _MlpBlock.apply(x, block, *_factors([*block.gate_up, block.down]))  # type: ignore[no-any-return]
+def mlp_block(x: Tensor, block: Mlp, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x (T, D) bf16 [and its rest] -> y (T, D) and its rest: `reference.mlp_block`."""
+    return _MlpBlock.apply(x, rest, block, *_factors([*block.gate_up, block.down]))  # type: ignore[no-any-return]
 
 
 def attention(
@@ -99,9 +99,9 @@ def attention(
     return _Attention.apply(q, k, v, cos, sin, starts, scale)  # type: ignore[no-any-return]
 
 
-def rms_norm(x: Tensor, norm: Norm) -> Tensor:
-    """x (T, D) bf16 -> (T, D): `reference.rms_norm`; the weight is frozen."""
-    return _RmsNorm.apply(x, norm)  # type: ignore[no-any-return]
+def rms_norm(x: Tensor, norm: Norm, rest: Tensor | None = None) -> Tensor:
+    """x (T, D) bf16 [and its rest] -> (T, D): `reference.rms_norm`; the weight is frozen."""
+    return _RmsNorm.apply(x, rest, norm)  # type: ignore[no-any-return]
 
 
 def _factors(group: Sequence[AdaptedLinear]) -> list[Tensor | None]:
@@ -150,14 +150,14 @@ class _Group:
         """The linears that have one, and its place among all ranks."""
         return [(linear, at) for linear, at in zip(self.group, self.places, strict=True) if at.stop > at.start]
 
-    def forward(self, x: Tensor, h: Tensor | None, residual: Tensor | None = None, start: int = 0) -> list[Tensor]:
-        """The outputs (T, out) of the linears from `start` on."""
+    def forward(self, x: Tensor, h: Tensor | None, start: int = 0, **more: Any) -> list[Tensor]:
+        """The outputs (T, out) of the linears from `start` on; more: the residual stream, as `native.product` takes it."""
         found = []
         for linear, b, place in list(zip(self.group, self.b, self.places, strict=True))[start:]:
             terms = [(x, linear.weight, True)]
             if b is not None and h is not None:
                 terms.append((h[:, place], b, True))
-            found.append(native.product(terms, linear.bias, residual))
+            found.append(native.product(terms, linear.bias, **more))
         return found
 
     def low_rank_gradient(self, dy: Sequence[Tensor]) -> Tensor | None:
@@ -210,17 +210,34 @@ def _masked(x: Tensor, linear: AdaptedLinear) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, norm: Norm) -> Tensor:
-        y, rstd = native.rms_norm(x, norm.weight, norm.epsilon, norm.shift)
-        ctx.save_for_backward(x, rstd)
+    def forward(ctx: Any, x: Tensor, rest: Tensor | None, norm: Norm) -> Tensor:
+        y, *kept = _norm(x, rest, norm)
+        ctx.save_for_backward(*kept)
         ctx.norm = norm
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        x, rstd = ctx.saved_tensors
-        return native.rms_norm_backward(dy, x, ctx.norm.weight, rstd, ctx.norm.shift, None), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _norm_backward(dy, *ctx.saved_tensors, ctx.norm, None), None, None
+
+
+def _norm(x: Tensor, rest: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and what to keep of it: y, from which x can be told, or x where it cannot; and rstd."""
+    y, rstd = native.rms_norm(x, norm.weight, norm.epsilon, norm.shift, rest)
+    return y, y if _tells(norm) else x, rstd
+
+
+def _norm_again(kept: Tensor, norm: Norm) -> Tensor:
+    return kept if _tells(norm) else native.rms_norm(kept, norm.weight, norm.epsilon, norm.shift)[0]
+
+
+def _norm_backward(dy: Tensor, kept: Tensor, rstd: Tensor, norm: Norm, d_residual: Tensor | None) -> Tensor:
+    return native.rms_norm_backward(dy, kept, norm.weight, rstd, norm.shift, d_residual, normed=_tells(norm))
+
+
+def _tells(norm: Norm) -> bool:
+    return bool((norm.weight != -norm.shift).all())
 
 
 class _Attention(torch.autograd.Function):
@@ -249,9 +266,11 @@ def _token_major(x: Tensor) -> Tensor:
 
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Attention, *factors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, rest: Tensor | None, block: Attention, *factors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         group, out = _Group(block.qkv), _Group([block.out])
-        normed, rstd = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)
+        normed, kept, rstd = _norm(x, rest, block.norm)
         h = group.project(normed)
         qkv = group.forward(normed, h)
         del normed
@@ -261,19 +280,19 @@ class _AttentionBlock(torch.autograd.Function):
         )
         flat = o.view(x.shape[0], -1)
         h_out = out.project(flat)
-        _save(ctx, block, (x, rstd, o, lse, h, h_out), [] if block.recompute == "full" else qkv, factors)
-        return out.forward(flat, h_out, residual=x)[0]
+        _save(ctx, block, (kept, rstd, o, lse, h, h_out), [] if block.recompute == "full" else qkv, factors)
+        return _add(ctx, out, flat, h_out, x, rest)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (x, rstd, o, lse, h, h_out), qkv = _saved(ctx, 6)
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
+        (kept, rstd, o, lse, h, h_out), qkv = _saved(ctx, 6)
         block, group, out = ctx.block, _Group(ctx.block.qkv), _Group([ctx.block.out])
-        dy, flat = dy.contiguous(), o.view(x.shape[0], -1)
+        dy, flat = dy.contiguous(), o.view(dy.shape[0], -1)
         dh_out = out.low_rank_gradient([dy])
         d_o = out.input_gradient([dy], dh_out).view(o.shape)
         d_out_factors = out.factor_gradients(flat, h_out, [dy], dh_out)
-        normed = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)[0]
+        normed = _norm_again(kept, block.norm)
         qkv = qkv or group.forward(normed, h)
         q, k, v = _heads(qkv, block)
         d_qkv = [empty(y.shape, y.dtype) for y in qkv]
@@ -286,35 +305,37 @@ class _AttentionBlock(torch.autograd.Function):
         _normed_backward(dk, k, block.k_norm)
         dh = group.low_rank_gradient(d_qkv)
         d_factors = group.factor_gradients(normed, h, d_qkv, dh)
-        dx = _through_norm(group, d_qkv, dh, x, block.norm, rstd, dy) if ctx.needs_input_grad[0] else None
-        return dx, None, *d_factors, *d_out_factors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _norm_backward(group.input_gradient(d_qkv, dh), kept, rstd, block.norm, dy)
+        return dx, None, None, *d_factors, *d_out_factors
 
 
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Mlp, *factors: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rest: Tensor | None, block: Mlp, *factors: Tensor | None) -> tuple[Tensor, Tensor]:
         group, down = _Group(block.gate_up), _Group([block.down])
-        normed, rstd = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)
+        normed, kept, rstd = _norm(x, rest, block.norm)
         h = group.project(normed)
         both = group.forward(normed, h)
         del normed
         act = native.gated(*_gate_and_up(both), block.activation)
         del both[_kept(block) :]
         h_down = down.project(act)
-        _save(ctx, block, (x, rstd, h, h_down), both, factors)
-        return down.forward(act, h_down, residual=x)[0]
+        _save(ctx, block, (kept, rstd, h, h_down), both, factors)
+        return _add(ctx, down, act, h_down, x, rest)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (x, rstd, h, h_down), kept = _saved(ctx, 4)
+    def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
+        (kept, rstd, h, h_down), both = _saved(ctx, 4)
         block, group, down = ctx.block, _Group(ctx.block.gate_up), _Group([ctx.block.down])
         dy = dy.contiguous()
-        normed = native.rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift)[0]
-        again = group.forward(normed, h, start=len(kept))
+        normed = _norm_again(kept, block.norm)
+        again = group.forward(normed, h, start=len(both))
         # what was made again gives its place to its gradient; what was kept may be wanted by a second backward pass
-        d_both = [*(empty(y.shape, y.dtype) for y in kept), *again]
-        gate, up = _gate_and_up([*kept, *again])
+        d_both = [*(empty(y.shape, y.dtype) for y in both), *again]
+        gate, up = _gate_and_up([*both, *again])
         dh_down = down.low_rank_gradient([dy])
         d_act = down.input_gradient([dy], dh_down)
         act = native.gated_backward(d_act, gate, up, block.activation, _gate_and_up(d_both), out=d_act)
@@ -323,8 +344,10 @@ class _MlpBlock(torch.autograd.Function):
         dh = group.low_rank_gradient(d_both)
         d_factors = group.factor_gradients(normed, h, d_both, dh)
         del normed
-        dx = _through_norm(group, d_both, dh, x, block.norm, rstd, dy) if ctx.needs_input_grad[0] else None
-        return dx, None, *d_factors, *d_down_factors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _norm_backward(group.input_gradient(d_both, dh), kept, rstd, block.norm, dy)
+        return dx, None, None, *d_factors, *d_down_factors
 
 
 def _kept(block: Mlp) -> int:
@@ -347,11 +370,16 @@ def _saved(ctx: Any, few: int) -> tuple[Sequence[Any], list[Tensor]]:
     return saved[:few], list(saved[few : few + ctx.outputs])
 
 
-def _through_norm(
-    group: _Group, d: Sequence[Tensor], dh: Tensor | None, x: Tensor, norm: Norm, rstd: Tensor, dy: Tensor
-) -> Tensor:
-    """The gradient of x: through the linears and the norm, plus that of the residual path."""
-    return native.rms_norm_backward(group.input_gradient(d, dh), x, norm.weight, rstd, norm.shift, dy)
+def _add(
+    ctx: Any, last: _Group, x: Tensor, h: Tensor | None, residual: Tensor, residual_rest: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The end of a half: y = residual + last linear, and what rounding took from y, which has no gradient of its own."""
+    residual = residual.contiguous()
+    rest = empty(residual.shape, residual.dtype)
+    y = last.forward(x, h, residual=residual, residual_rest=residual_rest, rest=rest)[0]
+    ctx.mark_non_differentiable(rest)
+    ctx.set_materialize_grads(False)
+    return y, rest
 
 
 def _heads(qkv: Sequence[Tensor], block: Attention) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,5 +406,5 @@ def _normed_backward(d: Tensor, x: Tensor, norm: Norm | None) -> None:
     if norm is not None:
         flat = x.reshape(-1, x.shape[-1])
         rstd = native.rms_norm(flat, norm.weight, norm.epsilon, norm.shift)[1]
-        dx = native.rms_norm_backward(d.reshape(flat.shape), flat, norm.weight, rstd, norm.shift, None)
+        dx = native.rms_norm_backward(d.reshape(flat.shape), flat, norm.weight, rstd, norm.shift, None, normed=False)
         d.copy_(dx.view(d.shape))

@@ -45,14 +45,15 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "nf4_quantize": [c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
     "nf4_dequantize": [c_void_p, c_int64, c_void_p, c_int, c_int],
     "double_quantize": [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int],
-    "product": [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int],
+    "product": [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64,
+                c_int],
     "outer_sum": [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int],
     "attention_forward": [c_void_p, c_int64] * 3 + [c_void_p] * 4 + [c_int64, c_void_p] + [c_int64] * 4
     + [c_float, c_int],
     "attention_backward": [c_void_p, c_int64] * 3 + [c_void_p] * 5 + [c_int64, c_void_p] + [c_int64] * 4 + [c_float]
     + [c_void_p, c_int64] * 3 + [c_void_p, c_int],
-    "rms_norm": [c_void_p, c_void_p, c_float, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
-    "rms_norm_backward": [c_void_p, c_void_p, c_void_p, c_float, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
+    "rms_norm": [c_void_p] * 3 + [c_float, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
+    "rms_norm_backward": [c_void_p] * 4 + [c_float, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
     "gated": [c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int],
     "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
                        c_int],
@@ -219,7 +220,12 @@ def product(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    *,
+    residual_rest: Tensor | None = None,
+    rest: Tensor | None = None,
 ) -> Tensor:
+    """`ops.product`; out: a place for y, with dense rows, which is not residual's. rest (m, n): a place for what rounding
+    took from y; residual_rest (m, n): what it took from residual. Both lie as y and residual do."""
     keep: list[Any] = []
     m, n = terms[0][0].shape[0], terms[0][1].shape[0 if terms[0][2] else 1]
     made = (_Term * len(terms))()
@@ -246,9 +252,12 @@ def product(
         assert residual.shape == (m, n)
     y = empty((m, n), torch.bfloat16) if out is None else out
     assert y.shape == (m, n) and y.dtype == torch.bfloat16 and (y.stride(1) == 1 or n == 1)
+    for part, whole in ((residual_rest, residual), (rest, y)):
+        assert part is None or whole is not None and part.dtype == whole.dtype and part.stride() == whole.stride()
     _run(
         "product", ctypes.addressof(made), len(terms), m, n, _pointer(bias), _pointer(residual),
-        0 if residual is None else residual.stride(0), y.data_ptr(), y.stride(0),
+        _pointer(residual_rest), 0 if residual is None else residual.stride(0), y.data_ptr(), _pointer(rest),
+        y.stride(0),
     )  # fmt: skip
     return y
 
@@ -311,23 +320,35 @@ def _rotary(cos: Tensor | None, sin: Tensor | None) -> tuple[int | None, int | N
     return (_pointer(cos), _pointer(sin), 0 if cos is None else cos.shape[1])
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, shift: float, rest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     x, weight = x.contiguous(), weight.contiguous()
     assert weight.shape == (width,) and weight.dtype == x.dtype == torch.bfloat16
+    assert rest is None or (rest.shape == x.shape and rest.is_contiguous() and rest.dtype == x.dtype)
     y, rstd = empty(x.shape, x.dtype), torch.empty(rows, dtype=torch.float32)
-    _run("rms_norm", x.data_ptr(), weight.data_ptr(), shift, epsilon, rows, width, y.data_ptr(), rstd.data_ptr())
+    _run(
+        "rms_norm", x.data_ptr(), _pointer(rest), weight.data_ptr(), shift, epsilon, rows, width, y.data_ptr(),
+        rstd.data_ptr(),
+    )  # fmt: skip
     return y, rstd
 
 
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, shift: float, d_residual: Tensor | None
+    dy: Tensor, kept: Tensor, weight: Tensor, rstd: Tensor, shift: float, d_residual: Tensor | None, *, normed: bool
 ) -> Tensor:
-    dy, x, weight = dy.contiguous(), x.contiguous(), weight.contiguous()
+    """kept: x, or with `normed` what `rms_norm` gave for it, which tells x where no weight + shift is 0."""
+    dy, kept, weight = dy.contiguous(), kept.contiguous(), weight.contiguous()
     d_residual = None if d_residual is None else d_residual.contiguous()
-    assert dy.shape == x.shape and rstd.shape == x.shape[:1] and (d_residual is None or d_residual.shape == x.shape)
-    dx = empty(x.shape, x.dtype)
-    _run("rms_norm_backward", dy.data_ptr(), x.data_ptr(), weight.data_ptr(), shift, rstd.data_ptr(), _pointer(d_residual), *x.shape, dx.data_ptr())  # fmt: skip
+    assert dy.shape == kept.shape and rstd.shape == kept.shape[:1]
+    assert d_residual is None or d_residual.shape == kept.shape
+    dx = empty(kept.shape, kept.dtype)
+    x, y = (None, kept.data_ptr()) if normed else (kept.data_ptr(), None)
+    _run(
+        "rms_norm_backward", dy.data_ptr(), x, y, weight.data_ptr(), shift, rstd.data_ptr(), _pointer(d_residual),
+        *dy.shape, dx.data_ptr(),
+    )  # fmt: skip
     return dx
 
 

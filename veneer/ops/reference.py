@@ -142,9 +142,9 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
     return total.T.contiguous() if transposed else total
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float = 0.0) -> Tensor:
-    """x (..., D) -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once."""
-    wide = x.float()
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float = 0.0, rest: Tensor | None = None) -> Tensor:
+    """x (..., D) [+ its rest] -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once."""
+    wide = _whole(x, rest)
     return (wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (weight.float() + shift)).to(x.dtype)
 
 
@@ -226,22 +226,32 @@ def linear(x: Tensor, layer: Any) -> Tensor:
     return y + layer.scaling * (x @ layer.a.to(x.dtype).T) @ layer.b.to(x.dtype).T
 
 
-def attention_block(x: Tensor, block: Any) -> Tensor:
-    """The attention half of a layer, x (T, D): see `veneer.ops.blocks`."""
-    normed = rms_norm(x, *block.norm)
+def attention_block(x: Tensor, block: Any, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The attention half of a layer, x (T, D) and its rest -> y and its rest: see `veneer.ops.blocks`."""
+    normed = rms_norm(x, *block.norm, rest=rest)
     heads = torch.cat([linear(normed, layer) for layer in block.qkv], -1).view(x.shape[0], -1, block.width)
     q, k, v = heads.split((block.heads, block.kv_heads, block.kv_heads), dim=1)
     q = q if block.q_norm is None else rms_norm(q, *block.q_norm)
     k = k if block.k_norm is None else rms_norm(k, *block.k_norm)
     o = attention(q, k, v, block.cos, block.sin, block.starts, block.scale)
-    return x + linear(o.reshape(x.shape[0], -1), block.out)
+    return _parted(_whole(x, rest) + linear(o.reshape(x.shape[0], -1), block.out).float(), x.dtype)
 
 
-def mlp_block(x: Tensor, block: Any) -> Tensor:
-    """The MLP half of a layer, x (T, D): see `veneer.ops.blocks`."""
-    normed = rms_norm(x, *block.norm)
+def mlp_block(x: Tensor, block: Any, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The MLP half of a layer, x (T, D) and its rest -> y and its rest: see `veneer.ops.blocks`."""
+    normed = rms_norm(x, *block.norm, rest=rest)
     gate, up = torch.cat([linear(normed, layer) for layer in block.gate_up], -1).chunk(2, -1)
-    return x + linear(gated(gate, up, block.activation), block.down)
+    return _parted(_whole(x, rest) + linear(gated(gate, up, block.activation), block.down).float(), x.dtype)
+
+
+def _whole(x: Tensor, rest: Tensor | None) -> Tensor:
+    return x.float() if rest is None else x.float() + rest.float()
+
+
+def _parted(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A sum in fp32, rounded, and what rounding took from it, which has no gradient."""
+    y = total.to(dtype)
+    return y, (total - y.float()).detach().to(dtype)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:

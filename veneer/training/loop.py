@@ -146,7 +146,7 @@ class _Run:
         self._start()
         started, before = time.monotonic(), state["seconds"]
         bad_steps, stopped = 0, self._stopped()
-        say = Progress(self.progress, self.steps)
+        say = Progress(self.progress, self.steps, self.device)
         with _training(self.model, config.recompute), _stop_signals() as stop:
             while self.done < self.steps and not stopped:
                 began = time.monotonic()
@@ -168,7 +168,8 @@ class _Run:
                     self._keep_best(state["eval_loss"])
                     stopped = self._stopped()
                 if self._log_due(row):
-                    self.metrics.write({**row, "memory_bytes": current_bytes(), "seconds": round(state["seconds"], 3)})
+                    memory, seconds = current_bytes(self.device), round(state["seconds"], 3)
+                    self.metrics.write({**row, "memory_bytes": memory, "seconds": seconds})
                 say.step(self.done, row)
                 if bad_steps == NAN_LIMIT:
                     raise VeneerError(
@@ -194,7 +195,7 @@ class _Run:
             "train_loss": state["loss_sum"] / max(1, state["loss_steps"]),
             "eval_loss": state["eval_loss"],
             "tokens_per_second": state["tokens"] / max(1e-9, state["seconds"]),
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": peak_bytes(self.device),
             "seconds": state["seconds"],
             "skipped_steps": state["skipped"],
             "stopped_early": stopped,
@@ -254,8 +255,8 @@ class _Run:
 
     def _start(self) -> None:
         release_memory()
-        reset_peak()
-        say = Progress(self.progress, self.steps)
+        reset_peak(self.device)
+        say = Progress(self.progress, self.steps, self.device)
         say.line(f"{count_parameters(self.model)}; {len(self.train_set.samples):,} rows, {self.steps:,} steps")
         for note in self.notes:
             say.line(f"note: {note}")
@@ -270,6 +271,7 @@ class _Run:
             "quantize": "nf4" if layers else None,
             "double_quant": layers[0].double_quant if layers else None,
             "dtype": str(self.model.dtype),
+            "device": self.device.type,
             "training data (sha256)": self.train_set.fingerprint(),
             "rows a step": self.order.per_step,
             **{f"lora.{key}": value for key, value in lora.items()},

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from veneer.machine import current_bytes
 from veneer.storage import atomic_file
 
@@ -16,8 +18,8 @@ from veneer.storage import atomic_file
 class Progress:
     """One line on stderr: rewritten in place on a terminal, every 10 seconds otherwise."""
 
-    def __init__(self, on: bool, steps: int) -> None:
-        self.on, self.steps, self.live = on, steps, sys.stderr.isatty()
+    def __init__(self, on: bool, steps: int, device: torch.device | None = None) -> None:
+        self.on, self.steps, self.device, self.live = on, steps, device, sys.stderr.isatty()
         self.started, self.shown, self.first, self.pending = time.monotonic(), 0.0, 0, False
 
     def line(self, text: str) -> None:
@@ -36,7 +38,7 @@ class Progress:
         left = (now - self.started) / max(1, done - self.first) * (self.steps - done)
         text = (
             f"step {done}/{self.steps}  loss {shown(row['loss'])}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
-            f"{current_bytes() / 1e9:.1f} GB  {left / 60:.1f} min left"
+            f"{current_bytes(self.device) / 1e9:.1f} GB  {left / 60:.1f} min left"
         )
         text += f"  held-out loss {shown(row['eval_loss'])}" if "eval_loss" in row else ""
         text += "" if row["applied"] else "  NOT APPLIED: not finite"

@@ -45,6 +45,13 @@ def make_model(seed=0, dtype=torch.float32, fused=True, **changes):
     return model
 
 
+@pytest.fixture(autouse=True)
+def _gpu_only_where_marked(request, monkeypatch):
+    """A test without the mark `gpu` is about the CPU, also on a machine with a GPU, where device "auto" is that."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture
 def tokenizer():
     return make_tokenizer()

@@ -217,11 +217,12 @@ class _Run:
         # One divisor for the whole step: however it is cut into micro-batches, every learned token weighs the same.
         items = sum(sample.supervised for sample in samples)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
+        parts = []
         for batch in self._batches(samples, self.config.batch_size):
             part = batch_loss(self.model, batch, items)
             part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
+            parts.append(part.detach())
+        loss = sum(float(part) for part in parts)  # read last: a GPU goes on with the next batch meanwhile
         without = [name for name, p in self.parameters.items() if p.grad is None]
         if without:
             raise VeneerError(

@@ -101,6 +101,9 @@ constexpr int64_t kPanels = 1152 << 10;   // bytes of packed panels that stay in
 constexpr int64_t kRowTask = 64;          // rows of one task
 constexpr int64_t kOwnPacking = 1 << 20;  // bytes of A up to which each thread packs what it multiplies itself
 constexpr int64_t kDeepest = 1600, kDeep = 1024;  // pairs: a greater depth is cut into stretches of about kDeep
+constexpr int64_t kShallow = 320;   // pairs: of 32 rows of A so much stays in a first-level cache of 48 KiB,
+constexpr int64_t kCollide = 1024;  // unless they lie a multiple of so many elements apart: all in the same few places
+constexpr int kMaxPieces = kDeepest / kShallow;
 
 // What is left of a term's depth beyond whole tiles, copied and filled up with zeros: (m, 32) a term.
 void CopyTails(const Terms& sum, int64_t m, uint16_t* tails, int threads) {
@@ -117,19 +120,19 @@ void CopyTails(const Terms& sum, int64_t m, uint16_t* tails, int threads) {
   }
 }
 
-struct Cut {  // a stretch of the padded depth of all terms
+struct Piece {  // of the padded depth of all terms
   Slice slices[2 * kMaxTerms];
   int count;
   int64_t from, to;  // in pairs
 };
 
-// The slices of A between cut.from and cut.to.
-void FillCut(const Terms& sum, int64_t m, const uint16_t* tails, Cut& cut) {
+// The slices of A between piece.from and piece.to.
+void FillPiece(const Terms& sum, int64_t m, const uint16_t* tails, Piece& piece) {
   int64_t at = 0;
-  cut.count = 0;
+  piece.count = 0;
   const auto add = [&](const uint32_t* a, int64_t lda, int64_t depth) {
-    const int64_t from = cut.from > at ? cut.from - at : 0, to = cut.to - at < depth ? cut.to - at : depth;
-    if (from < to) cut.slices[cut.count++] = {a + from, lda, to - from};
+    const int64_t from = piece.from > at ? piece.from - at : 0, to = piece.to - at < depth ? piece.to - at : depth;
+    if (from < to) piece.slices[piece.count++] = {a + from, lda, to - from};
     at += depth;
   };
   for (int s = 0; s < sum.count; ++s) {
@@ -142,14 +145,36 @@ void FillCut(const Terms& sum, int64_t m, const uint16_t* tails, Cut& cut) {
   }
 }
 
-// What of a panel of 64 columns is in a cut, as tiles: 16 by 16 columns, each (cut's pairs, 16).
-void PackCut(const Terms& sum, const Cut& cut, int64_t column, int64_t live, uint16_t* rows, uint32_t* b) {
-  const Place place{kTile, (cut.to - cut.from) * kTile};
+// A stretch of the depth: packed at once, multiplied piece by piece, of which some rows of A stay in the first-level
+// cache, or in one piece where they cannot.
+struct Stretch {
+  Piece pieces[kMaxPieces];
+  int count;
+  int64_t from, to;
+  bool stays;
+
+  Stretch(const Terms& sum, int64_t m, const uint16_t* tails, int64_t first, int64_t end)
+      : from(first), to(end), stays(true) {
+    for (int s = 0; s < sum.count; ++s) stays = stays && sum.terms[s].lda % kCollide != 0;
+    count = stays ? static_cast<int>((to - from + kShallow - 1) / kShallow) : 1;
+    const int64_t each = ((to - from + count - 1) / count + kTile - 1) / kTile * kTile;
+    for (int i = 0; i < count; ++i) {
+      pieces[i].from = from + i * each < to ? from + i * each : to;
+      pieces[i].to = pieces[i].from + each < to ? pieces[i].from + each : to;
+      FillPiece(sum, m, tails, pieces[i]);
+    }
+    while (pieces[count - 1].from == to) --count;
+  }
+};
+
+// What of a panel of 64 columns is in a stretch, as tiles: 16 by 16 columns, each (its pairs, 16).
+void PackStretch(const Terms& sum, const Stretch& all, int64_t column, int64_t live, uint16_t* rows, uint32_t* b) {
+  const Place place{kTile, (all.to - all.from) * kTile};
   int64_t at = 0;
   for (int s = 0; s < sum.count; ++s) {
     const Term& t = sum.terms[s];
     const int64_t padded = (t.depth / 2 + kTile - 1) / kTile * kTile;
-    const int64_t from = cut.from > at ? cut.from - at : 0, to = cut.to - at < padded ? cut.to - at : padded;
+    const int64_t from = all.from > at ? all.from - at : 0, to = all.to - at < padded ? all.to - at : padded;
     if (from < to) {
       const int64_t end = to < t.depth / 2 ? to : t.depth / 2;
       Pack(t, column, live, 2 * from, 2 * end, rows, b, place);
@@ -174,21 +199,25 @@ inline void TileOut(int64_t row, const float* sum, int64_t ldsum, const Output& 
   }
 }
 
-// 16 R rows of A times some columns of B, for one cut. The places of 32 sums are fetched while they are made, a few a
-// step: 10 to 25% faster on 2048 rows, while all at once is slower than not at all.
-// sums: where unfinished ones wait, a row every ldsum.
-template <int R>
-void Strip(const Cut& cut, int64_t row, const uint32_t* b, int64_t columns, float* sums, int64_t ldsum, bool last,
-           const Output& out) {
+// 16 R rows of A times some columns of B, for one piece of the depth. kStays: these rows stay in the first-level cache
+// if B, which passes by once, does not drive them out of it: 20% faster on 2048 rows. The places of 32 sums are fetched
+// while they are made, a few a step: 10 to 25% faster there, while all at once is slower than not at all; fetching the
+// next rows of A is slower too.
+// b: the piece's first tile, the tiles of the next columns `across` further on. sums: where unfinished ones wait, a row
+// every ldsum, if they do.
+template <int R, bool kStays>
+void Strip(const Piece& piece, int64_t row, const uint32_t* b, int64_t across, int64_t columns, float* sums,
+           int64_t ldsum, bool last, const Output& out) {
   alignas(64) float own[R * kTile * 2 * kTile];
-  const int64_t pairs = cut.to - cut.from, steps = pairs / kTile, across = pairs * kTile;
-  for (int64_t j = 0; j < columns; j += 2 * kTile, b += across) {
+  const int64_t steps = (piece.to - piece.from) / kTile;
+  for (int64_t j = 0; j < columns; j += 2 * kTile, b += 2 * across) {
     const Output here = out.At(j);
+    const uint32_t* right = b;
     float* sum = sums ? sums + j : own;
     const int64_t stride = sums ? ldsum : 2 * kTile;
     int64_t fetched = row, due = 0;
     asm volatile("" ::: "memory");  // the tile loads do not tell the compiler that they read memory
-    if (cut.from > 0) {
+    if (piece.from > 0) {
       _tile_loadd(0, sum, stride * 4);
       _tile_loadd(1, sum + kTile, stride * 4);
       if constexpr (R > 1) _tile_loadd(2, sum + kTile * stride, stride * 4);
@@ -199,20 +228,26 @@ void Strip(const Cut& cut, int64_t row, const uint32_t* b, int64_t columns, floa
       if constexpr (R > 1) _tile_zero(2);
       if constexpr (R > 1) _tile_zero(3);
     }
-    for (int s = 0; s < cut.count; ++s) {
-      const int64_t lda = cut.slices[s].lda;
-      const uint32_t* a = cut.slices[s].a + row * lda;
-      for (int64_t k = 0; k < cut.slices[s].depth; k += kTile, b += kTile * kTile) {
+    for (int s = 0; s < piece.count; ++s) {
+      const int64_t lda = piece.slices[s].lda;
+      const uint32_t* a = piece.slices[s].a + row * lda;
+      for (int64_t k = 0; k < piece.slices[s].depth; k += kTile, right += kTile * kTile) {
         for (due += R * kTile; last && due >= steps; due -= steps, ++fetched) {
           __builtin_prefetch(here.y + fetched * here.ldy, 1);
           if (here.residual) __builtin_prefetch(here.residual + fetched * here.ldr);
           if (here.residual_rest) __builtin_prefetch(here.residual_rest + fetched * here.ldr);
           if (here.rest) __builtin_prefetch(here.rest + fetched * here.ldy, 1);
         }
-        _tile_loadd(6, b, kTile * 4);
+        if constexpr (kStays)
+          _tile_stream_loadd(6, right, kTile * 4);
+        else
+          _tile_loadd(6, right, kTile * 4);
         _tile_loadd(4, a + k, lda * 4);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + across, kTile * 4);
+        if constexpr (kStays)
+          _tile_stream_loadd(7, right + across, kTile * 4);
+        else
+          _tile_loadd(7, right + across, kTile * 4);
         _tile_dpbf16ps(1, 4, 7);
         if constexpr (R > 1) {
           _tile_loadd(5, a + kTile * lda + k, lda * 4);
@@ -230,92 +265,141 @@ void Strip(const Cut& cut, int64_t row, const uint32_t* b, int64_t columns, floa
   }
 }
 
+// Where the unfinished sums of a product wait: of all rows, while a stretch follows, or of a strip of rows only.
+struct Waiting {
+  float* sums;  // null: nowhere, there is one piece
+  int64_t ldsum;
+  bool all_rows;
+};
+
 // Rows [from, to) of the m >= 16. The last ones are done with some before them once more, so that tiles are always
 // full.
-void StripsOf(const Cut& cut, int64_t m, int64_t from, int64_t to, const uint32_t* b, int64_t columns, float* sums,
-              int64_t ldsum, bool last, const Output& out) {
+void StripsOf(const Stretch& stretch, int64_t m, int64_t from, int64_t to, const uint32_t* b, int64_t columns,
+              const Waiting& waiting, bool last, const Output& out) {
+  const int64_t across = (stretch.to - stretch.from) * kTile;
   for (int64_t row = from, tall; row < to; row += tall) {
     tall = to - row > kTile && m >= 2 * kTile ? 2 * kTile : kTile;
     const int64_t at = row + tall <= m ? row : m - tall;
-    float* waiting = sums ? sums + row * ldsum : nullptr;
-    if (tall > kTile)
-      Strip<2>(cut, at, b, columns, waiting, ldsum, last, out);
-    else
-      Strip<1>(cut, at, b, columns, waiting, ldsum, last, out);
+    float* sums = waiting.all_rows ? waiting.sums + row * waiting.ldsum : waiting.sums;
+    for (int i = 0; i < stretch.count; ++i) {
+      const Piece& piece = stretch.pieces[i];
+      const uint32_t* right = b + (piece.from - stretch.from) * kTile;
+      const bool ends = last && i + 1 == stretch.count;
+      const auto strip = tall == kTile ? Strip<1, true> : stretch.stays ? Strip<2, true> : Strip<2, false>;
+      strip(piece, at, right, across, columns, sums, waiting.ldsum, ends, out);
+    }
+  }
+}
+
+// A thread's room: of panels, of rows while they are decoded, and of a strip's sums.
+struct Room {
+  uint32_t* panel;
+  uint16_t* rows;
+  Waiting strip;
+  Room(int64_t panel_size, int64_t depth, int64_t columns) {
+    const int64_t decoded_depth = depth < kPanel ? 2 * kPanel : 2 * depth;
+    const int64_t sums = depth > kShallow ? 2 * kTile * columns : 0;
+    decoded.Reserve(panel_size * 4 + kTile * decoded_depth * 2 + sums * 4 + 4096);
+    panel = decoded.Take<uint32_t>(panel_size);
+    rows = decoded.Take<uint16_t>(kTile * decoded_depth);
+    strip = {sums ? decoded.Take<float>(sums) : nullptr, columns, false};
+  }
+};
+
+// How a product goes about its panels.
+struct Plan {
+  int64_t pairs, panels;  // the padded depth, and panels of 64 columns
+  int64_t most;           // pairs of a stretch
+  int64_t group;          // panels that rows are taken through together
+  int64_t together;       // that are packed at once
+
+  Plan(const Terms& sum, int64_t n, int threads) : pairs(0), panels((n + kPanel - 1) / kPanel) {
+    for (int s = 0; s < sum.count; ++s) pairs += (sum.terms[s].depth + 2 * kTile - 1) / (2 * kTile) * kTile;
+    const int64_t stretches = pairs <= kDeepest ? 1 : (pairs + kDeep - 1) / kDeep;
+    most = ((pairs + stretches - 1) / stretches + kTile - 1) / kTile * kTile;
+    const int64_t bytes = most * kPanel * 4;
+    group = kPanels / bytes;
+    group = group < 1 ? 1 : group > panels ? panels : group;
+    together = most < pairs ? group : group * ((threads * (int64_t{1} << 20)) / (group * bytes) + 1);
+    together = together > panels ? panels : together;
+  }
+};
+
+// Few rows: each thread packs the panels it multiplies; the last ones, not enough for all, each packs for some rows.
+void OwnPanels(const Terms& sum, const Plan& plan, int64_t m, int64_t n, const uint16_t* tails, const Output& out,
+               int threads) {
+  const int64_t whole = plan.panels / threads * threads;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+    const Stretch all(sum, m, tails, 0, plan.pairs);
+    const Room room(plan.pairs * kPanel, plan.pairs, kPanel);
+    const auto live = [&](int64_t panel) { return n - panel * kPanel < kPanel ? n - panel * kPanel : kPanel; };
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t panel = 0; panel < whole; ++panel) {
+      PackStretch(sum, all, panel * kPanel, live(panel), room.rows, room.panel);
+      StripsOf(all, m, 0, m, room.panel, live(panel), room.strip, true, out.At(panel * kPanel));
+    }
+    for (int64_t panel = whole; panel < plan.panels; ++panel) {
+      PackStretch(sum, all, panel * kPanel, live(panel), room.rows, room.panel);
+#pragma omp for schedule(static) nowait
+      for (int64_t from = 0; from < m; from += kRowTask)
+        StripsOf(all, m, from, from + kRowTask < m ? from + kRowTask : m, room.panel, live(panel), room.strip, true,
+                 out.At(panel * kPanel));
+    }
+  }
+}
+
+// Many: all threads pack some panels, and then share the rows. packed: (plan.together panels).
+void SharedPanels(const Terms& sum, const Plan& plan, int64_t m, int64_t n, const uint16_t* tails, uint32_t* packed,
+                  const Waiting& waiting, const Output& out, int threads) {
+  const int64_t row_tasks = (m + kRowTask - 1) / kRowTask;
+#pragma omp parallel num_threads(threads)
+  {
+    Tiles tiles;
+    const Room room(0, plan.most, plan.group * kPanel);
+    for (int64_t first = 0; first < plan.panels; first += plan.together)
+      for (int64_t at = 0; at < plan.pairs; at += plan.most) {
+        const int64_t here = plan.panels - first < plan.together ? plan.panels - first : plan.together;
+        const Stretch stretch(sum, m, tails, at, at + plan.most < plan.pairs ? at + plan.most : plan.pairs);
+        const int64_t size = (stretch.to - stretch.from) * kPanel;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t panel = 0; panel < here; ++panel) {
+          const int64_t column = (first + panel) * kPanel, live = n - column < kPanel ? n - column : kPanel;
+          PackStretch(sum, stretch, column, live, room.rows, packed + panel * size);
+        }
+        const int64_t groups = (here + plan.group - 1) / plan.group;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < groups * row_tasks; ++task) {
+          const int64_t panel = task / row_tasks * plan.group;
+          const int64_t some = here - panel < plan.group ? here - panel : plan.group;
+          const int64_t start = task % row_tasks * kRowTask, end = start + kRowTask < m ? start + kRowTask : m;
+          const Output place = out.At((first + panel) * kPanel);
+          const int64_t columns = some * kPanel < place.live ? some * kPanel : place.live;
+          StripsOf(stretch, m, start, end, packed + panel * size, columns, waiting.all_rows ? waiting : room.strip,
+                   stretch.to == plan.pairs, place);
+        }
+      }
   }
 }
 
 // m >= 16.
 void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
-  int64_t with_tail = 0, pairs = 0;  // of the padded depth
-  for (int s = 0; s < sum.count; ++s) {
-    with_tail += sum.terms[s].depth % (2 * kTile) != 0;
-    pairs += (sum.terms[s].depth + 2 * kTile - 1) / (2 * kTile) * kTile;
-  }
-  const int64_t panels = (n + kPanel - 1) / kPanel, cuts = pairs <= kDeepest ? 1 : (pairs + kDeep - 1) / kDeep;
-  const int64_t most = ((pairs + cuts - 1) / cuts + kTile - 1) / kTile * kTile, size = most * kPanel;
-  int64_t group = kPanels / (size * 4);  // panels that rows are taken through together
-  group = group < 1 ? 1 : group > panels ? panels : group;
-  int64_t together =
-      cuts > 1 ? group : group * ((threads * (int64_t{1} << 20)) / (group * size * 4) + 1);  // packed at once
-  together = together > panels ? panels : together;
-  const int64_t ldsum = cuts > 1 ? group * kPanel : 0;
-  scratch.Reserve(together * size * 4 + with_tail * m * 4 * kTile + (m + kTile) * ldsum * 4 + 4096);
-  uint32_t* packed = scratch.Take<uint32_t>(together * size);
+  const Plan plan(sum, n, threads);
+  int64_t with_tail = 0;
+  for (int s = 0; s < sum.count; ++s) with_tail += sum.terms[s].depth % (2 * kTile) != 0;
+  const bool own = plan.most == plan.pairs && m * plan.pairs * 4 <= kOwnPacking && plan.panels >= 4 * threads;
+  const int64_t packed_size = own ? 0 : plan.together * plan.most * kPanel;
+  const int64_t ldsum = plan.most < plan.pairs ? plan.group * kPanel : 0;
+  scratch.Reserve(packed_size * 4 + with_tail * m * 4 * kTile + (m + kTile) * ldsum * 4 + 4096);
+  uint32_t* packed = scratch.Take<uint32_t>(packed_size);
   uint16_t* tails = scratch.Take<uint16_t>(with_tail * m * 2 * kTile);
-  float* sums = ldsum ? scratch.Take<float>((m + kTile) * ldsum) : nullptr;
+  const Waiting waiting{ldsum ? scratch.Take<float>((m + kTile) * ldsum) : nullptr, ldsum, ldsum > 0};
   CopyTails(sum, m, tails, threads);
-  if (cuts == 1 && m * pairs * 4 <= kOwnPacking && panels >= 4 * threads) {
-#pragma omp parallel num_threads(threads)
-    {
-      Tiles tiles;
-      Cut cut;
-      cut.from = 0, cut.to = pairs;
-      FillCut(sum, m, tails, cut);
-      const int64_t decoded_depth = most < kPanel ? 2 * kPanel : 2 * most;
-      decoded.Reserve(size * 4 + kTile * decoded_depth * 2 + 4096);
-      uint32_t* b = decoded.Take<uint32_t>(size);
-      uint16_t* rows = decoded.Take<uint16_t>(kTile * decoded_depth);
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t column = panel * kPanel, live = n - column < kPanel ? n - column : kPanel;
-        PackCut(sum, cut, column, live, rows, b);
-        StripsOf(cut, m, 0, m, b, live, nullptr, 0, true, out.At(column));
-      }
-    }
-    return;
-  }
-  const int64_t row_tasks = (m + kRowTask - 1) / kRowTask;
-#pragma omp parallel num_threads(threads)
-  {
-    Tiles tiles;
-    const int64_t decoded_depth = most < kPanel ? 2 * kPanel : 2 * most;
-    decoded.Reserve(kTile * decoded_depth * 2 + 4096);
-    uint16_t* rows = decoded.Take<uint16_t>(kTile * decoded_depth);
-    for (int64_t first = 0; first < panels; first += together)
-      for (int64_t from = 0; from < pairs; from += most) {
-        const int64_t here = panels - first < together ? panels - first : together;
-        Cut cut;
-        cut.from = from, cut.to = from + most < pairs ? from + most : pairs;
-        const int64_t panel_size = (cut.to - cut.from) * kPanel;
-        FillCut(sum, m, tails, cut);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t panel = 0; panel < here; ++panel) {
-          const int64_t column = (first + panel) * kPanel, live = n - column < kPanel ? n - column : kPanel;
-          PackCut(sum, cut, column, live, rows, packed + panel * panel_size);
-        }
-        const int64_t groups = (here + group - 1) / group;
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < groups * row_tasks; ++task) {
-          const int64_t panel = task / row_tasks * group, some = here - panel < group ? here - panel : group;
-          const int64_t start = task % row_tasks * kRowTask, end = start + kRowTask < m ? start + kRowTask : m;
-          const Output place = out.At((first + panel) * kPanel);
-          const int64_t columns = some * kPanel < place.live ? some * kPanel : place.live;
-          const uint32_t* b = packed + panel * panel_size;
-          StripsOf(cut, m, start, end, b, columns, sums, ldsum, cut.to == pairs, place);
-        }
-      }
-  }
+  if (own)
+    OwnPanels(sum, plan, m, n, tails, out, threads);
+  else
+    SharedPanels(sum, plan, m, n, tails, packed, waiting, out, threads);
 }
 #endif
 

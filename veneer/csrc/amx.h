@@ -13,6 +13,8 @@ struct Slice {  // a stretch of the depth of a product
 };
 
 constexpr int64_t kTile = 16;  // rows, columns, and pairs of the depth
+// Rows that lie a multiple of so many bf16 apart fall on so few places of a first-level cache that it cannot hold 32.
+constexpr int64_t kCollide = 1024;
 
 #if defined(__AMX_BF16__)
 
@@ -50,11 +52,11 @@ inline void TileProduct(const Slice* slices, int count, int64_t row, const uint3
     const int64_t lda = slices[s].lda;
     const uint32_t* a = slices[s].a + row * lda;
     for (int64_t k = 0; k < slices[s].depth; k += kTile, b += kTile * ldb) {
-      _tile_loadd(6, b, ldb * 4);
+      _tile_stream_loadd(6, b, ldb * 4);
       _tile_loadd(4, a + k, lda * 4);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (C > 1) {
-        _tile_loadd(7, b + across, ldb * 4);
+        _tile_stream_loadd(7, b + across, ldb * 4);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (R > 1) {

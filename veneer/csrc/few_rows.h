@@ -328,7 +328,9 @@ void FewRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thre
 #if defined(__AMX_BF16__)
 // ---- the same on the matrix unit: 32 rows of the weight are the left side, x the right ------------------------------
 
-constexpr int64_t kMoreRows = 384;    // up to here this is faster than packing the weight
+// Up to so many rows this is faster than packing the weight; the second, where rows of x collide in the first-level
+// cache, which packing wants them to stay in.
+constexpr int64_t kMoreRows = 80, kMoreRowsColliding = 384;
 constexpr int64_t kTall = 2 * kTile;  // rows of the weight at once
 
 inline int64_t Groups(const Term& t) { return (t.depth + kGroup - 1) / kGroup; }

@@ -101,8 +101,7 @@ constexpr int64_t kPanels = 1152 << 10;   // bytes of packed panels that stay in
 constexpr int64_t kRowTask = 64;          // rows of one task
 constexpr int64_t kOwnPacking = 1 << 20;  // bytes of A up to which each thread packs what it multiplies itself
 constexpr int64_t kDeepest = 1600, kDeep = 1024;  // pairs: a greater depth is cut into stretches of about kDeep
-constexpr int64_t kShallow = 320;   // pairs: of 32 rows of A so much stays in a first-level cache of 48 KiB,
-constexpr int64_t kCollide = 1024;  // unless they lie a multiple of so many elements apart: all in the same few places
+constexpr int64_t kShallow = 320;  // pairs: of 32 rows of A so much stays in a first-level cache of 48 KiB
 constexpr int kMaxPieces = kDeepest / kShallow;
 
 // What is left of a term's depth beyond whole tiles, copied and filled up with zeros: (m, 32) a term.
@@ -416,7 +415,8 @@ EXPORT(product)
   bool few = m < kFewRows && terms[0].kind == kNf4ByRow;
   for (int i = 1; i < count; ++i) few = few && terms[i].kind == kByRow;
 #if defined(__AMX_BF16__)
-  bool more = m > 1 && m <= kMoreRows && n >= kTall && terms[0].kind == kNf4ByRow && terms[0].depth % kNf4Block == 0;
+  const int64_t most = terms[0].lda % kCollide ? kMoreRows : kMoreRowsColliding;
+  bool more = m > 1 && m <= most && n >= kTall && terms[0].kind == kNf4ByRow && terms[0].depth % kNf4Block == 0;
   for (int i = 1; i < count; ++i) more = more && terms[i].kind == kByRow;
   if (more) return MoreRows(sum, m, n, out, threads);
 #endif

@@ -1,6 +1,7 @@
 """Fused models against transformers' own: logits, losses and adapter gradients, every architecture of the tables."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -267,6 +268,16 @@ def test_a_model_that_mixes_tokens_outside_attention_is_not_packed():
     )  # fmt: skip
     model = transformers.Lfm2ForCausalLM(config)
     assert "attention" not in fuse(model)
+
+
+def test_the_signature_of_forward_is_the_original_one():
+    """generate reads there that the prompt needs no logits but the last; Trainer which columns the model takes."""
+    fused, plain = make_model(), make_model(fused=False)
+    assert inspect.signature(fused.forward) == inspect.signature(plain.forward)
+    made = []
+    fused.lm_head.register_forward_hook(lambda module, inputs, logits: made.append(logits.shape[1]))
+    fused.generate(torch.randint(0, 250, (2, 9)), max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert made == [1, 1]
 
 
 def test_an_adapter_on_the_head_takes_part_in_the_loss():

@@ -52,7 +52,7 @@ def fuse(model: PreTrainedModel) -> list[str]:
         if not _mixes_tokens_elsewhere(model):
             done.append("attention")
     if type(model).__name__ in PLAIN_HEADS and type(model.get_output_embeddings()) is nn.Linear:
-        model.forward = types.MethodType(_forward, model)  # type: ignore[method-assign]
+        model.forward = types.MethodType(_forward_as(type(model)), model)  # type: ignore[method-assign]
         done.append("head")
     for module in model.modules():
         name = type(module).__name__
@@ -87,6 +87,19 @@ def _mixes_tokens_elsewhere(model: nn.Module) -> bool:
 
 
 # ---- head ---------------------------------------------------------------------------------------------------------
+
+
+def _forward_as(kind: Any) -> Any:
+    """`_forward` with the signature of the class's own: generate and Trainer look there for what a model takes.
+
+    Without it generate makes logits of the whole prompt, and Trainer drops every column.
+    """
+
+    @functools.wraps(kind.forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, *args, **kwargs)
+
+    return forward
 
 
 def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwargs: Any) -> Any:

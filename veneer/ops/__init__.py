@@ -36,7 +36,9 @@ TABLE = {
     "outer_sum": Operation(reference.outer_sum, native=native.outer_sum, torch=products.outer_sum, bf16=True),
     "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
     "rms_norm": Operation(
-        lambda x, norm, rest=None: reference.rms_norm(x, *norm, rest=rest), native=blocks.rms_norm, bf16=True
+        lambda x, norm, rest=None: reference.rms_norm(x, norm.weight, norm.epsilon, norm.shift, rest),
+        native=blocks.rms_norm,
+        bf16=True,
     ),
     "attention_block": Operation(reference.attention_block, native=blocks.attention_block, bf16=True),
     "mlp_block": Operation(reference.mlp_block, native=blocks.mlp_block, bf16=True),

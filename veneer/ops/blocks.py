@@ -4,10 +4,13 @@
     mlp_block:        y = x + down( activation(gate) * up ),               gate, up = linears( rms_norm(x) )
 
 Every linear is frozen, 16-bit or NF4, with or without a low-rank term: W x + scaling B A dropout(x). The definitions,
-in plain torch, are `reference.attention_block` and `reference.mlp_block`. Saved for the backward pass: x, q, k, v, the
-attention's output, gate and up. Made again, bit for bit: norms, activations, dropout's masks, the bf16 factors, and up of
-a 4-bit base (where gate and up are two linears). `recompute` "mlp" makes gate and up again, "full" q, k and v as well.
-Measured, a step of 4x512 tokens on SmolLM2-135M (r 16, 2 cores with AMX): dropout on all linears costs about 12%.
+in plain torch, are `reference.attention_block` and `reference.mlp_block`. Beside y goes its rest, what rounding took from
+it, to the next half: a residual stream of twice 8 digits, without gradients of 32 bits.
+
+Saved for the backward pass: the normed input, q, k, v, the attention's output, gate and up. Made again, bit for bit:
+activations, dropout's masks, the bf16 factors, and up of a 4-bit base (where gate and up are two linears). `recompute`
+"mlp" makes gate and up again, "full" q, k and v as well. Measured, a step of 4x512 tokens on SmolLM2-135M (r 16, 2 cores
+with AMX): dropout on all linears costs about 12%.
 
 Shapes: T tokens, D model width, H heads of width W, R all ranks of linears that share an input.
 """
@@ -219,7 +222,8 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _norm_backward(dy, *ctx.saved_tensors, ctx.norm, None), None, None
+        kept, rstd = ctx.saved_tensors
+        return _norm_backward(dy, kept, rstd, ctx.norm, None), None, None
 
 
 def _norm(x: Tensor, rest: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:

@@ -98,12 +98,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = list(ctx.saved_tensors)
-        scale = float(d_loss) * ctx.left
+        scale: Any = (float(d_loss) if d_loss.device.type == "cpu" else d_loss) * ctx.left  # a GPU is not waited for
+        as_it_is = isinstance(scale, float) and scale == 1
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_hidden = gradients.pop(0) if want_hidden else None
         d_weight = gradients.pop(0) if want_weight else None
         return (
-            d_hidden if d_hidden is None or scale == 1 else d_hidden * scale,
+            d_hidden if d_hidden is None or as_it_is else d_hidden * scale,
             None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype),
             None,
             None,

@@ -253,7 +253,7 @@ def product(
     y = empty((m, n), torch.bfloat16) if out is None else out
     assert y.shape == (m, n) and y.dtype == torch.bfloat16 and (y.stride(1) == 1 or n == 1)
     for part, whole in ((residual_rest, residual), (rest, y)):
-        assert part is None or whole is not None and part.dtype == whole.dtype and part.stride() == whole.stride()
+        assert part is None or (whole is not None and part.dtype == whole.dtype and part.stride() == whole.stride())
     _run(
         "product", ctypes.addressof(made), len(terms), m, n, _pointer(bias), _pointer(residual),
         _pointer(residual_rest), 0 if residual is None else residual.stride(0), y.data_ptr(), _pointer(rest),

@@ -228,7 +228,7 @@ def linear(x: Tensor, layer: Any) -> Tensor:
 
 def attention_block(x: Tensor, block: Any, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The attention half of a layer, x (T, D) and its rest -> y and its rest: see `veneer.ops.blocks`."""
-    normed = rms_norm(x, *block.norm, rest=rest)
+    normed = rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift, rest)
     heads = torch.cat([linear(normed, layer) for layer in block.qkv], -1).view(x.shape[0], -1, block.width)
     q, k, v = heads.split((block.heads, block.kv_heads, block.kv_heads), dim=1)
     q = q if block.q_norm is None else rms_norm(q, *block.q_norm)
@@ -239,7 +239,7 @@ def attention_block(x: Tensor, block: Any, rest: Tensor | None = None) -> tuple[
 
 def mlp_block(x: Tensor, block: Any, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The MLP half of a layer, x (T, D) and its rest -> y and its rest: see `veneer.ops.blocks`."""
-    normed = rms_norm(x, *block.norm, rest=rest)
+    normed = rms_norm(x, block.norm.weight, block.norm.epsilon, block.norm.shift, rest)
     gate, up = torch.cat([linear(normed, layer) for layer in block.gate_up], -1).chunk(2, -1)
     return _parted(_whole(x, rest) + linear(gated(gate, up, block.activation), block.down).float(), x.dtype)
 

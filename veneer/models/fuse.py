@@ -7,6 +7,7 @@ A part that is not recognised, or that a call uses in an unusual way, runs as it
 from __future__ import annotations
 
 import functools
+import itertools
 import types
 from typing import Any
 
@@ -311,9 +312,20 @@ def packed_attention(
             query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True, scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        for start, end in zip(cu_seqlens.tolist()[:-1], cu_seqlens.tolist()[1:], strict=True)
+        for start, end in itertools.pairwise(_starts(cu_seqlens))
     ]  # fmt: skip
     return torch.cat(rows, 2).transpose(1, 2), None
+
+
+_last_starts: tuple[Tensor, list[int]] | None = None
+
+
+def _starts(cu_seqlens: Tensor) -> list[int]:
+    """Read once a step, for all layers: a GPU is waited for."""
+    global _last_starts
+    if _last_starts is None or _last_starts[0] is not cu_seqlens:
+        _last_starts = (cu_seqlens, cu_seqlens.tolist())
+    return _last_starts[1]
 
 
 def causal_mask(*args: Any, **kwargs: Any) -> Tensor | None:

@@ -47,6 +47,12 @@ def _dynamic_map() -> Tensor:
 DYNAMIC_MAP = _dynamic_map()
 
 
+@functools.cache
+def _on(device: torch.device, table: str) -> Tensor:
+    """One of the tables above on a device: copied once, as a GPU is waited for at every copy."""
+    return globals()[table].to(device)  # type: ignore[no-any-return]
+
+
 def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight of any shape (n elements, fp32/bf16/fp16), taken flat in blocks of 64.
 
@@ -58,7 +64,7 @@ def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     code = torch.full(
         (n + n % 2,), 7, dtype=torch.uint8, device=flat.device
     )  # 7 is zero: what an odd end is padded with
-    midpoints = NF4_MIDPOINTS.to(flat.device)
+    midpoints = _on(flat.device, "NF4_MIDPOINTS")
     blocks = flat[:whole].view(-1, BLOCK)
     absmax = blocks.abs().amax(1) if whole else flat.new_empty(0)
     scaled = (blocks * (1 / absmax.clamp(min=_TINY)).unsqueeze(1)).clamp(-1, 1)
@@ -87,7 +93,7 @@ def nf4_dequantize(
         absmax = double_dequantize(absmax, nested, offset)
     n = int(torch.Size(shape).numel())
     code = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:n]
-    value = NF4_CODE.to(packed.device)[code.long()]
+    value = _on(packed.device, "NF4_CODE")[code.long()]
     weight = (value * absmax.repeat_interleave(BLOCK)[:n]).to(dtype).view(shape)
     return weight if out is None else out.copy_(weight)
 
@@ -118,7 +124,7 @@ def double_quantize_table() -> Tensor:
 
 def double_dequantize(code: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """absmax (m,) fp32 = map[code] * nested absmax + offset."""
-    value = DYNAMIC_MAP.to(code.device)[code.long()]
+    value = _on(code.device, "DYNAMIC_MAP")[code.long()]
     return value * nested.repeat_interleave(NESTED_BLOCK)[: code.numel()] + offset
 
 

@@ -107,10 +107,13 @@ inline T Mix(T h) {
 
 }  // namespace
 
-// y (rows, width) = x rstd (weight + shift), rstd (rows) = (mean(x^2) + epsilon)^-1/2. rest: of x, or null.
+// y (rows, width) = x rstd (weight + shift), rstd (rows) = (mean(x^2) + epsilon)^-1/2. rest: of x, or null. zeros: how
+// many factors weight + shift are 0.
 EXPORT(rms_norm)
 (const uint16_t* x, const uint16_t* rest, const uint16_t* weight, float shift, float epsilon, int64_t rows,
- int64_t width, uint16_t* y, float* rstd, int threads) {
+ int64_t width, uint16_t* y, float* rstd, int64_t* zeros, int threads) {
+  *zeros = 0;
+  for (int64_t i = 0; i < width; ++i) *zeros += FromBFloat16(weight[i]) + shift == 0.f;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > 65536)
   for (int64_t r = 0; r < rows; ++r) {
     const auto whole = [&](int64_t i) {

@@ -214,8 +214,8 @@ def _masked(x: Tensor, linear: AdaptedLinear) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: Tensor | None, norm: Norm) -> Tensor:
-        y, *kept = _norm(x, rest, norm)
-        ctx.save_for_backward(*kept)
+        y, kept, rstd = _norm(ctx, x, rest, norm)
+        ctx.save_for_backward(kept, rstd)
         ctx.norm = norm
         return y
 
@@ -223,25 +223,21 @@ class _RmsNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         kept, rstd = ctx.saved_tensors
-        return _norm_backward(dy, kept, rstd, ctx.norm, None), None, None
+        return _norm_backward(ctx, dy, kept, rstd, ctx.norm, None), None, None
 
 
-def _norm(x: Tensor, rest: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and what to keep of it: y, from which x can be told, or x where it cannot; and rstd."""
-    y, rstd = native.rms_norm(x, norm.weight, norm.epsilon, norm.shift, rest)
-    return y, y if _tells(norm) else x, rstd
+def _norm(ctx: Any, x: Tensor, rest: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and what to keep of it: y, which tells x, or where a factor is 0 x itself; and rstd."""
+    y, rstd, ctx.tells = native.rms_norm(x, norm.weight, norm.epsilon, norm.shift, rest)
+    return y, y if ctx.tells else x, rstd
 
 
-def _norm_again(kept: Tensor, norm: Norm) -> Tensor:
-    return kept if _tells(norm) else native.rms_norm(kept, norm.weight, norm.epsilon, norm.shift)[0]
+def _norm_again(ctx: Any, kept: Tensor, norm: Norm) -> Tensor:
+    return kept if ctx.tells else native.rms_norm(kept, norm.weight, norm.epsilon, norm.shift)[0]
 
 
-def _norm_backward(dy: Tensor, kept: Tensor, rstd: Tensor, norm: Norm, d_residual: Tensor | None) -> Tensor:
-    return native.rms_norm_backward(dy, kept, norm.weight, rstd, norm.shift, d_residual, normed=_tells(norm))
-
-
-def _tells(norm: Norm) -> bool:
-    return bool((norm.weight != -norm.shift).all())
+def _norm_backward(ctx: Any, dy: Tensor, kept: Tensor, rstd: Tensor, norm: Norm, d_residual: Tensor | None) -> Tensor:
+    return native.rms_norm_backward(dy, kept, norm.weight, rstd, norm.shift, d_residual, normed=ctx.tells)
 
 
 class _Attention(torch.autograd.Function):
@@ -274,7 +270,7 @@ class _AttentionBlock(torch.autograd.Function):
         ctx: Any, x: Tensor, rest: Tensor | None, block: Attention, *factors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         group, out = _Group(block.qkv), _Group([block.out])
-        normed, kept, rstd = _norm(x, rest, block.norm)
+        normed, kept, rstd = _norm(ctx, x, rest, block.norm)
         h = group.project(normed)
         qkv = group.forward(normed, h)
         del normed
@@ -296,7 +292,7 @@ class _AttentionBlock(torch.autograd.Function):
         dh_out = out.low_rank_gradient([dy])
         d_o = out.input_gradient([dy], dh_out).view(o.shape)
         d_out_factors = out.factor_gradients(flat, h_out, [dy], dh_out)
-        normed = _norm_again(kept, block.norm)
+        normed = _norm_again(ctx, kept, block.norm)
         qkv = qkv or group.forward(normed, h)
         q, k, v = _heads(qkv, block)
         d_qkv = [empty(y.shape, y.dtype) for y in qkv]
@@ -311,7 +307,7 @@ class _AttentionBlock(torch.autograd.Function):
         d_factors = group.factor_gradients(normed, h, d_qkv, dh)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _norm_backward(group.input_gradient(d_qkv, dh), kept, rstd, block.norm, dy)
+            dx = _norm_backward(ctx, group.input_gradient(d_qkv, dh), kept, rstd, block.norm, dy)
         return dx, None, None, *d_factors, *d_out_factors
 
 
@@ -319,7 +315,7 @@ class _MlpBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rest: Tensor | None, block: Mlp, *factors: Tensor | None) -> tuple[Tensor, Tensor]:
         group, down = _Group(block.gate_up), _Group([block.down])
-        normed, kept, rstd = _norm(x, rest, block.norm)
+        normed, kept, rstd = _norm(ctx, x, rest, block.norm)
         h = group.project(normed)
         both = group.forward(normed, h)
         del normed
@@ -335,7 +331,7 @@ class _MlpBlock(torch.autograd.Function):
         (kept, rstd, h, h_down), both = _saved(ctx, 4)
         block, group, down = ctx.block, _Group(ctx.block.gate_up), _Group([ctx.block.down])
         dy = dy.contiguous()
-        normed = _norm_again(kept, block.norm)
+        normed = _norm_again(ctx, kept, block.norm)
         again = group.forward(normed, h, start=len(both))
         # what was made again gives its place to its gradient; what was kept may be wanted by a second backward pass
         d_both = [*(empty(y.shape, y.dtype) for y in both), *again]
@@ -350,7 +346,7 @@ class _MlpBlock(torch.autograd.Function):
         del normed
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = _norm_backward(group.input_gradient(d_both, dh), kept, rstd, block.norm, dy)
+            dx = _norm_backward(ctx, group.input_gradient(d_both, dh), kept, rstd, block.norm, dy)
         return dx, None, None, *d_factors, *d_down_factors
 
 

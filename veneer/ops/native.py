@@ -52,7 +52,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     + [c_float, c_int],
     "attention_backward": [c_void_p, c_int64] * 3 + [c_void_p] * 5 + [c_int64, c_void_p] + [c_int64] * 4 + [c_float]
     + [c_void_p, c_int64] * 3 + [c_void_p, c_int],
-    "rms_norm": [c_void_p] * 3 + [c_float, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
+    "rms_norm": [c_void_p] * 3 + [c_float, c_float, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int],
     "rms_norm_backward": [c_void_p] * 4 + [c_float, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
     "gated": [c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int],
     "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
@@ -322,17 +322,18 @@ def _rotary(cos: Tensor | None, sin: Tensor | None) -> tuple[int | None, int | N
 
 def rms_norm(
     x: Tensor, weight: Tensor, epsilon: float, shift: float, rest: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, bool]:
+    """y, rstd (rows) fp32, and whether y tells x: no weight + shift is 0."""
     rows, width = x.shape
     x, weight = x.contiguous(), weight.contiguous()
     assert weight.shape == (width,) and weight.dtype == x.dtype == torch.bfloat16
     assert rest is None or (rest.shape == x.shape and rest.is_contiguous() and rest.dtype == x.dtype)
-    y, rstd = empty(x.shape, x.dtype), torch.empty(rows, dtype=torch.float32)
+    y, rstd, zeros = empty(x.shape, x.dtype), torch.empty(rows, dtype=torch.float32), c_int64()
     _run(
         "rms_norm", x.data_ptr(), _pointer(rest), weight.data_ptr(), shift, epsilon, rows, width, y.data_ptr(),
-        rstd.data_ptr(),
+        rstd.data_ptr(), ctypes.byref(zeros),
     )  # fmt: skip
-    return y, rstd
+    return y, rstd, zeros.value == 0
 
 
 def rms_norm_backward(

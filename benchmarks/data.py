@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def prepare(options: Options) -> Record:
     lengths = [len(sample.input_ids) for sample in samples]
     return {
         "model": str(resolve(options.model)),
-        "data": options.data or "home commands as Alpaca rows (home-assistant-intents)",
+        "data": os.path.relpath(options.data)
+        if options.data
+        else "home commands as Alpaca rows (home-assistant-intents)",
         "train rows": count,
         "train tokens": sum(lengths[:count]),
         "supervised tokens": sum(sample.supervised for sample in samples[:count]),

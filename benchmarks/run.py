@@ -275,7 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "inputs": found["inputs"],
     }
     raw |= {"tables": [table.to_json() for table in tables], "records": found["records"]}
-    path.with_suffix(".json").write_text(json.dumps(raw, indent=1) + "\n", encoding="utf-8")
+    if options.data:
+        raw["options"]["data"] = found["inputs"]["data"]  # by its place beside the project
+    path.with_suffix(".json").write_text(
+        json.dumps(raw, indent=1).replace(str(Path.home()), "~") + "\n", encoding="utf-8"
+    )
     say(f"written: {path}.md and .json")
     return int(bool(problems(found, tables)))
 

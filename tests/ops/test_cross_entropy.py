@@ -24,12 +24,15 @@ def test_loss_and_gradients_equal_the_reference(rows, trained_head):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 5), (3, 16), (257, 101), (300, 1000), (600, 300)])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "width"),
+    [(1, 5, 32), (3, 16, 32), (257, 101, 32), (300, 1000, 32), (600, 300, 32), (70, 101, 33)],  # 33: a bias as a column
+)
 @pytest.mark.parametrize("trained_head", [False, True])
-def test_native_form_is_as_close_to_fp32_as_torch_in_bf16(isa, rows, vocabulary, trained_head):
+def test_native_form_is_as_close_to_fp32_as_torch_in_bf16(isa, rows, vocabulary, width, trained_head):
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, 32, generator=g).bfloat16().requires_grad_()
-    weight = torch.randn(vocabulary, 32, generator=g).bfloat16().requires_grad_(trained_head)
+    hidden = torch.randn(rows, width, generator=g).bfloat16().requires_grad_()
+    weight = torch.randn(vocabulary, width, generator=g).bfloat16().requires_grad_(trained_head)
     labels = torch.randint(0, vocabulary, (rows,), generator=g)
     inputs = (hidden, weight) if trained_head else (hidden,)
     exact = [x.detach().float().requires_grad_(x.requires_grad) for x in (hidden, weight)]

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from veneer.errors import VeneerError
 
 RECIPE_LIMIT = 1 << 20  # bytes; a recipe is a page of text
+LORA_PLUS = 16.0  # the ratio its paper proposes (Hayou et al. 2024, arXiv 2402.12354)
 TARGET_PRESETS = ("attention", "qv", "mlp", "all-linear")
 
 Quantization = Literal["nf4"]
@@ -149,6 +150,12 @@ class TrainConfig(Settings):
     )
     warmup_steps: int | None = Field(None, ge=0, description="left out: 3% of the steps")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of the learning rate left at the end")
+    lora_plus: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="LoRA+: B learns so many times as fast as A; true: 16 times, as its paper has it",
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's")
@@ -176,6 +183,11 @@ class TrainConfig(Settings):
             if values.pop("gradient_checkpointing"):
                 values.setdefault("recompute", "full")
         return values
+
+    @field_validator("lora_plus", mode="before")
+    @classmethod
+    def _usual_ratio(cls, value: Any) -> Any:
+        return (LORA_PLUS if value else None) if isinstance(value, bool) else value
 
     @field_validator("learning_rate")
     @classmethod

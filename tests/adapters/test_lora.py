@@ -89,9 +89,7 @@ def test_scaling_and_rslora():
 
 def test_initial_factors():
     a = initial_factor((64, 1000), 64, "kaiming")
-    assert (
-        float(a.abs().max()) <= 1000**-0.5 and float(a.std()) == pytest.approx((3000) ** -0.5, rel=0.05)
-    )
+    assert float(a.abs().max()) <= 1000**-0.5 and float(a.std()) == pytest.approx((3000) ** -0.5, rel=0.05)
     assert float(initial_factor((64, 1000), 64, "gaussian").std()) == pytest.approx(1 / 64, rel=0.05)
 
 

@@ -59,7 +59,12 @@ KINDS = {
     "head": (qwen2, ["lm_head", "v_proj"]),
     "head, tied": (lambda: make_model(fused=False), ["lm_head", "v_proj"]),
 }
-FIRST = {"linear": "q_proj", "conv1d of transformers": "c_attn", "convolution": "conv", "grouped convolution": "grouped"}
+FIRST = {
+    "linear": "q_proj",
+    "conv1d of transformers": "c_attn",
+    "convolution": "conv",
+    "grouped convolution": "grouped",
+}
 METHODS = {
     "LoRA": {},
     "rsLoRA": {"use_rslora": True},
@@ -140,9 +145,7 @@ def test_their_file_is_the_same_adapter_here(tmp_path, kind, method):
     model = theirs(kind, method)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     ours = veneer.load_adapter(built(kind), tmp_path)
-    wanted, their_gradients = gradients(
-        model, kind, {n: p for n, p in model.named_parameters() if p.requires_grad}
-    )
+    wanted, their_gradients = gradients(model, kind, {n: p for n, p in model.named_parameters() if p.requires_grad})
     found, our_gradients = gradients(ours, kind, adapter_parameters(ours, "default"))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert our_gradients.keys() == {their_name(name) for name in their_gradients}

@@ -297,7 +297,12 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
 
 def freeze_base(model: nn.Module) -> None:
     """No base parameter is trained and no dropout is active in the base, even after `model.train()`."""
-    own = {id(p) for layer in lora_layers(model).values() for name in layer.lora_A for p in layer.parameters_of(name).values()}
+    own = {
+        id(p)
+        for layer in lora_layers(model).values()
+        for name in layer.lora_A
+        for p in layer.parameters_of(name).values()
+    }
     own |= {id(p) for adapter in adapters(model).values() for p in adapter.replaced.values()}
     for parameter in model.parameters():
         if id(parameter) not in own:

@@ -204,7 +204,7 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "layer_replication": None,
         "layers_pattern": None,
-        "layers_to_transform": config.layers,
+        "layers_to_transform": config.layers if config.depth is None else _blocks(model, targets, layers),
         "revision": None,
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         **_patterns(config, layers, name),
@@ -221,6 +221,12 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "bias": config.bias,
         "modules_to_save": config.modules_to_save or None,
     }
+
+
+def _blocks(model: nn.Module, targets: str | list[str], layers: dict[str, LoraLayer]) -> list[int] | None:
+    """The blocks that have adapters; None: all that the targets name."""
+    there, asked = ({block_number(path) for path in paths} for paths in (layers, resolve_targets(model, targets)))
+    return sorted(n for n in there if n is not None) if there != asked else None
 
 
 def _patterns(config: LoraConfig, layers: dict[str, LoraLayer], name: str) -> dict[str, Any]:
@@ -251,7 +257,9 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
     file = read_adapter(path)
     raw, config = file.raw, file.config
-    modules = {plain_name(model, key): module for key, module in model.named_modules() if not key.endswith("base_layer")}
+    modules = {
+        plain_name(model, key): module for key, module in model.named_modules() if not key.endswith("base_layer")
+    }
     problems = []
     for layer, found in file.factors.items():
         module = modules.get(layer)
@@ -353,9 +361,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     return AdapterFile(raw, config, *_read_tensors(path / WEIGHTS_FILE, raw, config))
 
 
-def _read_tensors(
-    path: Path, raw: dict[str, Any], config: LoraConfig
-) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+def _read_tensors(path: Path, raw: dict[str, Any], config: LoraConfig) -> tuple[dict[str, Factors], dict[str, Tensor]]:
     problems: list[str] = []
     found: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}

@@ -192,11 +192,11 @@ BAD_ADAPTERS = {
     "rank_pattern: found {'(?i)q_proj': 4}": adapter(rank_pattern={"(?i)q_proj": 4}),
     "rank_pattern: found {'q_proj': 'x'}": adapter(rank_pattern={"q_proj": "x"}),
     "alpha_pattern: found {'q_proj': 'x'}": adapter(alpha_pattern={"q_proj": "x"}),
-    "2 problems": adapter(alpha_pattern=5, use_dora=True),
+    "2 problems": adapter(alpha_pattern=5, lora_bias=True),
     "found (4, 48), expected (8, in)": adapter(r=8),
     "found NaN or Inf": tensors(lambda t, k: t[k].fill_(float("nan"))),
     "no lora_A and lora_B tensors": tensors(lambda t, k: (t.clear(), t.update(x=torch.zeros(1)))),
-    "found only lora_B": tensors(lambda t, k: t.pop(k.replace("lora_B", "lora_A"))),
+    "found no lora_A": tensors(lambda t, k: t.pop(k.replace("lora_B", "lora_A"))),
     "found a pickle file": lambda: os.rename(ADAPTER, "adapter/adapter_model.bin"),
     "is not a valid safetensors file": pickled(ADAPTER),
     "damaged or incomplete": cut_short(ADAPTER),
@@ -251,8 +251,8 @@ def test_bad_input_is_one_message(main, arguments, change, words):
 
 
 REFUSED = {
-    "use_dora is True, which changes the result": adapter(use_dora=True),
-    "2 problems": adapter(modules_to_save=["lm_head"], layer_replication=[[0, 1]]),
+    "lora_bias is True, which changes the result": adapter(lora_bias=True),
+    "2 problems": adapter(lora_bias=True, layer_replication=[[0, 1]]),
 }
 
 

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.adapters.attach import attach, count_parameters, remove_adapter, set_adapter
+    from veneer.adapters.attach import active_adapter, attach, count_parameters, remove_adapter, set_adapter
     from veneer.adapters.files import load_adapter, save_adapter
     from veneer.adapters.merge import merge
     from veneer.config import DataConfig, LoraConfig, Recipe, TrainConfig
@@ -26,6 +26,7 @@ __all__ = [
     "RefusedError",
     "TrainConfig",
     "VeneerError",
+    "active_adapter",
     "attach",
     "count_parameters",
     "evaluate",
@@ -39,7 +40,7 @@ __all__ = [
     "train",
 ]
 _HOMES = {
-    "veneer.adapters.attach": ("attach", "count_parameters", "remove_adapter", "set_adapter"),
+    "veneer.adapters.attach": ("active_adapter", "attach", "count_parameters", "remove_adapter", "set_adapter"),
     "veneer.adapters.files": ("load_adapter", "save_adapter"),
     "veneer.adapters.merge": ("merge",),
     "veneer.config": ("DataConfig", "LoraConfig", "Recipe", "TrainConfig"),

@@ -242,8 +242,8 @@ def inspect(
     if not (Path(path) / CONFIG_FILE).is_file():
         _show(describe_model(path), as_json)
         return
-    raw, config, factors = read_adapter(path)
-    tensors = [tensor for pair in factors.values() for tensor in pair]
+    raw, config, factors, _ = read_adapter(path)
+    tensors = [tensor for parts in factors.values() for tensor in parts if tensor is not None]
     _show(
         {
             "kind": "adapter",

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from veneer.errors import VeneerError
 
 RECIPE_LIMIT = 1 << 20  # bytes; a recipe is a page of text
-TARGET_PRESETS = ("attention", "mlp", "all-linear")
+LORA_PLUS = 16.0  # the ratio its paper proposes (Hayou et al. 2024, arXiv 2402.12354)
+TARGET_PRESETS = ("attention", "qv", "mlp", "all-linear")
 
 Quantization = Literal["nf4"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -50,14 +51,29 @@ class LoraConfig(Settings):
 
     W' = W + scaling * B @ A with A (r, in), B (out, r), scaling = alpha / r,
     or alpha / sqrt(r) with `rslora` (Kalajdzievski 2023, arXiv 2312.03732).
+    With `dora` the rows of W' get a trained length of their own (Liu et al. 2024, arXiv 2402.09353).
     """
 
     r: int = Field(16, ge=1, description="rank")
     alpha: float = Field(32.0, gt=0, description="numerator of the scaling")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     targets: str | list[str] = Field(
-        "all-linear", description="attention, mlp, all-linear, a list of name suffixes, or a regex"
+        "all-linear", description="attention, qv, mlp, all-linear, a list of name suffixes, or a regex"
     )
+    exclude: str | list[str] = Field([], description="name suffixes, or a regex: layers of `targets` to leave out")
+    layers: list[int] | None = Field(None, description="numbers of the blocks to adapt, from 0; left out: all")
+    rank_pattern: dict[str, int] = Field({}, description="other ranks, by name suffix or regex of a name's end")
+    alpha_pattern: dict[str, float] = Field({}, description="other alphas, likewise")
+    depth: list[int] | None = Field(
+        None,
+        description="ranks at evenly spaced depths, first to last block, those between interpolated, 0: no adapter; "
+        "[32, 8] is more early, [0, 16, 0] the middle; alpha follows, so that the scaling stays",
+    )
+    dora: bool = Field(False, description="train the lengths of the weight's rows apart from their directions (DoRA)")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="none, all, or lora_only (of the adapted layers): which biases are trained"
+    )
+    modules_to_save: list[str] = Field([], description="name suffixes of modules that are trained in full")
     init: Literal["kaiming", "gaussian"] = Field(
         "kaiming", description="kaiming or gaussian: how A starts; B starts at zero"
     )
@@ -65,13 +81,33 @@ class LoraConfig(Settings):
 
     @property
     def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return self.scaling_at(self.r, self.alpha)
+
+    def scaling_at(self, r: int, alpha: float) -> float:
+        return alpha / (math.sqrt(r) if self.rslora else r)
 
     @field_validator("targets")
     @classmethod
     def _some_target(cls, value: str | list[str]) -> str | list[str]:
         if not value or any(not part for part in value):
-            raise ValueError("expected attention, mlp, all-linear, a list of name suffixes, or a regex; found nothing")
+            raise ValueError(
+                "expected attention, qv, mlp, all-linear, a list of name suffixes, or a regex; found nothing"
+            )
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _positive_numbers(cls, value: dict[str, float]) -> dict[str, float]:
+        wrong = {key: number for key, number in value.items() if number <= 0}
+        if wrong:
+            raise ValueError(f"found {wrong}, expected numbers above 0")
+        return value
+
+    @field_validator("depth")
+    @classmethod
+    def _ranks(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and (not any(value) or min(value) < 0):
+            raise ValueError(f"found {value}, expected ranks from 0, not all 0")
         return value
 
 
@@ -114,6 +150,12 @@ class TrainConfig(Settings):
     )
     warmup_steps: int | None = Field(None, ge=0, description="left out: 3% of the steps")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of the learning rate left at the end")
+    lora_plus: float | None = Field(
+        None,
+        gt=0,
+        le=1000,
+        description="LoRA+: B learns so many times as fast as A; true: 16 times, as its paper has it",
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's")
@@ -141,6 +183,11 @@ class TrainConfig(Settings):
             if values.pop("gradient_checkpointing"):
                 values.setdefault("recompute", "full")
         return values
+
+    @field_validator("lora_plus", mode="before")
+    @classmethod
+    def _usual_ratio(cls, value: Any) -> Any:
+        return (LORA_PLUS if value else None) if isinstance(value, bool) else value
 
     @field_validator("learning_rate")
     @classmethod

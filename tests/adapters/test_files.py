@@ -56,14 +56,14 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ("config", "tensors", "words"),
     [
         (None, lambda t: t[KEY].fill_(float("nan")), "NaN"),
-        (None, lambda t: t.pop(KEY), "only lora_B"),
+        (None, lambda t: t.pop(KEY), "found no lora_A"),
         (None, lambda t: t.update({KEY: torch.zeros(4, 50)}), r"found \(4, 50\), expected \(4, 48\)"),
         (
             None,
             lambda t: t.update({"x.lora_A.weight": torch.zeros(4, 4), "x.lora_B.weight": torch.zeros(4, 4)}),
-            "x: found in the adapter, but this model has no such linear layer",
+            "x: found in the adapter, but this model has no such layer",
         ),
-        (lambda c: c.update(use_dora=True), None, "use_dora"),
+        (lambda c: c.update(use_dora=True), None, "lora_magnitude_vector"),
         (lambda c: c.update(modules_to_save=["lm_head"]), None, "modules_to_save"),
         (lambda c: c.update(init_lora_weights="pissa"), None, "init_lora_weights"),
         (lambda c: c.update(peft_type="IA3"), None, "IA3"),

@@ -2,33 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from veneer.adapters.lora import LoraLinear, check_adapter_name, initial_factors
+from veneer.adapters.lora import CONVOLUTIONS, LoraLayer, LoraLinear, check_adapter_name, lora_layer
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
 from veneer.quant.linear import Nf4Linear
 
-Linear: TypeAlias = nn.Linear | Nf4Linear | LoraLinear
+LINEAR = (nn.Linear, Nf4Linear, Conv1D, LoraLinear)
 _PRESET_PARENT = {
     "attention": re.compile(r"(^|_)(attn|attention)", re.I),
     "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
 }
+_QV = re.compile(r"(q|v|query|value)(_?proj|_?lin)?")
+_ENDS_IN = r"(.*\.)?({})$"
+_LAYER_INDEX = re.compile(r".*?\.(\d+)\.")
 
 
 @dataclass
 class Adapter:
-    """What the model remembers of one adapter: its settings and, if it came from a file, that file's config."""
+    """What the model remembers of one adapter: its settings, that of its file's config, and what it replaces.
+
+    replaced: parameters of the plain model, by name, that this adapter has trained versions of.
+    """
 
     config: LoraConfig
     file_config: dict[str, Any] = field(default_factory=dict)
+    replaced: dict[str, nn.Parameter] = field(default_factory=dict)
+
+
+class Place(NamedTuple):
+    """A layer to adapt, by its name in the plain model."""
+
+    path: str
+    r: int
+    scaling: float
 
 
 @dataclass(frozen=True)
@@ -61,28 +78,150 @@ def attach(
     check_adapter_name(name)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
-    names = resolve_targets(model, config.targets)
-    modules = dict(model.named_modules())
-    too_large = [  # layers of one name and shape, as there is one in each block, are one problem
-        f"lora.r: found {config.r}, expected at most {min(rows, width)} for {kind} ({rows} x {width})"
-        for kind, rows, width in dict.fromkeys(
-            (path.rsplit(".", 1)[-1], modules[path].out_features, modules[path].in_features) for path in names
-        )
-        if config.r > min(rows, width)
-    ]
-    if too_large:
-        raise VeneerError(too_large, hint="choose a smaller rank, or leave those layers out of lora.targets")
+    places = plan_places(model, config)
+    replaced = _to_replace(model, config, [place.path for place in places])
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     freeze_base(model)
-    for path in names:
+    for path, r, scaling in places:
         layer = adapted(model, path)
-        a, b = initial_factors(config.r, layer.in_features, layer.out_features, config.init, generator)
-        layer.add(name, a, b, scaling=config.scaling, dropout=config.dropout)
-    adapters(model)[name] = Adapter(config)
+        a, b = layer.start(r, config.init, generator)
+        magnitude = layer.first_magnitude() if config.dora else None
+        layer.add(name, a, b, scaling=scaling, dropout=config.dropout, magnitude=magnitude)
+    copies = {path: nn.Parameter(base.detach().clone()) for path, base in replaced.items()}
+    adapters(model)[name] = Adapter(config, replaced=copies)
     set_adapter(model, name)
     if config.targets in ("all-linear", "mlp"):
         _warn_of_experts(model, config.targets)
     return model
+
+
+def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
+    """The layers that a configuration adapts, each with its rank and scaling, in model order.
+
+    Raises:
+        VeneerError: a name matches nothing, a rank is larger than a layer allows; all at once.
+    """
+    paths = excluded(resolve_targets(model, config.targets), config.exclude)
+    modules, problems, found = dict(model.named_modules()), [], []
+    if config.layers is not None or config.depth is not None:
+        blocks = [block_number(path) for path in paths]
+        last = max((n for n in blocks if n is not None), default=None)
+        if last is None:
+            problems.append("lora.layers, lora.depth: none of the targets is in a numbered block")
+        elif unknown := sorted(set(config.layers or []) - {n for n in blocks if n is not None}):
+            problems.append(f"lora.layers: found {unknown}, expected numbers of blocks with targets, 0 to {last}")
+    else:
+        last = None
+    for path in paths:
+        block = block_number(path)
+        if config.layers is not None and block not in config.layers:
+            continue
+        r, alpha = config.r, config.alpha
+        if config.depth is not None and block is not None and last is not None:
+            r, alpha = depth_rank(config.depth, block, last), config.scaling
+            alpha *= math.sqrt(r) if config.rslora else r
+            if r == 0:
+                continue
+        r = int(by_pattern(config.rank_pattern, path, r))
+        found.append(Place(path, r, config.scaling_at(r, by_pattern(config.alpha_pattern, path, alpha))))
+    too_large = {  # layers of one name and shape, as there is one in each block, are one problem
+        (path.rsplit(".", 1)[-1], r, *_sides(modules[path])): None
+        for path, r, _ in found
+        if r > min(_sides(modules[path]))
+    }
+    problems += [
+        f"lora.r: found {r}, expected at most {min(rows, width)} for {kind} ({rows} x {width})"
+        for kind, r, rows, width in too_large
+    ]
+    if not found and not problems:
+        problems.append("lora.exclude, lora.layers: no layer of lora.targets is left")
+    if problems:
+        raise VeneerError(
+            problems,
+            hint="choose a smaller rank, or leave those layers out of lora.targets" if too_large else None,
+        )
+    return found
+
+
+def _sides(module: nn.Module) -> tuple[int, int]:
+    layer = module if isinstance(module, LoraLayer) else lora_layer(module)
+    assert layer is not None
+    return layer.sides
+
+
+def depth_rank(anchors: list[int], block: int, last: int) -> int:
+    """The rank at block `block` of 0..last: `anchors` stand evenly spaced over the depth, between them it is linear."""
+    if len(anchors) == 1 or last == 0:
+        return anchors[0]
+    at = block / last * (len(anchors) - 1)
+    low = min(int(at), len(anchors) - 2)
+    return round(anchors[low] + (at - low) * (anchors[low + 1] - anchors[low]))
+
+
+def block_number(path: str) -> int | None:
+    """The first number in a layer's name, which is that of its block; None: it is in none."""
+    match = _LAYER_INDEX.match(path)
+    return int(match[1]) if match else None
+
+
+def by_pattern(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that is a suffix of the layer's name, or a regex for its end, decides."""
+    for key, value in (pattern or {}).items():
+        if re.match(_ENDS_IN.format(key), path):
+            return value
+    return default
+
+
+def excluded(paths: list[str], exclude: str | list[str] | None) -> list[str]:
+    """`paths` without those that a regex matches whole, or whose ends are in a list."""
+    if isinstance(exclude, str):
+        return [path for path in paths if not re.fullmatch(exclude, path)]
+    return [path for path in paths if not any(_is_suffix(path, suffix) for suffix in exclude or [])]
+
+
+def _to_replace(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict[str, nn.Parameter]:
+    """The base's parameters that an adapter has versions of: biases, and modules trained in full.
+
+    Raises:
+        VeneerError: a module is not there, has no parameters, or is adapted too.
+    """
+    found: dict[str, nn.Parameter] = {}
+    problems = []
+    for suffix in config.modules_to_save:
+        matches = [name for name, _ in model.named_modules() if name.endswith(suffix)]  # PEFT's rule
+        inside = {
+            plain_name(model, f"{name}.{key}"): parameter
+            for name in matches
+            for key, parameter in model.get_submodule(name).named_parameters()
+            if not _is_factor(key)
+        }
+        if not matches:
+            kinds = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
+            problems.append(f"lora.modules_to_save: {suffix!r} matches no module; {nearest(suffix, kinds)}")
+        elif not inside:
+            problems.append(f"lora.modules_to_save: {suffix!r} has no weights that can be trained (4-bit ones cannot)")
+        both = [path for path in paths if any(path == name or path.startswith(f"{name}.") for name in matches)]
+        if both:
+            problems.append(f"lora.modules_to_save: {suffix!r} is also in lora.targets ({both[0]})")
+        found |= inside
+    if problems:
+        raise VeneerError(problems)
+    for name, parameter in model.named_parameters():
+        plain = plain_name(model, name)
+        if plain.rsplit(".", 1)[-1] != "bias" or _is_factor(name):
+            continue
+        if config.bias == "all" or (config.bias == "lora_only" and plain.rpartition(".")[0] in paths):
+            found[plain] = parameter
+    return found
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name a parameter has in the plain model."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def _is_factor(name: str) -> bool:
+    return any(part in ("lora_A", "lora_B", "magnitude") for part in name.split("."))
 
 
 def _experts(model: nn.Module) -> tuple[str, int]:
@@ -110,20 +249,23 @@ def _warn_of_experts(model: nn.Module, targets: str | list[str]) -> None:
 
 
 def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
-    """The full names of the linears meant by `targets`, in model order.
+    """The full names of the layers meant by `targets`, in model order.
 
-    A preset (attention, mlp, all-linear: never the output head), a list of name suffixes, or a regex that must
-    match a layer's whole name; the last two mean what PEFT's `target_modules` means.
+    A preset (attention, qv, mlp, all-linear: linears, never the output head), a list of name suffixes, or a regex that
+    must match a layer's whole name; the last two mean what PEFT's `target_modules` means, and also reach convolutions and
+    embeddings.
 
     Raises:
         VeneerError: a part matches nothing; lists the names that exist.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    linears = {name: module for name, module in _linears(model)}
-    hidden = [name for name, module in linears.items() if module is not head]
+    layers = dict(_adaptable(model))
+    hidden = [name for name, module in layers.items() if isinstance(module, LINEAR) and module is not head]
     if isinstance(targets, str):
         if targets == "all-linear":
             found = hidden
+        elif targets == "qv":
+            found = [name for name in hidden if _QV.fullmatch(name.rsplit(".", 1)[-1])]
         elif targets in _PRESET_PARENT:
             parent = _PRESET_PARENT[targets]
             found = [name for name in hidden if any(parent.search(part) for part in name.split(".")[:-1])]
@@ -132,15 +274,15 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
                 pattern = re.compile(targets)
             except re.error as error:
                 raise VeneerError(f"lora.targets: {targets!r} is not a valid regex: {error}") from None
-            found = [name for name in linears if pattern.fullmatch(name)]
+            found = [name for name in layers if pattern.fullmatch(name)]
         missing = [] if found else [targets]
     else:
-        found = [name for name in linears if any(_is_suffix(name, suffix) for suffix in targets)]
-        missing = [suffix for suffix in targets if not any(_is_suffix(name, suffix) for name in linears)]
+        found = [name for name in layers if any(_is_suffix(name, suffix) for suffix in targets)]
+        missing = [suffix for suffix in targets if not any(_is_suffix(name, suffix) for name in layers)]
     if missing:
-        kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
         problems = [
-            f"lora.targets: {part!r} matches no linear layer"
+            f"lora.targets: {part!r} matches no layer that can be adapted"
             + ("" if part in TARGET_PRESETS else f"; {nearest(part, kinds)}")
             for part in missing
         ]
@@ -156,15 +298,17 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
 def freeze_base(model: nn.Module) -> None:
     """No base parameter is trained and no dropout is active in the base, even after `model.train()`."""
     own = {
-        id(parameter)
+        id(p)
         for layer in lora_layers(model).values()
-        for parameter in (*layer.lora_A.values(), *layer.lora_B.values())
+        for name in layer.lora_A
+        for p in layer.parameters_of(name).values()
     }
+    own |= {id(p) for adapter in adapters(model).values() for p in adapter.replaced.values()}
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
     for module in model.modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             continue
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -180,17 +324,19 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return model.__dict__["veneer_adapters"]  # type: ignore[no-any-return]
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """The adapted layers by the name their base layer has in the plain model."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def adapted(model: nn.Module, path: str) -> LoraLinear:
-    """The LoraLinear at `path`; a plain linear there is wrapped first."""
+def adapted(model: nn.Module, path: str) -> LoraLayer:
+    """The adapted layer at `path`; a plain layer there is wrapped first."""
     layer = model.get_submodule(path)
-    if isinstance(layer, LoraLinear):
+    if isinstance(layer, LoraLayer):
         return layer
-    wrapped = LoraLinear(layer).train(layer.training)  # type: ignore[arg-type]
+    wrapped = lora_layer(layer)
+    assert wrapped is not None, path
+    wrapped.train(layer.training)
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, wrapped)
     return wrapped
@@ -205,14 +351,45 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     require_adapter(model, name)
     for layer in lora_layers(model).values():
         layer.active = name if name in layer.lora_A else None
-        for factors in (layer.lora_A, layer.lora_B):
+        for factors in (layer.lora_A, layer.lora_B, layer.magnitude):
             for key, parameter in factors.items():
                 parameter.requires_grad_(key == name)
+    _replace(model, {} if name is None else adapters(model)[name].replaced)
+    model.__dict__["veneer_active"] = name
+
+
+def _replace(model: nn.Module, wanted: dict[str, nn.Parameter]) -> None:
+    """Put an adapter's versions in the place of the base's parameters, wherever those are used (ties are kept), and the
+    base's own back where none is wanted."""
+    base: dict[str, nn.Parameter] = model.__dict__.setdefault("veneer_base", {})  # of what is replaced now
+    for path in [path for path in base if path not in wanted]:
+        _put(model, getattr(*_owner(model, path)), base.pop(path))
+    for path, parameter in wanted.items():
+        there = getattr(*_owner(model, path))
+        if there is parameter:
+            continue
+        base.setdefault(path, there)
+        if parameter.device != there.device:
+            parameter.data = parameter.data.to(there.device)
+        _put(model, there, parameter.requires_grad_(True))
+
+
+def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[key] = new
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    parent, _, key = path.rpartition(".")
+    module = model.get_submodule(parent)
+    return (module.base_layer if isinstance(module, LoraLayer) else module), key
 
 
 def active_adapter(model: nn.Module) -> str | None:
     """The name of the active adapter, or None."""
-    return next((layer.active for layer in lora_layers(model).values() if layer.active is not None), None)
+    return model.__dict__.get("veneer_active")
 
 
 def require_adapter(model: nn.Module, name: str | None) -> None:
@@ -224,6 +401,8 @@ def require_adapter(model: nn.Module, name: str | None) -> None:
 def remove_adapter(model: nn.Module, name: str) -> None:
     """Take an adapter off; layers left without any become the plain layers they were."""
     require_adapter(model, name)
+    if active_adapter(model) == name:
+        set_adapter(model, None)
     for path, layer in lora_layers(model).items():
         if name in layer.lora_A:
             layer.remove(name)
@@ -234,13 +413,15 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The factors of one adapter by name: `<layer>.lora_A.weight` (r, in) and `<layer>.lora_B.weight` (out, r)."""
-    found = {}
-    for path, layer in lora_layers(model).items():
-        if name in layer.lora_A:
-            found[f"{path}.lora_A.weight"] = layer.lora_A[name]
-            found[f"{path}.lora_B.weight"] = layer.lora_B[name]
-    return found
+    """All that an adapter trains, by name: `<layer>.lora_A.weight` (r, in), `<layer>.lora_B.weight` (out, r) and what
+    else its layers have, and its versions of the base's parameters by their names in the plain model."""
+    found = {
+        f"{path}.{key}": parameter
+        for path, layer in lora_layers(model).items()
+        if name in layer.lora_A
+        for key, parameter in layer.parameters_of(name).items()
+    }
+    return found | adapters(model)[name].replaced if name in adapters(model) else found
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -250,13 +431,13 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     return ParameterCount(sum(p.numel() for p in model.parameters() if p.requires_grad), total)
 
 
-def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside = set()
     for name, module in model.named_modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             inside.add(f"{name}.base_layer")
             yield name, module
-        elif isinstance(module, nn.Linear | Nf4Linear) and name not in inside:
+        elif isinstance(module, (nn.Linear, Nf4Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)) and name not in inside:
             yield name, module
 
 

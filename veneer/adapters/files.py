@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from veneer.adapters.attach import (
     Adapter,
@@ -22,14 +23,18 @@ from veneer.adapters.attach import (
     adapted,
     adapter_parameters,
     adapters,
+    block_number,
+    by_pattern,
+    excluded,
     freeze_base,
     lora_layers,
+    plain_name,
     require_adapter,
     resolve_targets,
     set_adapter,
 )
-from veneer.adapters.lora import check_adapter_name
-from veneer.config import LoraConfig
+from veneer.adapters.lora import LoraLayer, check_adapter_name, lora_layer
+from veneer.config import TARGET_PRESETS, LoraConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.storage import (
     PICKLE_SUFFIXES,
@@ -44,13 +49,17 @@ from veneer.storage import (
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 _ENDS_IN = r"(.*\.)?({})$"
-_LAYER_INDEX = re.compile(r".*\.[^.]*\.(\d+)\.")
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector)(?:(?<=vector)\.weight)?"
+)
+_WHICH = {
+    "lora_A.weight": "a", "lora_embedding_A": "a", "lora_B.weight": "b", "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude",
+}  # fmt: skip
 
 # Fields of PEFT's LoraConfig that change the result and that we do not support yet: field -> values that change nothing.
 _MATHS_FIELDS: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "use_dora": (False, None),
     "lora_bias": (False, None),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
@@ -94,6 +103,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lora_alpha": ("a number above 0", _positive),
     "lora_dropout": ("a number from 0 to below 1", lambda v: v == 0 or (_positive(v) and v < 1)),
     "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
+    "bias": ("none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+    "modules_to_save": ("a list of names", lambda v: isinstance(v, list) and _names_or_regex(v)),
     "exclude_modules": ("a list of names or a regex", _names_or_regex),
     "layers_to_transform": (
         "a layer's number or a list of them",
@@ -109,7 +121,27 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
 }
-_OPTIONAL = ("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "base_model_name_or_path")
+_OPTIONAL = (
+    "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_dora",
+    "modules_to_save",
+)  # fmt: skip
+
+
+class Factors(NamedTuple):
+    """One layer's tensors in a file."""
+
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None = None
+
+
+class AdapterFile(NamedTuple):
+    """An adapter folder: its config as it stands there and as ours, factors by layer, and parameters trained in full."""
+
+    raw: dict[str, Any]
+    config: LoraConfig
+    factors: dict[str, Factors]
+    replaced: dict[str, Tensor]
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *, replace: bool = False) -> Path:
@@ -135,13 +167,20 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
         write_json(folder / CONFIG_FILE, config)
         write_tensors(
             folder / WEIGHTS_FILE,
-            {KEY_PREFIX + key: value for key, value in factors.items()},
+            {KEY_PREFIX + _file_key(model, key): value for key, value in factors.items()},
             metadata={"veneer.base_quantization": str(getattr(model, "veneer_quantization", None) or "none")},
         )
         (folder / "README.md").write_text(
             _model_card(config, sum(v.numel() for v in factors.values())), encoding="utf-8"
         )
     return path
+
+
+def _file_key(model: nn.Module, key: str) -> str:
+    """PEFT calls the bias of an adapted layer `<layer>.base_layer.bias`."""
+    parent, _, last = key.rpartition(".")
+    inside = last == "bias" and isinstance(model.get_submodule(parent), LoraLayer)
+    return f"{parent}.base_layer.bias" if inside else key
 
 
 def file_config(model: nn.Module, name: str) -> dict[str, Any]:
@@ -152,7 +191,7 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         targets = original["target_modules"]
     elif isinstance(config.targets, list):
         targets = config.targets
-    elif config.targets in ("all-linear", "attention", "mlp"):  # presets are ours: write the suffixes they meant
+    elif config.targets in TARGET_PRESETS:  # presets are ours: write the suffixes they meant
         suffixes = sorted({path.rsplit(".", 1)[-1] for path in layers})
         # A suffix may also name a layer outside the preset (another tower's q_proj): then write the full names.
         targets = suffixes if set(resolve_targets(model, suffixes)) == set(layers) else sorted(layers)
@@ -160,19 +199,15 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         targets = config.targets
     return {
         "auto_mapping": None,
-        "bias": "none",
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
+        "exclude_modules": config.exclude or None,
+        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "layer_replication": None,
         "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": None,
+        "layers_to_transform": config.layers if config.depth is None else _blocks(model, targets, layers),
         "revision": None,
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        **_patterns(config, layers, name),
         **original,
         "base_model_name_or_path": original.get("base_model_name_or_path") or getattr(model, "name_or_path", None),
         "peft_type": "LORA",
@@ -182,6 +217,30 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "lora_dropout": config.dropout,
         "target_modules": targets,
         "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "bias": config.bias,
+        "modules_to_save": config.modules_to_save or None,
+    }
+
+
+def _blocks(model: nn.Module, targets: str | list[str], layers: dict[str, LoraLayer]) -> list[int] | None:
+    """The blocks that have adapters; None: all that the targets name."""
+    there, asked = ({block_number(path) for path in paths} for paths in (layers, resolve_targets(model, targets)))
+    return sorted(n for n in there if n is not None) if there != asked else None
+
+
+def _patterns(config: LoraConfig, layers: dict[str, LoraLayer], name: str) -> dict[str, Any]:
+    """What of ranks and alphas differs, by the layers' full names where a rule by depth made them."""
+    if config.depth is None:
+        return {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
+    ranks = {path: layer.rank(name) for path, layer in layers.items()}
+    alphas = {
+        path: layer.scaling[name] * (math.sqrt(ranks[path]) if config.rslora else ranks[path])
+        for path, layer in layers.items()
+    }
+    return {
+        "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != config.r},
+        "alpha_pattern": {re.escape(path): alpha for path, alpha in alphas.items() if alpha != config.alpha},
     }
 
 
@@ -196,40 +255,63 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
     check_adapter_name(name)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
-    raw, config, factors = read_adapter(path)
-    layers = dict(model.named_modules())
+    file = read_adapter(path)
+    raw, config = file.raw, file.config
+    modules = {
+        plain_name(model, key): module for key, module in model.named_modules() if not key.endswith("base_layer")
+    }
     problems = []
-    for layer, (a, b) in factors.items():
-        module = layers.get(layer)
-        if not hasattr(module, "in_features"):
-            problems.append(f"{layer}: found in the adapter, but this model has no such linear layer")
+    for layer, found in file.factors.items():
+        module = modules.get(layer)
+        kind = module if isinstance(module, LoraLayer) else None if module is None else lora_layer(module)
+        if kind is None:
+            problems.append(f"{layer}: found in the adapter, but this model has no such layer that can be adapted")
             continue
-        expected = {"A": (a.shape[0], module.in_features), "B": (module.out_features, a.shape[0])}  # type: ignore[union-attr]
+        try:
+            a, b = kind.shapes(found.a.shape[0])
+        except VeneerError as error:
+            problems += [f"{layer}: {problem}" for problem in error.problems]
+            continue
+        expected = {"A": (found.a, a), "B": (found.b, b)}
+        if found.magnitude is not None:
+            expected["magnitude_vector"] = (found.magnitude, kind.magnitude_shape())
         problems += [
-            f"{layer}.lora_{k}: found {tuple(t.shape)}, expected {expected[k]}"
-            for k, t in (("A", a), ("B", b))
-            if tuple(t.shape) != expected[k]
+            f"{layer}.lora_{part}: found {tuple(tensor.shape)}, expected {shape}"
+            for part, (tensor, shape) in expected.items()
+            if tuple(tensor.shape) != shape
         ]
-    left_out = sorted(_expected(model, raw) - factors.keys())
+    base = {plain_name(model, key): parameter for key, parameter in model.named_parameters(remove_duplicate=False)}
+    for key, tensor in file.replaced.items():
+        if key not in base:
+            problems.append(f"{key}: found in the adapter, but this model has no such weight")
+        elif base[key].shape != tensor.shape:
+            problems.append(f"{key}: found {tuple(tensor.shape)}, expected {tuple(base[key].shape)}")
+    left_out = sorted(_expected(model, raw) - file.factors.keys())
     problems += [f"{layer}: in target_modules, but not in {WEIGHTS_FILE}" for layer in left_out]
     if problems:
-        base = raw.get("base_model_name_or_path")
+        made_for = raw.get("base_model_name_or_path")
         raise VeneerError(
             [f"adapter {path}: {problem}" for problem in problems],
-            hint=f"it was made for {base!r}; this model is {getattr(model, 'name_or_path', '?')!r}" if base else None,
+            hint=f"it was made for {made_for!r}; this model is {getattr(model, 'name_or_path', '?')!r}"
+            if made_for
+            else None,
         )
     freeze_base(model)
-    for layer, (a, b) in factors.items():
-        alpha = float(_by_pattern(raw.get("alpha_pattern"), layer, config.alpha))
-        scaling = LoraConfig(r=a.shape[0], alpha=alpha, rslora=config.rslora).scaling
-        adapted(model, layer).add(name, a, b, scaling=scaling, dropout=config.dropout)
-    adapters(model)[name] = Adapter(config, raw)
+    for layer, (a, b, magnitude) in file.factors.items():
+        alpha = float(by_pattern(raw.get("alpha_pattern"), layer, config.alpha))
+        scaling = config.scaling_at(a.shape[0], alpha)
+        adapted(model, layer).add(name, a, b, scaling=scaling, dropout=config.dropout, magnitude=magnitude)
+    replaced = {
+        key: nn.Parameter(tensor.to(device=base[key].device, dtype=base[key].dtype))
+        for key, tensor in file.replaced.items()
+    }
+    adapters(model)[name] = Adapter(config, raw, replaced)
     set_adapter(model, name if activate else active_adapter(model))
     return model
 
 
-def read_adapter(path: str | Path) -> tuple[dict[str, Any], LoraConfig, dict[str, tuple[Tensor, Tensor]]]:
-    """An adapter folder: its config as it stands there and as ours, and A (r, in) and B (out, r) by layer.
+def read_adapter(path: str | Path) -> AdapterFile:
+    """An adapter folder in PEFT's format.
 
     Raises:
         VeneerError: all that is wrong without looking at a base: files missing, damaged or pickle; a field that cannot
@@ -269,33 +351,66 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], LoraConfig, dict[str
         targets=raw["target_modules"],
         init="gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming",
         rslora=raw.get("use_rslora", False),
+        dora=bool(raw.get("use_dora")),
+        bias=raw.get("bias", "none"),
+        modules_to_save=raw.get("modules_to_save") or [],
+        exclude=raw.get("exclude_modules") or [],
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
     )
-    return raw, config, _read_factors(path / WEIGHTS_FILE, raw, config)
+    return AdapterFile(raw, config, *_read_tensors(path / WEIGHTS_FILE, raw, config))
 
 
-def _read_factors(path: Path, raw: dict[str, Any], config: LoraConfig) -> dict[str, tuple[Tensor, Tensor]]:
+def _read_tensors(path: Path, raw: dict[str, Any], config: LoraConfig) -> tuple[dict[str, Factors], dict[str, Tensor]]:
     problems: list[str] = []
     found: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
     for key, tensor in read_tensors(path).items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight", key)
-        if match is None:
-            problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
-            continue
-        found.setdefault(match[1], {})[match[2]] = tensor
-        rank = int(_by_pattern(raw.get("rank_pattern"), match[1], config.r))
-        if tensor.ndim != 2 or tensor.shape[0 if match[2] == "A" else 1] != rank:
-            shape = f"({rank}, in)" if match[2] == "A" else f"(out, {rank})"
-            problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
         if not bool(torch.isfinite(tensor.float()).all()):
             problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            in_full = any(_is_of(key, suffix) for suffix in config.modules_to_save)
+            if in_full or (config.bias != "none" and key.endswith(".bias")):
+                replaced[key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")] = tensor
+            else:
+                problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
+            continue
+        part = _WHICH[match[2]]
+        found.setdefault(match[1], {})[part] = tensor
+        if part == "magnitude":
+            if not config.dora:
+                problems.append(f"tensor {key}: found a magnitude, but use_dora is not true")
+            continue
+        rank = int(by_pattern(raw.get("rank_pattern"), match[1], config.r))
+        fits = tensor.ndim >= 2 and (part == "b" or tensor.shape[0] == rank)
+        fits = fits and (part == "a" or (rank % tensor.shape[1] == 0 if tensor.ndim > 2 else tensor.shape[1] == rank))
+        if not fits:
+            shape = f"({rank}, in)" if part == "a" else f"(out, {rank})"
+            problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
+    needed = {"a": "lora_A", "b": "lora_B"} | ({"magnitude": "lora_magnitude_vector"} if config.dora else {})
     problems += [
-        f"{p}: found only lora_{''.join(t)}, expected lora_A and lora_B" for p, t in found.items() if len(t) < 2
+        f"{layer}: found no {name}, expected {', '.join(needed.values())}"
+        for layer, parts in found.items()
+        for part, name in needed.items()
+        if part not in parts
+    ]
+    problems += [
+        f"no weights of {suffix!r}, which is in modules_to_save"
+        for suffix in config.modules_to_save
+        if not any(_is_of(key, suffix) for key in replaced)
     ]
     if not found:
         problems.append("no lora_A and lora_B tensors in it")
     if problems:
         raise VeneerError([f"{path}: {problem}" for problem in problems], hint="the adapter is damaged; copy it again")
-    return {layer: (pair["A"], pair["B"]) for layer, pair in found.items()}
+    return {layer: Factors(**parts) for layer, parts in found.items()}, replaced
+
+
+def _is_of(key: str, suffix: str) -> bool:
+    """Whether a tensor belongs to a module that `modules_to_save` means by a suffix; PEFT's rule."""
+    path = key.split(".")[:-1]
+    return any(".".join(path[:n]).endswith(suffix) for n in range(1, len(path) + 1))
 
 
 def base_quantization(path: str | Path) -> str | None:
@@ -315,23 +430,12 @@ def _expected(model: nn.Module, raw: dict[str, Any]) -> set[str]:
     for part in [targets] if isinstance(targets, str) else [[suffix] for suffix in targets]:
         with contextlib.suppress(VeneerError):
             names += resolve_targets(model, part)
-    excluded, chosen = raw.get("exclude_modules"), raw.get("layers_to_transform")
-    if isinstance(excluded, str):
-        names = [name for name in names if not re.fullmatch(excluded, name)]
-    elif excluded:
-        names = [name for name in names if not any(name == e or name.endswith(f".{e}") for e in excluded)]
+    names = excluded(names, raw.get("exclude_modules"))
+    chosen = raw.get("layers_to_transform")
     if chosen not in (None, []):
         wanted = {chosen} if isinstance(chosen, int) else set(chosen)
-        names = [name for name in names if (m := _LAYER_INDEX.match(name)) and int(m[1]) in wanted]
+        names = [name for name in names if block_number(name) in wanted]
     return set(names)
-
-
-def _by_pattern(pattern: dict[str, Any] | None, layer: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is a suffix of the layer's name, or a regex for its end, decides."""
-    for key, value in (pattern or {}).items():
-        if re.match(_ENDS_IN.format(key), layer):
-            return value
-    return default
 
 
 def _model_card(config: dict[str, Any], parameters: int) -> str:

@@ -1,6 +1,7 @@
-"""The LoRA layer: a frozen linear, dense or 4-bit, with named low-rank adapters beside it.
+"""Layers with named low-rank adapters beside a frozen weight: linears, dense or 4-bit, convolutions, embeddings.
 
-    y = x W^T + b + scaling * dropout(x) A^T B^T,    A (r, in), B (out, r)        (Hu et al. 2021, arXiv 2106.09685)
+    W' = W + scaling * B A,    A (r, in), B (out, r)                              (LoRA: Hu et al. 2021, arXiv 2106.09685)
+    W' = m (W + scaling * B A) / |W + scaling * B A|,    m (out,), norms of rows  (DoRA: Liu et al. 2024, arXiv 2402.09353)
 
 Adapters are kept in fp32. They are multiplied in the dtype of x: on bf16 activations the products are bf16
 with fp32 accumulation inside the matrix product, on fp32 activations nothing is rounded.
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from veneer import ops
 from veneer.errors import VeneerError
@@ -22,6 +24,9 @@ from veneer.ops.blocks import AdaptedLinear
 from veneer.quant.linear import Nf4Linear, autocast
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+Linear: TypeAlias = nn.Linear | Nf4Linear | Conv1D
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TINY = 1e-30  # smallest norm divided by: a row of zeros, as of a padding token, stays one
 
 
 class LoraFunction(torch.autograd.Function):
@@ -31,12 +36,12 @@ class LoraFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear | Nf4Linear, scaling: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Linear, scaling: float, bias: bool) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
         scaled, b_ = (a * scaling).to(x.dtype), b.to(x.dtype)
         h_NR = ops.product([(x_ND, scaled, True)])
-        bias = None if base.bias is None else base.bias.to(x.dtype)
-        y_NO = ops.product([(x_ND, frozen_weight(base, x.dtype), True), (h_NR, b_, True)], bias)
+        added = base.bias.detach().to(x.dtype) if bias and base.bias is not None else None
+        y_NO = ops.product([(x_ND, *frozen_weight(base, x.dtype)), (h_NR, b_, True)], added)
         ctx.save_for_backward(x_ND, h_NR, scaled, b_)
         ctx.base, ctx.scaling, ctx.shape, ctx.types = base, scaling, x.shape, (a.dtype, b.dtype)
         return y_NO.view(*x.shape[:-1], -1)
@@ -49,78 +54,201 @@ class LoraFunction(torch.autograd.Function):
         dh_NR = ops.product([(dy_NO, b_, False)])
         dx = da = db = None
         if ctx.needs_input_grad[0]:
-            weight = frozen_weight(ctx.base, dy.dtype)
-            dx = ops.product([(dy_NO, weight, False), (dh_NR, scaled, False)]).view(ctx.shape)
+            weight, by_row = frozen_weight(ctx.base, dy.dtype)
+            dx = ops.product([(dy_NO, weight, not by_row), (dh_NR, scaled, False)]).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             da = ops.outer_sum(dh_NR, x_ND).mul_(ctx.scaling).to(ctx.types[0])
         if ctx.needs_input_grad[2]:
             db = ops.outer_sum(h_NR, dy_NO, transposed=True).to(ctx.types[1])
-        return dx, da, db, None, None
+        return dx, da, db, None, None, None
 
 
-def frozen_weight(base: nn.Linear | Nf4Linear, dtype: torch.dtype) -> Any:
-    """The weight (out, in) of a frozen linear as `ops.product` takes it: a tensor in `dtype`, or the 4-bit one."""
-    return base.tensor() if isinstance(base, Nf4Linear) else base.weight.detach().to(dtype)
+def frozen_weight(base: Linear, dtype: torch.dtype) -> tuple[Any, bool]:
+    """The weight of a frozen linear as `ops.product` takes it: a tensor in `dtype` or the 4-bit one, and whether it lies
+    as (out, in); transformers' Conv1D has (in, out)."""
+    if isinstance(base, Nf4Linear):
+        return base.tensor(), True
+    return base.weight.detach().to(dtype), not isinstance(base, Conv1D)
 
 
-class LoraLinear(nn.Module):
-    """A frozen `nn.Linear` or `Nf4Linear` and its adapters, of which at most one is active.
+class LoraLayer(nn.Module):
+    """A frozen layer and its adapters, of which at most one is active. With none active it is the base, exactly.
 
-    With no active adapter it is the base, exactly. `weight`, `bias`, `in_features` and `out_features` are the base's.
+    A subclass says how its factors lie (`shapes`), what they add up to (`_update`) and what the layer computes.
+    `weight` and `bias` are the base's.
     """
 
-    def __init__(self, base_layer: nn.Linear | Nf4Linear) -> None:
+    KEYS = ("lora_A.weight", "lora_B.weight")  # what PEFT's files call the factors
+    in_features: int
+    out_features: int
+
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.base_layer: Any = base_layer
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.magnitude = nn.ParameterDict()  # DoRA's m, shaped to multiply the weight
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
 
     @property
     def weight(self) -> Tensor:
-        return self.base_layer.weight
+        return self.base_layer.weight  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+        return getattr(self.base_layer, "bias", None)
 
-    def add(self, name: str, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0) -> None:
-        """Add an adapter: A (r, in), B (out, r), kept in fp32 on the base's device."""
-        if a.shape[1:] != (self.in_features,) or b.shape != (self.out_features, a.shape[0]):
+    def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and of B at rank r."""
+        return (r, self.in_features), (self.out_features, r)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Of the matrix that the update is: no rank is above the smaller one."""
+        return self.out_features, self.in_features
+
+    def start(self, r: int, init: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """A and B in fp32 at step 0, whose update is zero."""
+        a, b = self.shapes(r)
+        return initial_factor(a, r, init, generator), torch.zeros(b)
+
+    def add(
+        self, name: str, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0, magnitude: Tensor | None = None
+    ) -> None:
+        """Add an adapter: A and B shaped as `shapes` says, kept in fp32 on the base's device; with a magnitude it is DoRA."""
+        expected = self.shapes(a.shape[0])
+        if (tuple(a.shape), tuple(b.shape)) != expected:
             raise VeneerError(
-                f"adapter {name!r}: found A {tuple(a.shape)} and B {tuple(b.shape)}, "
-                f"expected (r, {self.in_features}) and ({self.out_features}, r)"
+                f"adapter {name!r}: found A {tuple(a.shape)} and B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
             )
-        device = self.weight.device
-        self.lora_A[name] = nn.Parameter(a.to(device=device, dtype=torch.float32))
-        self.lora_B[name] = nn.Parameter(b.to(device=device, dtype=torch.float32))
+        for factors, value in ((self.lora_A, a), (self.lora_B, b), (self.magnitude, magnitude)):
+            if value is not None:
+                factors[name] = nn.Parameter(value.to(device=self.weight.device, dtype=torch.float32))
         self.scaling[name], self.dropout[name] = scaling, dropout
 
     def remove(self, name: str) -> None:
-        del self.lora_A[name], self.lora_B[name], self.scaling[name], self.dropout[name]
+        for factors in (self.lora_A, self.lora_B, self.magnitude, self.scaling, self.dropout):
+            if name in factors:
+                del factors[name]  # type: ignore[attr-defined]
         if self.active == name:
             self.active = None
 
     def rank(self, name: str) -> int:
         return int(self.lora_A[name].shape[0])
 
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters by the end of their names in PEFT's files."""
+        found = {self.KEYS[0]: self.lora_A[name], self.KEYS[1]: self.lora_B[name]}
+        if name in self.magnitude:
+            found["lora_magnitude_vector"] = self.magnitude[name]
+        return found
+
     def delta(self, name: str) -> Tensor:
-        """The update scaling * B A, shape (out, in), fp32."""
-        return self.scaling[name] * (self.lora_B[name].detach() @ self.lora_A[name].detach())
+        """The update scaling * B A in the layout of the weight, fp32, before DoRA scales the sum."""
+        return self.scaling[name] * self._update(self.lora_A[name].detach(), self.lora_B[name].detach())
+
+    def _update(self, a: Tensor, b: Tensor) -> Tensor:
+        return b @ a
+
+    def dense(self) -> Tensor:
+        """The base's weight in fp32; a 4-bit one decoded."""
+        base = self.base_layer
+        return base.dequantize(torch.float32) if isinstance(base, Nf4Linear) else base.weight.detach().float()
+
+    def merged(self, name: str) -> Tensor:
+        """The weight with this adapter in it, fp32, in the base's layout."""
+        weight = self.dense()
+        weight = weight + self.delta(name).to(weight.device)
+        if name not in self.magnitude:
+            return weight
+        return weight * (self._over_rows(self.magnitude[name].detach()) / self._row_norms(weight).clamp_(min=_TINY))
+
+    # What DoRA scales: the rows (out) of W as (out, ...). A layout where `out` is not the first dimension overrides both.
+    def _row_norms(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight.flatten(1), dim=1).view(-1, *[1] * (weight.dim() - 1))
+
+    def _over_rows(self, magnitude: Tensor) -> Tensor:
+        return magnitude.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def first_magnitude(self) -> Tensor:
+        """DoRA's m at step 0: the norms of the frozen weight's rows, so that the layer is the base."""
+        return self._row_norms(self.dense()).reshape(self.magnitude_shape())
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        return (self.out_features,)
+
+    def row_scale(self, name: str) -> Tensor:
+        """m / |W + scaling B A| (out,) fp32. As the paper proposes (section 4.3) the norm is a constant to the gradient."""
+        with torch.no_grad():
+            norms = self._row_norms(self.dense() + self.delta(name)).reshape(-1)
+        return self.magnitude[name].reshape(-1) / norms.clamp_(min=_TINY)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """x as the low-rank path sees it."""
+        p = self.dropout[self.active] if self.active is not None and self.training else 0.0
+        return F.dropout(x, p) if p else x
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{name}: r={self.rank(name)}" for name in self.lora_A)
+        return f"adapters={{{ranks}}}"
+
+
+class LoraLinear(LoraLayer):
+    """Of `nn.Linear`, `Nf4Linear` and transformers' Conv1D, whose weight is (in, out)."""
+
+    def __init__(self, base_layer: Linear) -> None:
+        super().__init__(base_layer)
+        if isinstance(base_layer, Conv1D):
+            self.in_features, self.out_features = base_layer.weight.shape
+        else:
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    def _update(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).T if isinstance(self.base_layer, Conv1D) else b @ a
+
+    def _row_norms(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=int(not isinstance(self.base_layer, Conv1D)), keepdim=True)
+
+    def _over_rows(self, magnitude: Tensor) -> Tensor:
+        return magnitude[None] if isinstance(self.base_layer, Conv1D) else magnitude[:, None]
+
+    def row_scale(self, name: str) -> Tensor:
+        """From |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B> by row: no dense update is made, and |W|^2 only once."""
+        with torch.no_grad():
+            a, b, s = self.lora_A[name], self.lora_B[name], self.scaling[name]
+            dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, Nf4Linear) else self.weight.dtype
+            wa = ops.product([(a.to(dtype), *frozen_weight(self.base_layer, dtype))]).float()  # (r, out)
+            cross = 2 * s * (wa.T * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)
+            norms = (self._square_norms() + cross).clamp_(min=0).sqrt_()
+        return self.magnitude[name] / norms.clamp_(min=_TINY)
+
+    def _square_norms(self) -> Tensor:
+        """|W|^2 by row (out,), fp32, kept as long as the weight is the same."""
+        known = self.__dict__.get("_squares")
+        if known is None or known[0] is not self.weight or known[1] != self.weight._version:
+            squares = self._row_norms(self.dense()).reshape(-1).square()
+            known = self.__dict__["_squares"] = (self.weight, self.weight._version, squares)
+        return known[2]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.active is None:
-            return self.base_layer(x)
+        name = self.active
+        if name is None:
+            return self.base_layer(x)  # type: ignore[no-any-return]
         x = autocast(x)
-        a, b, scaling = self.lora_A[self.active], self.lora_B[self.active], self.scaling[self.active]
-        dropout = self.dropout[self.active] if self.training else 0.0
-        if dropout > 0:
-            h = F.dropout(x, dropout) @ a.to(x.dtype).T
-            return self.base_layer(x) + scaling * (h @ b.to(x.dtype).T)
-        return LoraFunction.apply(x, a, b, self.base_layer, scaling)
+        a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        dora = name in self.magnitude
+        later = self.bias if dora or (self.bias is not None and self.bias.requires_grad) else None  # a bias added last
+        low = self.dropped(x)
+        if low is x:
+            y = LoraFunction.apply(x, a, b, self.base_layer, scaling, later is None)
+        else:
+            y = self.base_layer(x) + scaling * ((low @ a.to(x.dtype).T) @ b.to(x.dtype).T)
+            y = y if later is None else y - later.to(x.dtype)
+        if dora:
+            y = y * self.row_scale(name).to(x.dtype)
+        return y if later is None else y + later.to(x.dtype)  # type: ignore[no-any-return]
 
     def frozen(self) -> AdaptedLinear:
         """This layer as the fused halves of a transformer layer take it; with dropout at work, with a mask of its own.
@@ -136,30 +264,120 @@ class LoraLinear(nn.Module):
         return linear._replace(dropout=dropout, seed=int(torch.randint(2**32, ()))) if dropout else linear
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(f"{name}: r={self.rank(name)}" for name in self.lora_A)
-        return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{ranks}}}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
 
 
-def plain_linear(layer: nn.Linear | Nf4Linear) -> AdaptedLinear:
-    """A layer without an adapter, as the fused halves take it."""
-    return AdaptedLinear(frozen_weight(layer, torch.bfloat16), layer.bias)
+class LoraConv(LoraLayer):
+    """Of Conv1d, Conv2d and Conv3d: A (r, in, *kernel) moves as the base does, then B (out, r / groups, 1, ...) in groups.
 
-
-def initial_factors(
-    r: int, in_features: int, out_features: int, init: str = "kaiming", generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) in fp32 at step 0: B is zero, so the adapted layer is the base.
-
-    kaiming: A uniform in +-1/sqrt(in), which is Kaiming-uniform with a = sqrt(5); gaussian: A ~ N(0, 1/r^2), as PEFT does.
+    As PEFT has it, A has no groups and sees zeros beyond the border. So with groups, or another border, the update is no
+    convolution of the base's kind: such an adapter can be trained and used, but not merged, and not be DoRA.
     """
-    a = torch.empty(r, in_features)
+
+    def __init__(self, base_layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__(base_layer)
+        self.in_features, self.out_features = base_layer.in_channels, base_layer.out_channels
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.out_features, self.in_features * math.prod(self.weight.shape[2:])
+
+    def shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        groups, kernel = self.base_layer.groups, self.weight.shape[2:]
+        if r % groups:
+            raise VeneerError(f"rank {r}: expected a multiple of the convolution's {groups} groups")
+        return (r, self.in_features, *kernel), (self.out_features, r // groups, *[1] * len(kernel))
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        return (1, self.out_features, *[1] * (self.weight.dim() - 2))
+
+    def _update(self, a: Tensor, b: Tensor) -> Tensor:
+        base = self.base_layer
+        if base.groups > 1 or base.padding_mode != "zeros":
+            raise VeneerError(
+                f"a convolution with {base.groups} groups and {base.padding_mode} beyond its border cannot hold its adapter",
+                hint="leave it out of lora.targets, or use the adapter without merging it",
+            )
+        return (b.flatten(1) @ a.flatten(1)).view(self.weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        name, base = self.active, self.base_layer
+        if name is None:
+            return base(x)  # type: ignore[no-any-return]
+        a, b, scaling = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype), self.scaling[name]
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
+        h = convolve(self.dropped(x), a, None, base.stride, base.padding, base.dilation)
+        low = scaling * convolve(h, b, groups=base.groups)
+        if name not in self.magnitude:
+            return base(x) + low  # type: ignore[no-any-return]
+        across = (1, -1, *[1] * (self.weight.dim() - 2))
+        y = (base._conv_forward(x, base.weight, None) + low) * self.row_scale(name).to(x.dtype).view(across)
+        return y if self.bias is None else y + self.bias.view(across)  # type: ignore[no-any-return]
+
+
+class LoraEmbedding(LoraLayer):
+    """Of nn.Embedding, weight (n, dim): row i gets scaling * B A[:, i], A (r, n) zero and B (dim, r) normal at the start.
+
+    A model's own factor on its embeddings (Gemma's) is on the update too.
+    """
+
+    KEYS = ("lora_embedding_A", "lora_embedding_B")
+
+    def __init__(self, base_layer: nn.Embedding) -> None:
+        super().__init__(base_layer)
+        self.in_features, self.out_features = base_layer.num_embeddings, base_layer.embedding_dim
+
+    def start(self, r: int, init: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        a, b = self.shapes(r)
+        return torch.zeros(a), torch.empty(b).normal_(generator=generator)
+
+    def _update(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).T
+
+    def _row_norms(self, weight: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(weight, dim=0, keepdim=True)
+
+    def _over_rows(self, magnitude: Tensor) -> Tensor:
+        return magnitude[None]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        name, base = self.active, self.base_layer
+        y = base(ids)
+        if name is None:
+            return y  # type: ignore[no-any-return]
+        rows = F.embedding(ids, self.lora_A[name].T, base.padding_idx, base.max_norm, base.norm_type)
+        low = self.scaling[name] * (rows @ self.lora_B[name].T) * getattr(base, "embed_scale", 1.0)
+        y = y + low.to(y.dtype)
+        return y * self.row_scale(name).to(y.dtype) if name in self.magnitude else y  # type: ignore[no-any-return]
+
+
+def lora_layer(base: nn.Module) -> LoraLayer | None:
+    """The layer that puts adapters on `base`; None: there is none for its kind."""
+    if isinstance(base, nn.Linear | Nf4Linear | Conv1D):
+        return LoraLinear(base)
+    if isinstance(base, CONVOLUTIONS):
+        return LoraConv(base)
+    return LoraEmbedding(base) if isinstance(base, nn.Embedding) else None
+
+
+def plain_linear(layer: Linear) -> AdaptedLinear:
+    """A layer without an adapter, as the fused halves take it."""
+    return AdaptedLinear(frozen_weight(layer, torch.bfloat16)[0], layer.bias)
+
+
+def initial_factor(shape: tuple[int, ...], r: int, init: str, generator: torch.Generator | None = None) -> Tensor:
+    """A in fp32 at step 0; B is zero, so the adapted layer is the base.
+
+    kaiming: uniform in +-1/sqrt(in), which is Kaiming-uniform with a = sqrt(5); gaussian: N(0, 1/r^2), as PEFT does.
+    """
+    a = torch.empty(shape)
     if init == "kaiming":
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
     elif init == "gaussian":
         nn.init.normal_(a, std=1 / r, generator=generator)
     else:
         raise VeneerError(f"init: found {init!r}, expected kaiming or gaussian")
-    return a, torch.zeros(out_features, r)
+    return a
 
 
 def check_adapter_name(name: str) -> str:

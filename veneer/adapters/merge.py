@@ -7,15 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.attach import active_adapter, adapters, lora_layers, require_adapter
+from veneer.adapters.attach import active_adapter, adapters, lora_layers, require_adapter, set_adapter
 from veneer.errors import VeneerError
 from veneer.quant.linear import Nf4Linear
-
-
-def merged_weight(base: nn.Linear | Nf4Linear, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """W + delta, (out, in): added in fp32, rounded once to `dtype`."""
-    weight = base.dequantize(torch.float32) if isinstance(base, Nf4Linear) else base.weight.detach().float()
-    return (weight + delta.to(weight.device)).to(dtype)
 
 
 @torch.no_grad()
@@ -34,36 +28,41 @@ def merge(model: Any, name: str | None = None) -> Any:
         raise VeneerError("there is no active adapter to merge", hint="load one first")
     require_adapter(model, name)
     layers = lora_layers(model)
-    bad = [p for p, m in layers.items() if name in m.lora_A and not bool(torch.isfinite(m.delta(name)).all())]
+    bad = [p for p, m in layers.items() if name in m.lora_A and not bool(torch.isfinite(m.merged(name)).all())]
     if bad:
         raise VeneerError([f"{path}: the update holds NaN or Inf" for path in bad])
     tied = _is_tied(model)
+    set_adapter(model, name)  # what it trained in full is in its place from here on
     for path, layer in layers.items():
-        delta = layer.delta(name) if name in layer.lora_A else None
-        _replace(model, path, _dense(layer.base_layer, delta))
+        _put(model, path, _plain(layer.base_layer, layer.merged(name) if name in layer.lora_A else None))
     for path, module in list(model.named_modules()):
         if isinstance(module, Nf4Linear):
-            _replace(model, path, _dense(module, None))
+            _put(model, path, _plain(module, None))
     if tied and not _is_tied(model):
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     adapters(model).clear()
+    for key in ("veneer_active", "veneer_base"):
+        model.__dict__.pop(key, None)
     if hasattr(model, "veneer_quantization"):
         model.veneer_quantization = None
     return model
 
 
-def _dense(base: nn.Linear | Nf4Linear, delta: Tensor | None) -> nn.Linear:
-    dtype = base.compute_dtype if isinstance(base, Nf4Linear) else base.weight.dtype
+def _plain(base: Any, weight: Tensor | None) -> nn.Module:
+    """The base with another weight, fp32, rounded once to its type; a 4-bit base becomes dense."""
     if isinstance(base, Nf4Linear):
+        dtype = base.compute_dtype
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta", dtype=dtype)
         if base.bias is not None:
             dense.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)
-        weight = base.dequantize(dtype) if delta is None else merged_weight(base, delta, dtype)
+        weight = base.dequantize(dtype) if weight is None else weight.to(dtype)
         dense.weight = nn.Parameter(weight, requires_grad=False)
         return dense.train(base.training)
-    if delta is not None:  # a new parameter, never in place: a tied head's weight is the input embedding too
-        base.weight = nn.Parameter(merged_weight(base, delta, dtype), requires_grad=False)
-    return base
+    if weight is not None:  # a new parameter, never in place: a tied head's weight is the input embedding too
+        base.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+    return base  # type: ignore[no-any-return]
 
 
 def _is_tied(model: Any) -> bool:
@@ -71,6 +70,6 @@ def _is_tied(model: Any) -> bool:
     return head is not None and head.weight is model.get_input_embeddings().weight
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

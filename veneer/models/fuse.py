@@ -163,6 +163,8 @@ def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
             return None
         if base.bias is not None and (base.bias.requires_grad or base.bias.dtype != torch.bfloat16):
             return None
+        if isinstance(layer, LoraLinear) and layer.active in layer.magnitude:  # DoRA
+            return None
         found.append(layer.frozen() if isinstance(layer, LoraLinear) else plain_linear(layer))
     return found
 

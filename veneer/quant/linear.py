@@ -16,14 +16,15 @@ class _Nf4Product(torch.autograd.Function):
     """y = x W^T + b with W decoded here and again in the backward pass: dx = dy W. Nothing is saved."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: Nf4Linear, bias: bool) -> Tensor:
         ctx.layer = layer
-        return layer.product(x)
+        return layer.product(x, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None]:
-        return ops.product([(dy.reshape(-1, dy.shape[-1]), ctx.layer.tensor(), False)]).view(*dy.shape[:-1], -1), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+        dx = ops.product([(dy.reshape(-1, dy.shape[-1]), ctx.layer.tensor(), False)])
+        return dx.view(*dy.shape[:-1], -1), None, None
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -84,15 +85,17 @@ class Nf4Linear(nn.Module):
         """The dense weight (out, in), made anew."""
         return self.tensor().dequantize(dtype or self.compute_dtype)
 
-    def product(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = ops.product([(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), self.tensor(), True)], bias)
+    def product(self, x: Tensor, bias: bool = True) -> Tensor:
+        added = self.bias.detach().to(x.dtype) if bias and self.bias is not None else None
+        y = ops.product([(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), self.tensor(), True)], added)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = autocast(x)
+        if self.bias is not None and self.bias.requires_grad:
+            return _Nf4Product.apply(x, self, False) + self.bias.to(x.dtype)
         if x.requires_grad and torch.is_grad_enabled():
-            return _Nf4Product.apply(x, self)
+            return _Nf4Product.apply(x, self, True)
         return self.product(x)  # one token waits for this: no node of autograd where nobody asks for it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nf4Linear:

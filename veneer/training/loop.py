@@ -26,6 +26,7 @@ from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
 from veneer.models.fuse import set_recompute
 from veneer.ops import arena
 from veneer.ops.blocks import Recompute
+from veneer.optim.groups import parameter_groups
 from veneer.optim.schedule import default_learning_rate, lr_factor
 from veneer.quant.linear import Nf4Linear
 from veneer.storage import atomic_file, require_disk_space, require_empty_folder
@@ -119,7 +120,7 @@ class _Run:
         )
         fused = True if self.device.type == "cpu" else None  # one pass, no temporary tensors; torch's choice elsewhere
         self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+            parameter_groups(self.parameters, config.lora_plus),
             lr=self.peak_lr,
             betas=config.betas,
             eps=config.epsilon,
@@ -212,7 +213,7 @@ class _Run:
             self.done, self.steps, self.warmup, self.config.schedule, self.config.min_lr_ratio
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         samples = [self.train_set.samples[i] for i in self.order.step(self.done)]
         # One divisor for the whole step: however it is cut into micro-batches, every learned token weighs the same.
         items = sum(sample.supervised for sample in samples)

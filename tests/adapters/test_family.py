@@ -1,0 +1,209 @@
+"""What adapters can be put on, and how: patterns, depths, exclusions, DoRA, biases, whole modules, several at once."""
+
+import time
+
+import pytest
+import torch
+from conftest import make_model
+from torch import nn
+
+import veneer
+from veneer.adapters.attach import adapter_parameters, depth_rank, lora_layers
+from veneer.adapters.lora import LoraConv, LoraLinear
+from veneer.optim.groups import parameter_groups
+from veneer.quant.linear import Nf4Linear, quantize_model
+
+IDS = torch.arange(1, 30)[None]
+
+
+def randomised(model, name="default"):
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, name).values():
+            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
+    return model
+
+
+def ranks(model, name="default"):
+    return {path: layer.rank(name) for path, layer in lora_layers(model).items()}
+
+
+@pytest.mark.parametrize(
+    ("anchors", "found"),
+    [([8], [8] * 5), ([16, 4], [16, 13, 10, 7, 4]), ([0, 8, 0], [0, 4, 8, 4, 0]), ([2, 2, 8], [2, 2, 2, 5, 8])],
+)
+def test_ranks_between_anchors_are_interpolated_over_the_depth(anchors, found):
+    assert [depth_rank(anchors, block, 4) for block in range(5)] == found
+
+
+def test_ranks_by_depth_keep_the_scaling_and_are_read_back(tmp_path):
+    model = make_model(num_hidden_layers=4, fused=False)
+    veneer.attach(model, veneer.LoraConfig(r=8, alpha=16, targets=["q_proj"], depth=[8, 0]))
+    assert ranks(model) == {f"model.layers.{n}.self_attn.q_proj": r for n, r in ((0, 8), (1, 5), (2, 3))}
+    assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {2.0}
+    randomised(model)
+    veneer.save_adapter(model, tmp_path / "a")
+    other = veneer.load_adapter(make_model(num_hidden_layers=4, fused=False), tmp_path / "a")
+    assert ranks(other) == ranks(model)
+    assert torch.equal(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_layers_and_exclusions():
+    model = make_model(num_hidden_layers=3)
+    veneer.attach(model, veneer.LoraConfig(r=2, targets="all-linear", exclude=["k_proj", "mlp.up_proj"], layers=[0, 2]))
+    found = set(ranks(model))
+    assert len(found) == 2 * 5 and not any("layers.1." in p or p.endswith(("k_proj", "up_proj")) for p in found)
+    model = make_model(num_hidden_layers=3)
+    veneer.attach(model, veneer.LoraConfig(r=2, targets="all-linear", exclude=r".*\.(mlp|self_attn\.[qk]).*"))
+    assert set(ranks(model)) == {f"model.layers.{n}.self_attn.{x}_proj" for n in range(3) for x in "vo"}
+
+
+def test_all_problems_at_once():
+    with pytest.raises(veneer.VeneerError) as error:
+        veneer.attach(make_model(), veneer.LoraConfig(r=64, targets="attention", layers=[0, 7]))
+    assert "found [7]" in str(error.value) and "at most 48 for q_proj" in str(error.value)
+    with pytest.raises(veneer.VeneerError, match="no layer of lora"):
+        veneer.attach(make_model(), veneer.LoraConfig(r=2, targets="attention", exclude=".*"))
+    with pytest.raises(veneer.VeneerError) as error:
+        veneer.attach(make_model(), veneer.LoraConfig(r=2, targets="attention", modules_to_save=["nrm", "q_proj"]))
+    assert "'nrm' matches no module" in str(error.value) and "'q_proj' is also in lora.targets" in str(error.value)
+    for bad in ({"depth": [0, 0]}, {"depth": [-1]}, {"rank_pattern": {"q_proj": 0}}, {"bias": "some"}):
+        with pytest.raises(veneer.VeneerError):
+            veneer.LoraConfig(**bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_dora_starts_as_the_base_and_merges_to_what_it_computes(dtype, four_bit):
+    model = make_model(dtype=dtype)
+    if four_bit:
+        quantize_model(model, compute_dtype=dtype)
+    with torch.no_grad():
+        plain = model(input_ids=IDS).logits
+        veneer.attach(model, veneer.LoraConfig(r=4, targets="all-linear", dora=True))
+        limit = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.03}
+        torch.testing.assert_close(model(input_ids=IDS).logits, plain, **limit)
+        adapted = randomised(model)(input_ids=IDS).logits
+        assert float((adapted - plain).abs().max()) > 0.05
+        torch.testing.assert_close(veneer.merge(model)(input_ids=IDS).logits, adapted, **limit)
+
+
+@pytest.mark.parametrize("kind", ["linear", "4-bit", "convolution", "embedding"])
+def test_dora_gradients_are_those_of_its_formula_with_a_constant_norm(kind):
+    torch.manual_seed(1)
+    if kind == "convolution":
+        base, x = nn.Conv2d(3, 6, 3, padding=1, dilation=2, stride=2), torch.randn(2, 3, 9, 9)
+    elif kind == "embedding":
+        base, x = nn.Embedding(20, 12), torch.randint(0, 20, (3, 5))
+    else:
+        base, x = nn.Linear(16, 12), torch.randn(5, 16)
+    model = nn.Sequential(base)
+    if kind == "4-bit":
+        quantize_model(model, compute_dtype=torch.float32)
+    veneer.attach(model, veneer.LoraConfig(r=2, alpha=3, targets=["0"], dora=True))
+    layer = randomised(model)[0]
+    parameters = list(layer.parameters_of("default").values())
+    a, b, m = (p.detach().clone().requires_grad_() for p in parameters)
+    with torch.no_grad():
+        norms = layer._row_norms(layer.dense() + layer.delta("default"))
+    weight = (layer.dense() + 1.5 * layer._update(a, b)) * layer._over_rows(m.reshape(-1)) / norms
+    if kind == "embedding":
+        expected = nn.functional.embedding(x, weight)
+    elif kind == "convolution":
+        expected = nn.functional.conv2d(x, weight, base.bias, 2, 1, 2)
+    else:
+        expected = nn.functional.linear(x, weight, layer.bias)
+    found = model(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    g = torch.randn(found.shape, generator=torch.Generator().manual_seed(2))
+    for p, q in zip(
+        torch.autograd.grad(found, parameters, g), torch.autograd.grad(expected, (a, b, m), g), strict=True
+    ):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
+def test_convolutions_with_groups_are_trained_but_not_merged():
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4, padding=1))
+    veneer.attach(model, veneer.LoraConfig(r=4, targets=["0"]))
+    assert isinstance(model[0], LoraConv) and randomised(model)(torch.randn(1, 8, 5, 5)).shape == (1, 12, 5, 5)
+    with pytest.raises(veneer.VeneerError, match="4 groups"):
+        model[0].merged("default")
+    with pytest.raises(veneer.VeneerError, match="multiple of the convolution's 4 groups"):
+        veneer.attach(nn.Sequential(nn.Conv2d(8, 12, 3, groups=4)), veneer.LoraConfig(r=6, targets=["0"]))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_trained_in_full_takes_the_bases_place_and_keeps_the_tie(tmp_path, tied):
+    model = make_model(tie_word_embeddings=tied, fused=False)
+    plain = model(input_ids=IDS).logits
+    veneer.attach(model, veneer.LoraConfig(r=2, targets=["q_proj"], modules_to_save=["embed_tokens", "model.norm"]))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    randomised(model)
+    changed = model(input_ids=IDS).logits
+    assert float((changed - plain).abs().max()) > 0.1
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    trained = adapter_parameters(model, "default")
+    assert all(p.grad is not None for p in trained.values())
+    assert {"model.embed_tokens.weight", "model.norm.weight"} < trained.keys() and "lm_head.weight" not in trained
+    veneer.save_adapter(model, tmp_path / "a")
+    veneer.set_adapter(model, None)
+    assert torch.equal(model(input_ids=IDS).logits, plain)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    veneer.load_adapter(model, tmp_path / "a", name="again")
+    assert torch.equal(model(input_ids=IDS).logits, changed)
+    torch.testing.assert_close(veneer.merge(model)(input_ids=IDS).logits, changed, rtol=1e-4, atol=1e-5)
+
+
+def test_several_adapters_change_places_in_milliseconds(tmp_path):
+    model = make_model()
+    logits = {None: model(input_ids=IDS).logits}
+    kinds = {
+        "plain": {"targets": "all-linear"},
+        "dora": {"targets": "attention", "dora": True},
+        "words": {"targets": ["embed_tokens", "v_proj"], "modules_to_save": ["norm"]},
+    }
+    for name, config in kinds.items():
+        veneer.attach(model, veneer.LoraConfig(r=4, **config), name=name)
+        logits[name] = randomised(model, name)(input_ids=IDS).logits.detach()
+    for name in ["dora", None, "words", "plain", "words", None, "dora"]:
+        began = time.perf_counter()
+        veneer.set_adapter(model, name)
+        assert time.perf_counter() - began < 0.05
+        assert torch.equal(model(input_ids=IDS).logits, logits[name]), name
+        assert veneer.active_adapter(model) == name
+    veneer.remove_adapter(model, "dora")
+    veneer.remove_adapter(model, "words")
+    assert veneer.active_adapter(model) is None and torch.equal(model(input_ids=IDS).logits, logits[None])
+    veneer.set_adapter(model, "plain")
+    assert torch.equal(model(input_ids=IDS).logits, logits["plain"])
+
+
+def test_a_trained_bias_of_a_4_bit_layer_gets_its_gradient():
+    model = make_model(attention_bias=True, fused=False)
+    exact = make_model(attention_bias=True, fused=False)
+    quantize_model(model, compute_dtype=torch.float32)
+    for path, layer in list(exact.named_modules()):
+        if isinstance(model.get_submodule(path), Nf4Linear):
+            layer.weight.data = model.get_submodule(path).dequantize(torch.float32)
+    for one in (model, exact):
+        veneer.attach(one, veneer.LoraConfig(r=2, targets=["q_proj"], bias="all"), seed=0)
+        randomised(one)
+        one(input_ids=IDS, labels=IDS).loss.backward()
+    found, wanted = (adapter_parameters(one, "default") for one in (model, exact))
+    assert found.keys() == wanted.keys() and sum(name.endswith("bias") for name in found) == 8
+    for name, parameter in wanted.items():
+        torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own():
+    model = make_model()
+    veneer.attach(model, veneer.LoraConfig(r=2, targets=["q_proj", "embed_tokens"], modules_to_save=["model.norm"]))
+    parameters = adapter_parameters(model, "default")
+    slow, fast = parameter_groups(parameters, 16.0)
+    assert (slow["factor"], fast["factor"]) == (1.0, 16.0)
+    names = {id(p): name for name, p in parameters.items()}
+    assert all(names[id(p)].endswith(("lora_B.weight", "lora_embedding_B")) for p in fast["params"])
+    assert len(fast["params"]) == 3 and len(slow["params"]) == 4
+    assert [len(group["params"]) for group in parameter_groups(parameters)] == [7]
+    assert veneer.TrainConfig(lora_plus=True).lora_plus == 16 and veneer.TrainConfig(lora_plus=False).lora_plus is None
+    assert isinstance(lora_layers(model)["model.layers.0.self_attn.q_proj"], LoraLinear)

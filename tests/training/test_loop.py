@@ -313,3 +313,16 @@ def test_a_stopped_or_killed_run_goes_on_with_resume(tmp_path, tokenizer, comman
     assert json.loads(done.stdout)["steps"] == stopped + 2, done.stderr
     assert f"resumed after step {stopped}" in done.stderr
     assert [row["step"] for row in lines(out)] == list(range(1, stopped + 3))
+
+
+def test_lora_plus_moves_b_faster_and_a_as_before(tmp_path, tokenizer, commands):
+    found = []
+    for ratio in (None, 16.0):
+        model = fresh()
+        settings = {"max_steps": 1, "warmup_steps": 0, "learning_rate": 1e-4, "lora_plus": ratio}
+        run(model, tokenizer, commands, tmp_path / str(ratio), **settings)
+        found.append(adapter_parameters(model, "default"))
+    for name, parameter in found[0].items():
+        times = 16 if "lora_B" in name else 1
+        torch.testing.assert_close(found[1][name], times * parameter, rtol=1e-4, atol=1e-8)
+        assert bool(parameter.any())

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from veneer.errors import VeneerError
 
 RECIPE_LIMIT = 1 << 20  # bytes; a recipe is a page of text
-TARGET_PRESETS = ("attention", "mlp", "all-linear")
+TARGET_PRESETS = ("attention", "qv", "mlp", "all-linear")
 
 Quantization = Literal["nf4"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -56,7 +56,7 @@ class LoraConfig(Settings):
     alpha: float = Field(32.0, gt=0, description="numerator of the scaling")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     targets: str | list[str] = Field(
-        "all-linear", description="attention, mlp, all-linear, a list of name suffixes, or a regex"
+        "all-linear", description="attention, qv, mlp, all-linear, a list of name suffixes, or a regex"
     )
     init: Literal["kaiming", "gaussian"] = Field(
         "kaiming", description="kaiming or gaussian: how A starts; B starts at zero"
@@ -71,7 +71,7 @@ class LoraConfig(Settings):
     @classmethod
     def _some_target(cls, value: str | list[str]) -> str | list[str]:
         if not value or any(not part for part in value):
-            raise ValueError("expected attention, mlp, all-linear, a list of name suffixes, or a regex; found nothing")
+            raise ValueError("expected attention, qv, mlp, all-linear, a list of name suffixes, or a regex; found nothing")
         return value
 
 

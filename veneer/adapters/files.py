@@ -29,7 +29,8 @@ from veneer.adapters.attach import (
     set_adapter,
 )
 from veneer.adapters.lora import check_adapter_name
-from veneer.config import LoraConfig
+from veneer.adapters.reference import answer_save_pretrained
+from veneer.config import TARGET_PRESETS, LoraConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.storage import (
     PICKLE_SUFFIXES,
@@ -152,7 +153,7 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         targets = original["target_modules"]
     elif isinstance(config.targets, list):
         targets = config.targets
-    elif config.targets in ("all-linear", "attention", "mlp"):  # presets are ours: write the suffixes they meant
+    elif config.targets in TARGET_PRESETS:  # presets are ours: write the suffixes they meant
         suffixes = sorted({path.rsplit(".", 1)[-1] for path in layers})
         # A suffix may also name a layer outside the preset (another tower's q_proj): then write the full names.
         targets = suffixes if set(resolve_targets(model, suffixes)) == set(layers) else sorted(layers)
@@ -220,11 +221,12 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
         )
     freeze_base(model)
     for layer, (a, b) in factors.items():
-        alpha = float(_by_pattern(raw.get("alpha_pattern"), layer, config.alpha))
+        alpha = float(by_pattern(raw.get("alpha_pattern"), layer, config.alpha))
         scaling = LoraConfig(r=a.shape[0], alpha=alpha, rslora=config.rslora).scaling
         adapted(model, layer).add(name, a, b, scaling=scaling, dropout=config.dropout)
     adapters(model)[name] = Adapter(config, raw)
     set_adapter(model, name if activate else active_adapter(model))
+    answer_save_pretrained(model)
     return model
 
 
@@ -282,7 +284,7 @@ def _read_factors(path: Path, raw: dict[str, Any], config: LoraConfig) -> dict[s
             problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
             continue
         found.setdefault(match[1], {})[match[2]] = tensor
-        rank = int(_by_pattern(raw.get("rank_pattern"), match[1], config.r))
+        rank = int(by_pattern(raw.get("rank_pattern"), match[1], config.r))
         if tensor.ndim != 2 or tensor.shape[0 if match[2] == "A" else 1] != rank:
             shape = f"({rank}, in)" if match[2] == "A" else f"(out, {rank})"
             problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
@@ -326,7 +328,7 @@ def _expected(model: nn.Module, raw: dict[str, Any]) -> set[str]:
     return set(names)
 
 
-def _by_pattern(pattern: dict[str, Any] | None, layer: str, default: Any) -> Any:
+def by_pattern(pattern: dict[str, Any] | None, layer: str, default: Any) -> Any:
     """PEFT's rule: the first key that is a suffix of the layer's name, or a regex for its end, decides."""
     for key, value in (pattern or {}).items():
         if re.match(_ENDS_IN.format(key), layer):

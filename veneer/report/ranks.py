@@ -100,21 +100,20 @@ def rank_table(name: str | None, preset: str | None = None, ranks: tuple[int, ..
 
 
 def describe(table: dict[str, Any]) -> str:
-    """The table for people: a line a rank, a column a preset."""
-    targets = list(table["layers"])
-    cells = {(row["r"], row["targets"]): row for row in table["rows"]}
-    titles = [f"{target} ({table['layers'][target]} layers)" for target in targets]
-    width = 37
-    lines = [f"{table['model']}: {table['architecture']}, {table['parameters']:,} parameters", ""]
-    lines.append(f"{'rank':>5}  " + "".join(f"{title:>{width}}" for title in titles))
-    for r in sorted({row["r"] for row in table["rows"]}):
-        lines.append(f"{r:>5}  " + "".join(f"{_cell(cells[r, target]):>{width}}" for target in targets))
-    lines += ["", "trainable parameters, share of base and adapter together, size of the adapter in fp32 / 16 bits"]
+    """The table for people: a block a preset, a line a rank."""
+    lines = [f"{table['model']}: {table['architecture']}, {table['parameters']:,} parameters"]
+    header = f"{'rank':>6} {'trainable':>16} {'of the total':>13} {'MB in fp32':>13} {'in 16 bits':>13}"
+    for target, layers in table["layers"].items():
+        lines += ["", f"{target} ({layers} layers)" if layers > 1 else "this matrix", header]
+        for row in table["rows"]:
+            if row["targets"] != target:
+                continue
+            if row["parameters"] is None:
+                lines.append(f"{row['r']:>6}  above the width of a layer")
+                continue
+            lines.append(
+                f"{row['r']:>6} {row['parameters']:>16,} {100 * row['share']:>12.4f}% "
+                f"{row['bytes_fp32'] / 1e6:>13,.2f} {row['bytes_16bit'] / 1e6:>13,.2f}"
+            )
+    lines += ["", "total: base and adapter together"]
     return "\n".join(lines + [f"note: {note}" for note in table["notes"]])
-
-
-def _cell(row: dict[str, Any]) -> str:
-    if row["parameters"] is None:
-        return "above a layer's width"
-    sizes = f"{row['bytes_fp32'] / 1e6:,.4g} / {row['bytes_16bit'] / 1e6:,.4g} MB"
-    return f"{row['parameters']:,} {100 * row['share']:.3g}% {sizes}"

@@ -1,6 +1,6 @@
 """An adapter trained in a loop of one's own with accelerate.
 
-    python examples/accelerate_loop.py        (or: accelerate launch examples/accelerate_loop.py)
+python examples/accelerate_loop.py        (or: accelerate launch examples/accelerate_loop.py)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An adapter trained by transformers.Trainer: its checkpoints hold the adapter only, and it resumes from them.
 
-    python examples/transformers_trainer.py
+python examples/transformers_trainer.py
 """
 
 from __future__ import annotations

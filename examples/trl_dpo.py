@@ -1,6 +1,6 @@
 """Preferences learned by TRL's DPOTrainer; the reference is the same model without its adapter, at no memory of its own.
 
-    python examples/trl_dpo.py
+python examples/trl_dpo.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An adapter trained by TRL's SFTTrainer on a 4-bit base.
 
-    python examples/trl_sft.py
+python examples/trl_sft.py
 """
 
 from __future__ import annotations

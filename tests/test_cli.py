@@ -347,7 +347,9 @@ def test_inspect_says_it_in_words_and_in_json(main):
 
 def test_ranks_in_words_and_in_json(main):
     code, out, err = main("ranks", "model", "--rank", "2", "--rank", "4")
-    assert code == 0 and [line.split()[0] for line in out.splitlines() if line[:6].strip().isdigit()] == ["2", "4"] * 4, err
+    assert (
+        code == 0 and [line.split()[0] for line in out.splitlines() if line[:6].strip().isdigit()] == ["2", "4"] * 4
+    ), err
     table = json.loads(main("ranks", "model", "--json")[1])
     row = next(row for row in table["rows"] if (row["targets"], row["r"]) == ("qv", 4))
     assert row["parameters"] == 2 * 4 * (48 + 48 + 48 + 24)

@@ -233,7 +233,9 @@ def inspect(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="An adapter folder, a model folder, a .gguf file, or smollm2.")
     ],
-    model: Annotated[str | None, typer.Option(help="An adapter's base, to compare the norms of its weights with.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="An adapter's base, to compare the norms of its weights with.")
+    ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="A line for every layer of an adapter.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw an adapter's spectra and norms: a .png or .svg file.")] = None,
     as_json: Json = False,

@@ -71,7 +71,9 @@ class LoraConfig(Settings):
     @classmethod
     def _some_target(cls, value: str | list[str]) -> str | list[str]:
         if not value or any(not part for part in value):
-            raise ValueError("expected attention, qv, mlp, all-linear, a list of name suffixes, or a regex; found nothing")
+            raise ValueError(
+                "expected attention, qv, mlp, all-linear, a list of name suffixes, or a regex; found nothing"
+            )
         return value
 
 

@@ -27,7 +27,9 @@ def adapted(dtype=torch.float32, quantize=False, **settings):
     return model, plain
 
 
-@pytest.mark.parametrize(("dtype", "quantize"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 def test_off_is_the_base_and_on_again_as_before(dtype, quantize):
     model, plain = adapted(dtype, quantize)
     frozen = next(p for n, p in model.named_parameters() if "lora_A" in n)
@@ -64,7 +66,9 @@ def test_a_step_whose_reference_is_the_model_switched_off():
     assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
 
 
-@pytest.mark.parametrize(("dtype", "quantize"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "quantize"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 def test_the_base_beside_it_shares_every_weight_and_stays_the_base(dtype, quantize):
     model, plain = adapted(dtype, quantize)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}

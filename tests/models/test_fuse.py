@@ -324,7 +324,9 @@ def test_the_checkpointing_that_other_loops_switch_on_is_done(dtype, monkeypatch
         for half in ("attention_block", "mlp_block"):
             original = getattr(fuse_module.ops, half)
             monkeypatch.setattr(
-                fuse_module.ops, half, lambda x, parts, rest, o=original: (seen.append(parts.recompute), o(x, parts, rest))[1]
+                fuse_module.ops,
+                half,
+                lambda x, parts, rest, o=original: (seen.append(parts.recompute), o(x, parts, rest))[1],
             )
         bytes_kept = 0
 

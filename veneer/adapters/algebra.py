@@ -49,7 +49,7 @@ def effective_rank(s: Tensor) -> float:
 
 def stable_rank(s: Tensor) -> float:
     """sum(s^2) / max(s)^2: at most the rank, little moved by small singular values; 0 for no update."""
-    return float((s.square().sum() / s[0].square())) if s.numel() and s[0] > 0 else 0.0
+    return float(s.square().sum() / s[0].square()) if s.numel() and s[0] > 0 else 0.0
 
 
 def rank_keeping(s: Tensor, share: float) -> int:

@@ -56,7 +56,9 @@ class BaseWeights:
         return None
 
     def _decoded(self, name: str) -> Tensor:
-        parts = {key.removeprefix(f"{name}."): self._read(key) for key in self._file if key.startswith(f"{name}.weight")}
+        parts = {
+            key.removeprefix(f"{name}."): self._read(key) for key in self._file if key.startswith(f"{name}.weight")
+        }
         return unpack_layer(parts, name, torch.float32).dequantize(torch.float32)
 
     def _read(self, key: str) -> Tensor:

@@ -185,7 +185,9 @@ def plot(found: dict[str, Any], path: str | Path) -> Path:
     try:
         from matplotlib.figure import Figure  # not pyplot: no display, no global state
     except ImportError:
-        raise VeneerError("plots need matplotlib, which is not installed", hint="pip install 'veneer[report]'") from None
+        raise VeneerError(
+            "plots need matplotlib, which is not installed", hint="pip install 'veneer[report]'"
+        ) from None
     layers = found["by_layer"]
     kinds = list(dict.fromkeys(row["layer"].rsplit(".", 1)[-1] for row in layers))
     relative = found["relative_norm"] is not None
@@ -200,7 +202,9 @@ def plot(found: dict[str, Any], path: str | Path) -> Path:
             left.plot(range(1, len(values) + 1), values, color=f"C{index % 10}", alpha=0.5, linewidth=0.8, label=name)
         heights = [100 * (row["relative_norm"] or 0.0) if relative else row["norm"] for row in rows]
         right.plot(range(len(rows)), heights, ".-", color=f"C{index % 10}", label=kind)
-    left.set(title="singular values of each layer's update", xlabel="index", ylabel="share of the largest", yscale="log")
+    left.set(
+        title="singular values of each layer's update", xlabel="index", ylabel="share of the largest", yscale="log"
+    )
     left.set_ylim(bottom=1e-4)
     unit = "norm of the update, % of the base weight's" if relative else "norm of the update (Frobenius)"
     right.set(title="size of the update by depth", xlabel="layer, first to last", ylabel=unit)

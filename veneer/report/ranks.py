@@ -19,7 +19,9 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 MATRIX = re.compile(r"(\d{1,7})x(\d{1,7})")
 
 
-def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int) -> tuple[str, dict[str, Any]]:
+def _llama(
+    width: int, inner: int, layers: int, heads: int, kv_heads: int, vocabulary: int
+) -> tuple[str, dict[str, Any]]:
     sizes = {
         "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": False,
@@ -88,7 +90,9 @@ def rank_table(name: str | None, preset: str | None = None, ranks: tuple[int, ..
             })  # fmt: skip
     experts = sum(p.numel() for key, p in model.named_parameters() if p.ndim == 3 and "experts" in key)
     if experts:
-        notes.append(f"the experts of this mixture ({experts:,} parameters) are not counted: presets reach linears only")
+        notes.append(
+            f"the experts of this mixture ({experts:,} parameters) are not counted: presets reach linears only"
+        )
     return {
         "model": name if preset is None else preset,
         "architecture": type(model).__name__ if len(targets) > 1 else "one matrix",

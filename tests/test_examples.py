@@ -92,10 +92,14 @@ def test_accelerate(folder, tmp_path):
     veneer.load_adapter(other, tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("quantize", [None, "nf4"])
 @pytest.mark.parametrize(
-    "settings",
-    [{}, {"gradient_checkpointing": True}, {"packing": True, "max_length": 96}, {"bf16": True}],
+    ("quantize", "settings"),
+    [
+        (None, {}),
+        ("nf4", {"gradient_checkpointing": True}),
+        (None, {"packing": True, "max_length": 96}),
+        ("nf4", {"bf16": True}),
+    ],
     ids=["plain", "checkpointing", "packing", "autocast"],
 )
 def test_trl_sft(folder, tmp_path, quantize, settings):
@@ -103,6 +107,7 @@ def test_trl_sft(folder, tmp_path, quantize, settings):
     trainer = example("trl_sft").main(folder, str(tmp_path), 12, quantize, use_cpu=True, **FAST, **settings)
     found = losses(trainer)
     assert found[-1] < found[0] - 0.4, found
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     assert reads_back(trainer.model, folder, tmp_path / "adapter", quantize)
 
 

@@ -363,3 +363,21 @@ def test_the_flattened_batches_of_other_collators_keep_rows_apart(dtype):
             together = model(**batch, use_cache=False).logits[0]
             spread = (together - alone).float().abs().max() / alone.float().abs().max()
             assert spread < (0.03 if dtype == torch.bfloat16 else 1e-5), (with_starts, spread)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_the_loss_is_divided_by_what_a_trainer_counted(dtype, skip_logits):
+    """Trainer gives the learned tokens of the whole step: two halves of it must add up to it."""
+    model = build("Llama", True, dtype)
+    ids = torch.randint(3, 130, (4, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :15] = -100  # halves of unequal size
+    labels[1, :12] = -100
+    count = (labels[:, 1:] != -100).sum()
+    whole = model(input_ids=ids, labels=labels, skip_logits=skip_logits).loss
+    halves = [
+        model(input_ids=i, labels=t, num_items_in_batch=count, skip_logits=skip_logits).loss
+        for i, t in zip(ids.chunk(2), labels.chunk(2), strict=True)
+    ]
+    torch.testing.assert_close(sum(halves), whole, rtol=1e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 
 from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, remove_adapter, set_adapter
 from veneer.errors import VeneerError
 from veneer.quant.linear import Nf4Linear
+from veneer.storage import read_tensors
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ def adapter_checkpoints(trainer: T) -> T:
         if name is None:
             raise VeneerError("there is no active adapter on this model", hint="attach one before the trainer is made")
         read_adapter(folder)  # every check there is of a file
-        found = {key.removeprefix(KEY_PREFIX): t for key, t in load_file(Path(folder) / WEIGHTS_FILE).items()}
+        found = {key.removeprefix(KEY_PREFIX): t for key, t in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
         trained = adapter_parameters(model, name)
         wrong = [f"{folder}: {key}: missing or left over" for key in sorted(found.keys() ^ trained.keys())]
         wrong += [

@@ -41,7 +41,7 @@ bench: .venv/bench.done
 	@touch $@
 
 .venv/bench.done: .venv/demo.done
-	$(PIP) --editable ".[demo,parity,bench]"
+	$(PIP) --editable ".[demo,parity]"
 	@touch $@
 
 clean:

@@ -91,7 +91,7 @@ class Cell:
 
     def missing(self) -> str | None:
         lacking = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        return f"skipped: {', '.join(lacking)} not installed (pip install '.[bench]')" if lacking else None
+        return f"skipped: {', '.join(lacking)} not installed (pip install '.[parity]')" if lacking else None
 
 
 class Figure(tuple[float, ...]):

@@ -238,6 +238,15 @@ BAD_INPUTS = [
     (("train", "quick", *SET, "train.out=model/config.json/out"), NOTHING, "model/config.json, which is not a folder"),
     (("demo", "--out", "model/config.json"), NOTHING, "model/config.json, which is not a folder"),
     (("inspect", "lab/not-cached"), NOTHING, "not in the local cache"),
+    (("inspect", "model", "--plot", "x.png"), NOTHING, "are for adapters"),
+    (("inspect", "adapter", "--plot", "x.pdf"), NOTHING, "ending in .png or .svg"),
+    (("inspect", "adapter", "--model", "none"), NOTHING, "no such folder"),
+    (("inspect", "adapter", "--model", "model"), cut_short(WEIGHTS), "damaged or incomplete"),
+    (("ranks",), NOTHING, "expected a MODEL or a --preset"),
+    (("ranks", "--preset", "gtp3"), NOTHING, "did you mean 'gpt3'"),
+    (("ranks", "model", "--rank", "0"), NOTHING, "expected whole numbers from 1"),
+    (("ranks", "lab/not-cached"), NOTHING, "not in the local cache"),
+    (("ranks", "model"), model(hidden_size=-1), "not a llama that transformers can build"),
 ]
 
 
@@ -325,3 +334,22 @@ def test_help_of_every_verb():
         name = command.name or command.callback.__name__
         done = CliRunner().invoke(app, [name, "--help"])
         assert done.exit_code == 0 and command.callback.__doc__.split(".")[0][:30] in done.output
+
+
+def test_inspect_says_it_in_words_and_in_json(main):
+    code, out, err = main("inspect", "adapter", "--model", "model")
+    assert code == 0 and "rank that was enough   0 for 95%" in out and "of the norm of the weights" in out, err
+    assert sum(line.startswith("model.layers.") for line in out.splitlines()) == 14
+    found = json.loads(main("inspect", "adapter", "--json")[1])
+    assert found["layers"] == 14 and len(found["by_layer"]) == 14 and found["ranks"] == [4]
+    assert found["base"] == found["base_model"] and not found["notes"]
+
+
+def test_ranks_in_words_and_in_json(main):
+    code, out, err = main("ranks", "model", "--rank", "2", "--rank", "4")
+    assert (
+        code == 0 and [line.split()[0] for line in out.splitlines() if line[:6].strip().isdigit()] == ["2", "4"] * 4
+    ), err
+    table = json.loads(main("ranks", "model", "--json")[1])
+    row = next(row for row in table["rows"] if (row["targets"], row["r"]) == ("qv", 4))
+    assert row["parameters"] == 2 * 4 * (48 + 48 + 48 + 24)

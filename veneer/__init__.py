@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from veneer.adapters.attach import active_adapter, attach, count_parameters, remove_adapter, set_adapter
     from veneer.adapters.files import load_adapter, save_adapter
     from veneer.adapters.merge import merge
+    from veneer.adapters.reference import adapter_checkpoints, adapter_off, base_model
     from veneer.config import DataConfig, LoraConfig, Recipe, TrainConfig
     from veneer.errors import RefusedError, VeneerError
     from veneer.evaluation import evaluate
@@ -27,7 +28,10 @@ __all__ = [
     "TrainConfig",
     "VeneerError",
     "active_adapter",
+    "adapter_checkpoints",
+    "adapter_off",
     "attach",
+    "base_model",
     "count_parameters",
     "evaluate",
     "load",
@@ -43,6 +47,7 @@ _HOMES = {
     "veneer.adapters.attach": ("active_adapter", "attach", "count_parameters", "remove_adapter", "set_adapter"),
     "veneer.adapters.files": ("load_adapter", "save_adapter"),
     "veneer.adapters.merge": ("merge",),
+    "veneer.adapters.reference": ("adapter_checkpoints", "adapter_off", "base_model"),
     "veneer.config": ("DataConfig", "LoraConfig", "Recipe", "TrainConfig"),
     "veneer.errors": ("RefusedError", "VeneerError"),
     "veneer.evaluation": ("evaluate",),

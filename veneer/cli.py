@@ -233,32 +233,51 @@ def inspect(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="An adapter folder, a model folder, a .gguf file, or smollm2.")
     ],
+    model: Annotated[
+        str | None, typer.Option(help="An adapter's base, to compare the norms of its weights with.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="A line for every layer of an adapter.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw an adapter's spectra and norms: a .png or .svg file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What an adapter or a model is."""
-    from veneer.adapters.files import CONFIG_FILE, base_quantization, read_adapter
+    """What an adapter or a model is; of an adapter also how large its update is and what rank was enough."""
+    from veneer.adapters.files import CONFIG_FILE
     from veneer.models.load import describe_model
 
     if not (Path(path) / CONFIG_FILE).is_file():
+        if model is not None or plot is not None or layers:
+            raise VeneerError(f"{path}: --model, --layers and --plot are for adapters, found no {CONFIG_FILE} there")
         _show(describe_model(path), as_json)
         return
-    raw, config, factors, _ = read_adapter(path)
-    tensors = [tensor for parts in factors.values() for tensor in parts if tensor is not None]
-    _show(
-        {
-            "kind": "adapter",
-            "base_model": raw.get("base_model_name_or_path"),
-            "trained_on": base_quantization(path) or "16-bit, or not known",
-            "r": config.r,
-            "alpha": raw.get("lora_alpha", 8),
-            "scaling": config.scaling,
-            "targets": config.targets,
-            "layers": len(factors),
-            "parameters": sum(t.numel() for t in tensors),
-            "bytes": sum(t.numel() * t.element_size() for t in tensors),
-        },
-        as_json,
-    )
+    from veneer.report import adapter
+
+    found = adapter.inspect_adapter(path, model)
+    if plot is not None:
+        found["plot"] = str(adapter.plot(found, plot))
+    if as_json:
+        _print_json(found)
+    else:
+        print(adapter.describe(found, every_layer=layers))
+
+
+@app.command()
+def ranks(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="As elsewhere (its config is enough), or one matrix as 4096x4096."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A known model's sizes instead: gpt3, llama-7b, ...")] = None,
+    rank: Annotated[list[int] | None, typer.Option(help="Only this rank; may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """How large adapters of a model would be, by rank and targets. Loads and downloads nothing."""
+    from veneer.report import ranks as report
+
+    table = report.rank_table(model, preset, tuple(rank) if rank else report.RANKS)
+    if as_json:
+        _print_json(table)
+    else:
+        print(report.describe(table))
 
 
 @app.command()

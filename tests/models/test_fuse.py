@@ -310,3 +310,74 @@ def test_autocast_over_an_fp32_base(four_bit):
     assert all(
         p.grad is not None and p.grad.dtype == torch.float32 for p in adapter_parameters(model, "default").values()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_checkpointing_that_other_loops_switch_on_is_done(dtype, monkeypatch):
+    """Trainer calls gradient_checkpointing_enable: fused layers recompute, others are made again whole; same gradients."""
+    ids = torch.randint(3, 130, (2, 40), generator=torch.Generator().manual_seed(0))
+    seen, saved = [], []
+    for enable in (False, True):
+        model = build("Llama", True, dtype).train()
+        if enable:
+            model.gradient_checkpointing_enable()
+        for half in ("attention_block", "mlp_block"):
+            original = getattr(fuse_module.ops, half)
+            monkeypatch.setattr(
+                fuse_module.ops,
+                half,
+                lambda x, parts, rest, o=original: (seen.append(parts.recompute), o(x, parts, rest))[1],
+            )
+        bytes_kept = 0
+
+        def count(tensor):
+            nonlocal bytes_kept
+            bytes_kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found = torch.cat([p.grad.flatten() for p in adapter_parameters(model, "default").values()])
+        saved.append((bytes_kept, loss.detach(), found))
+        monkeypatch.undo()
+    (kept, loss, grads), (kept_less, same_loss, same_grads) = saved
+    assert kept_less < 0.7 * kept
+    torch.testing.assert_close(same_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(same_grads, grads, rtol=1e-3, atol=1e-6)
+    if seen:  # bf16 with the library: the halves did it themselves
+        assert seen[:6] == ["none"] * 6 and set(seen[6:]) == {"full"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_flattened_batches_of_other_collators_keep_rows_apart(dtype):
+    """transformers' and TRL's padding-free collators: position ids that restart, with or without the starts of the rows."""
+    model = build("Llama", True, dtype)
+    rows = [torch.randint(3, 130, (n,), generator=torch.Generator().manual_seed(n)) for n in (11, 30, 7)]
+    features = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in rows]
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=row[None]).logits[0] for row in rows])
+        for with_starts in (False, True):
+            collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=with_starts)
+            batch = {key: value for key, value in collator(features).items() if key != "labels"}
+            together = model(**batch, use_cache=False).logits[0]
+            spread = (together - alone).float().abs().max() / alone.float().abs().max()
+            assert spread < (0.03 if dtype == torch.bfloat16 else 1e-5), (with_starts, spread)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_the_loss_is_divided_by_what_a_trainer_counted(dtype, skip_logits):
+    """Trainer gives the learned tokens of the whole step: two halves of it must add up to it."""
+    model = build("Llama", True, dtype)
+    ids = torch.randint(3, 130, (4, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :15] = -100  # halves of unequal size
+    labels[1, :12] = -100
+    count = (labels[:, 1:] != -100).sum()
+    whole = model(input_ids=ids, labels=labels, skip_logits=skip_logits).loss
+    halves = [
+        model(input_ids=i, labels=t, num_items_in_batch=count, skip_logits=skip_logits).loss
+        for i, t in zip(ids.chunk(2), labels.chunk(2), strict=True)
+    ]
+    torch.testing.assert_close(sum(halves), whole, rtol=1e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)

@@ -23,9 +23,11 @@ _PRESET_PARENT = {
     "attention": re.compile(r"(^|_)(attn|attention)", re.I),
     "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
 }
-_QV = re.compile(r"(q|v|query|value)(_?proj|_?lin)?")
 _ENDS_IN = r"(.*\.)?({})$"
 _LAYER_INDEX = re.compile(r".*?\.(\d+)\.")
+# The query and the value projection by the names architectures give them, and layers that are both and the key in one.
+_QUERY_VALUE = re.compile(r"(to_|w)?(q|query|v|value)(_proj|_lin)?", re.I)
+_FUSED_QKV = re.compile(r"qkv|query_key_value|c_attn", re.I)
 
 
 @dataclass
@@ -90,6 +92,9 @@ def attach(
     copies = {path: nn.Parameter(base.detach().clone()) for path, base in replaced.items()}
     adapters(model)[name] = Adapter(config, replaced=copies)
     set_adapter(model, name)
+    from veneer.adapters.reference import answer_save_pretrained  # here: it imports this module
+
+    answer_save_pretrained(model)
     if config.targets in ("all-linear", "mlp"):
         _warn_of_experts(model, config.targets)
     return model
@@ -264,11 +269,11 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     if isinstance(targets, str):
         if targets == "all-linear":
             found = hidden
-        elif targets == "qv":
-            found = [name for name in hidden if _QV.fullmatch(name.rsplit(".", 1)[-1])]
-        elif targets in _PRESET_PARENT:
-            parent = _PRESET_PARENT[targets]
+        elif targets in TARGET_PRESETS:
+            parent = _PRESET_PARENT["attention" if targets == "qv" else targets]
             found = [name for name in hidden if any(parent.search(part) for part in name.split(".")[:-1])]
+            if targets == "qv":
+                found = _query_value(found)
         else:
             try:
                 pattern = re.compile(targets)
@@ -291,6 +296,18 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
             problems[-1] += f" (the experts of this mixture, in {where}, are parameters, not linears: not adapted yet)"
         raise VeneerError(
             problems, hint=f"layers of this model: {', '.join(kinds)}; presets: {', '.join(TARGET_PRESETS)}"
+        )
+    return found
+
+
+def _query_value(attention: list[str]) -> list[str]:
+    """Of the linears of attention layers the query and value projections; one linear for q, k and v is refused."""
+    found = [name for name in attention if _QUERY_VALUE.fullmatch(name.rsplit(".", 1)[-1])]
+    fused = sorted({name.rsplit(".", 1)[-1] for name in attention if _FUSED_QKV.search(name.rsplit(".", 1)[-1])})
+    if fused and not found:
+        raise VeneerError(
+            f"lora.targets: qv: query, key and value are one layer here ({', '.join(fused)}), which has no q and v apart",
+            hint=f"adapt all three, as targets: [{', '.join(fused)}] does",
         )
     return found
 

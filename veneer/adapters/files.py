@@ -34,6 +34,7 @@ from veneer.adapters.attach import (
     set_adapter,
 )
 from veneer.adapters.lora import LoraLayer, check_adapter_name, lora_layer
+from veneer.adapters.reference import answer_save_pretrained
 from veneer.config import TARGET_PRESETS, LoraConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.storage import (
@@ -183,6 +184,11 @@ def _file_key(model: nn.Module, key: str) -> str:
     return f"{parent}.base_layer.bias" if inside else key
 
 
+def plain_key(key: str) -> str:
+    """The name a tensor of a file has among `adapter_parameters`."""
+    return key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+
+
 def file_config(model: nn.Module, name: str) -> dict[str, Any]:
     """The adapter_config.json of an adapter; fields read from a file that we do not use are kept."""
     adapter, layers = adapters(model)[name], {p: m for p, m in lora_layers(model).items() if name in m.lora_A}
@@ -307,6 +313,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
     }
     adapters(model)[name] = Adapter(config, raw, replaced)
     set_adapter(model, name if activate else active_adapter(model))
+    answer_save_pretrained(model)
     return model
 
 
@@ -372,7 +379,7 @@ def _read_tensors(path: Path, raw: dict[str, Any], config: LoraConfig) -> tuple[
         if match is None:
             in_full = any(_is_of(key, suffix) for suffix in config.modules_to_save)
             if in_full or (config.bias != "none" and key.endswith(".bias")):
-                replaced[key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")] = tensor
+                replaced[plain_key(key)] = tensor
             else:
                 problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
             continue

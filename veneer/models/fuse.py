@@ -191,7 +191,9 @@ def _layer_forward(
         return type(self).forward(self, hidden_states, **given)  # type: ignore[no-any-return]
     attention = _attention_half(self, hidden_states.shape[:2], attention_mask, position_embeddings, kwargs)
     mlp = _mlp_half(self)
-    if self.veneer_recompute != "none" and torch.is_grad_enabled() and (attention is None or mlp is None):
+    if _recompute(self) != "none" and torch.is_grad_enabled() and (attention is None or mlp is None):
+        if _is_checkpointed(self):
+            return type(self).forward(self, hidden_states, **given)  # type: ignore[no-any-return]
         whole = functools.partial(type(self).forward, self, **given)
         return checkpoint(whole, hidden_states, use_reentrant=False)  # type: ignore[no-any-return]
     x, rest = hidden_states.reshape(-1, hidden_states.shape[-1]), _rest(hidden_states)
@@ -208,6 +210,15 @@ def _layer_forward(
     if rest is not None:
         y.veneer_rest = (rest, _version(y))  # type: ignore[attr-defined]
     return y
+
+
+def _is_checkpointed(layer: Any) -> bool:
+    """Whether transformers' own gradient checkpointing is on; its class's forward does it, which we stand in front of."""
+    return layer.training and getattr(layer, "gradient_checkpointing", False)  # type: ignore[no-any-return]
+
+
+def _recompute(layer: Any) -> Recompute:
+    return "full" if _is_checkpointed(layer) else layer.veneer_recompute  # type: ignore[no-any-return]
 
 
 def _rest(hidden_states: Tensor) -> Tensor | None:
@@ -253,7 +264,7 @@ def _attention_half(
         cos = sin = None
     return Attention(
         norm, qkv, out[0], heads, kv_heads, width, attn.scaling, cos, sin, starts, q_norm, k_norm,
-        layer.veneer_recompute,
+        _recompute(layer),
     )  # fmt: skip
 
 
@@ -267,7 +278,7 @@ def _mlp_half(layer: Any) -> Mlp | None:
     if gate_up is None or down is None:
         return None
     activation = ACTIVATIONS[type(mlp.activation_fn if fused else mlp.act_fn).__name__]
-    return Mlp(norm, gate_up, down[0], activation, layer.veneer_recompute)
+    return Mlp(norm, gate_up, down[0], activation, _recompute(layer))
 
 
 _last: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]] | None = None

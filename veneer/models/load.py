@@ -99,19 +99,20 @@ def load(
     return model.to(where).eval(), tokenizer
 
 
-def resolve(name: str, revision: str | None = None, *, download: bool = True) -> Path:
+def resolve(name: str, revision: str | None = None, *, download: bool = True, convert: bool = True) -> Path:
     """The safetensors folder of a model: a GGUF is converted into our cache, a hub id fetched into the hub's cache.
 
     Raises:
-        VeneerError: no such model, a pickle, or a hub id that cannot be had (with `download` False: is not cached).
+        VeneerError: no such model, a pickle, or a hub id that cannot be had (with `download` False: is not cached;
+            with `convert` False likewise a GGUF).
     """
     if name == EMBEDDED:
-        return _converted(_embedded_gguf(), EMBEDDED_SHA256)
+        return _converted(_embedded_gguf(), EMBEDDED_SHA256, convert)
     path = Path(name)
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_error(path)
     if path.suffix == ".gguf":
-        return _converted(path, None)
+        return _converted(path, None, convert)
     if path.is_dir():
         return path
     if path.exists():
@@ -170,7 +171,7 @@ def describe_model(name: str | Path) -> dict[str, Any]:
         return {"kind": "gguf", "architecture": summary.architecture, "parameters": count, "bytes": path.stat().st_size}
     folder = resolve(str(name), download=False)
     config, quantization = _read_config(folder)
-    files = _weight_files(folder)
+    files = weight_files(folder)
     for file in files:
         read_tensors(file)  # maps the file and checks its header; no weight is read
     skeleton = _skeleton(config, folder)
@@ -187,6 +188,32 @@ def describe_model(name: str | Path) -> dict[str, Any]:
         "bytes": sum(file.stat().st_size for file in files),
         "path": str(folder),
     }
+
+
+def skeleton(name: str) -> Any:
+    """The model of a name as its config alone describes it, on the meta device: no weight is read, nothing downloaded.
+
+    Raises:
+        VeneerError: no such model, a hub id that is not cached, or a config that transformers cannot build.
+    """
+    gguf = _embedded_gguf() if name == EMBEDDED else Path(name)
+    if gguf.suffix != ".gguf":
+        folder = resolve(name, download=False)
+        return _skeleton(_read_config(folder)[0], folder)
+    summary = check_gguf(gguf)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    except Exception as error:  # whatever the file makes transformers stumble over
+        raise VeneerError(
+            f"{gguf}: transformers cannot read this {summary.architecture} GGUF: {_in_a_line(error)}"
+        ) from error
+    return _skeleton(config, gguf.parent)
+
+
+def skeleton_of(model_type: str, **sizes: Any) -> Any:
+    """The model of one of transformers' architectures with these sizes, on the meta device."""
+    return _skeleton(AutoConfig.for_model(model_type, **sizes), Path(model_type))
 
 
 def cache_folder() -> Path:
@@ -218,7 +245,7 @@ def _embedded_gguf() -> Path:
     return file
 
 
-def _converted(gguf: Path, pinned: str | None) -> Path:
+def _converted(gguf: Path, pinned: str | None, convert: bool = True) -> Path:
     """The safetensors folder of a GGUF, from the cache or made now. Weights are decoded to bf16 once."""
     summary = check_gguf(gguf)
     digest = sha256(gguf)
@@ -232,6 +259,8 @@ def _converted(gguf: Path, pinned: str | None) -> Path:
         expected = read_json(folder / "complete.json")
         if all((folder / f).is_file() and (folder / f).stat().st_size == size for f, size in expected.items()):
             return folder
+    if not convert:
+        raise VeneerError(f"model {gguf}: not read yet, there is no copy in {cache_folder()}")
     print(f"reading {gguf.name} once; later starts take seconds", file=sys.stderr, flush=True)
     kwargs: dict[str, Any] = {}
     try:  # newer transformers keep GGUF weights packed unless told otherwise; older ones always decode
@@ -263,7 +292,7 @@ def _converted(gguf: Path, pinned: str | None) -> Path:
 def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     config, quantization = _read_config(folder)
     tensors: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         tensors |= read_tensors(file)
     fill = _fill_nf4 if quantization else _fill
     model = fill(config, tensors, dtype, folder)
@@ -383,7 +412,8 @@ def _in_a_line(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:300]}..."
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder; VeneerError when there are none, one is missing, or only a pickle is there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")

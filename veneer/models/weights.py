@@ -1,0 +1,66 @@
+"""A base model's weights looked at one after the other, as they lie on the disk: for what needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from veneer.errors import VeneerError
+from veneer.models.load import weight_files
+from veneer.quant.bnb_format import STATE_KEY, unpack_layer
+
+
+class BaseWeights:
+    """The matrices of a model folder by layer; one at a time is in memory, 4-bit ones decoded.
+
+    Raises:
+        VeneerError: no weights there, or a damaged file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file: dict[str, Path] = {}
+        for file in weight_files(folder):
+            with self._open(file) as opened:
+                self._file |= dict.fromkeys(opened.keys(), file)
+
+    @staticmethod
+    def _open(file: Path) -> safe_open:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise VeneerError(
+                f"{file} is not a valid safetensors file: {error}", hint="it is damaged or incomplete; copy it again"
+            ) from error
+
+    def norms(self, layers: Iterable[str]) -> dict[str, tuple[float, tuple[int, ...]]]:
+        """The Frobenius norm and the shape of each of these layers' weights; what is not there is left out.
+
+        A file may leave out or add the first part of a name (`model.`, `transformer.`); that is tried as well.
+        """
+        found = {}
+        for layer in layers:
+            weight = self._weight(layer)
+            if weight is not None:
+                found[layer] = (float(torch.linalg.vector_norm(weight, dtype=torch.float32)), tuple(weight.shape))
+        return found
+
+    def _weight(self, layer: str) -> Tensor | None:
+        for name in (layer, layer.partition(".")[2], f"model.{layer}", f"transformer.{layer}"):
+            if f"{name}.weight" in self._file:
+                return self._decoded(name) if f"{name}.{STATE_KEY}" in self._file else self._read(f"{name}.weight")
+        return None
+
+    def _decoded(self, name: str) -> Tensor:
+        parts = {
+            key.removeprefix(f"{name}."): self._read(key) for key in self._file if key.startswith(f"{name}.weight")
+        }
+        return unpack_layer(parts, name, torch.float32).dequantize(torch.float32)
+
+    def _read(self, key: str) -> Tensor:
+        with self._open(self._file[key]) as opened:
+            return opened.get_tensor(key)

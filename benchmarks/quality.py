@@ -242,7 +242,8 @@ def cell_file(out: Path, task: str, cell: Cell, seed: int) -> Path:
 
 def settings_of(options: Options, cell: Cell, seed: int) -> dict[str, Any]:
     """What a cell's file must have been made with, as JSON gives it back."""
-    return json.loads(json.dumps({"options": asdict(options), "cell": asdict(cell), "seed": seed}))  # type: ignore[no-any-return]
+    what = {key: value for key, value in asdict(cell).items() if key != "seeds"}  # more of them change no figure
+    return json.loads(json.dumps({"options": asdict(options), "cell": what, "seed": seed}))  # type: ignore[no-any-return]
 
 
 def run_cells(
@@ -316,7 +317,8 @@ def _child(text: str) -> None:
 
     warnings.filterwarnings("ignore")
     given = json.loads(text)
-    options = Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in given["options"].items()})
+    sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given["options"].items()}
+    options = Options(**sizes)
     record = measure(options, Cell(**given["cell"]), given["seed"], given["task"], given["work"])
     (Path(given["work"]) / "record.json").write_text(json.dumps(record), encoding="utf-8")
 

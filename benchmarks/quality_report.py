@@ -243,10 +243,9 @@ def _plot(usable: Results, title: str, path: Path) -> bool:
     (rank, scaling), (targets, memory) = figure.subplots(2, 2)
     mean = {name: statistics.mean(map(exact_match, records)) for name, records in usable.items()}
     level = {name: mean[name] for name in (FULL, QLORA) if name in mean}
-    for axes, label, points in (
-        (rank, "rank", {r: f"LoRA r{r}" for r in (1, 4, 8, 16, 64)}),
-        (scaling, "scaling alpha / r, at r 16", {s: f"scaling {s:g}" for s in SCALINGS} | {2: BASE}),
-    ):
+    ranks: dict[float, str] = {r: f"LoRA r{r}" for r in (1, 4, 8, 16, 64)}
+    scalings: dict[float, str] = {s: f"scaling {s:g}" for s in SCALINGS} | {2: BASE}
+    for axes, label, points in ((rank, "rank", ranks), (scaling, "scaling alpha / r, at r 16", scalings)):
         there = sorted(x for x, name in points.items() if name in mean)
         axes.plot(there, [mean[points[x]] for x in there], "o-", label="LoRA")
         axes.set_xscale("log", base=2)

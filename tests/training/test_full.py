@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file
+from training.test_loop import lines, run
 from transformers import AutoModelForCausalLM
 
 import veneer
@@ -23,19 +24,8 @@ BF16 = {"dtype": torch.bfloat16, "hidden_size": 64}
 KINDS = {"fp32": {}, "bf16": BF16}
 
 
-def run(model, tokenizer, data, out, *, method="lora", resume=False, data_config=None, **settings):
-    config = veneer.TrainConfig(**{"batch_size": 4, "learning_rate": 0.01, "save_every": 3, **settings})
-    return veneer.train(
-        model, tokenizer, data, config, method=method, out=out, resume=resume, data_config=data_config, progress=False
-    )
-
-
 def full(model, tokenizer, data, out, **settings):
     return run(model, tokenizer, data, out, method="full", **settings)
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def state(model):

@@ -16,6 +16,9 @@
 | `c7_linear.py` | a 4-bit linear layer, 1 to 2048 rows |
 | `follow.py` | the losses of 20 steps on chat rows, step by step |
 
+Beside them `quality.py` (`python -m benchmarks.quality`, with a runner of its own): full fine-tuning, LoRA and its kinds on real
+data, how good each is; `quality_report.py` makes its page.
+
 `run.py` is the runner, `plan.py` what a benchmark is made of, `child.py` the process of one contender, `measure.py`
 clock, memory and the machine's limits, `training.py` the training steps all contenders share, `data.py` their inputs.
 """

@@ -226,6 +226,25 @@ def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, command
     assert result["peak_bytes"] <= torch.cuda.max_memory_allocated()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_fine_tuning_follows_the_cpu_and_resumes(tmp_path, tokenizer, commands, dtype):
+    settings = {"method": "full", "learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0}
+    losses, models = {}, {}
+    for device in ("cpu", GPU):
+        models[device] = make_model(dtype=dtype, hidden_size=64).to(device)
+        run(models[device], tokenizer, commands, tmp_path / device, max_steps=6, **settings)
+        losses[device] = [row["loss"] for row in lines(tmp_path / device)]
+    assert losses[GPU] == pytest.approx(losses["cpu"], rel=1e-4 if dtype == torch.float32 else 2e-2)
+    again = make_model(dtype=dtype, hidden_size=64).to(GPU)
+    run(again, tokenizer, commands, tmp_path / "cut", max_steps=3, **settings)
+    again = make_model(dtype=dtype, hidden_size=64).to(GPU)
+    result = run(again, tokenizer, commands, tmp_path / "cut", max_steps=6, resume=True, **settings)
+    for name, weight in models[GPU].named_parameters():
+        torch.testing.assert_close(again.get_parameter(name), weight, rtol=1e-2, atol=1e-4)
+    written, _ = veneer.load(result["model"], dtype=str(dtype).removeprefix("torch."), device="cpu")
+    assert all(torch.equal(p, again.get_parameter(name).cpu()) for name, p in written.named_parameters())
+
+
 def test_a_run_of_the_gpu_is_not_resumed_on_the_cpu(tmp_path, tokenizer, commands):
     run(fresh().to(GPU), tokenizer, commands, tmp_path / "run", max_steps=1)
     with pytest.raises(veneer.RefusedError, match="device: the checkpoint has 'cuda', this run 'cpu'"):

@@ -42,13 +42,13 @@ def train(
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the run when any row is bad.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter as a recipe says."""
+    """Train an adapter, or with `method: full` every weight, as a recipe says."""
     from veneer.config import read_recipe, write_recipe
 
     plan = read_recipe(recipe, [*(set_ or []), *(["data.strict=true"] if strict else [])])
     if plan.train.out is None:
         raise VeneerError(
-            "train.out is missing: where should the adapter go?", hint="for example --set train.out=runs/first"
+            "train.out is missing: where should the result go?", hint="for example --set train.out=runs/first"
         )
     import veneer
     from veneer.training.loop import require_new_run
@@ -63,10 +63,12 @@ def train(
         plan.model, quantize=plan.quantize, double_quant=plan.double_quant, dtype=plan.dtype, device=plan.device,
         revision=plan.revision,
     )  # fmt: skip
-    veneer.attach(model, plan.lora, seed=plan.train.seed)
+    if plan.method == "lora":
+        veneer.attach(model, plan.lora, seed=plan.train.seed)
     result = veneer.train(
-        model, tokenizer, None, plan.train, data_config=plan.data, recipe=write_recipe(plan), resume=resume
-    )
+        model, tokenizer, None, plan.train, method=plan.method, data_config=plan.data, recipe=write_recipe(plan),
+        resume=resume,
+    )  # fmt: skip
     if as_json:
         _print_json(result)
         return
@@ -75,10 +77,12 @@ def train(
         f"{result['steps']} steps in {result['seconds']:.0f} s ({result['tokens_per_second']:,.0f} tokens/s), "
         f"loss {result['train_loss']:.4f}{held}, peak memory {result['peak_bytes'] / 1e9:.1f} GB"
     )
-    chat = ["veneer", "chat", plan.model, "--adapter", result["adapter"]]
+    full = result["model"] is not None
+    chat = ["veneer", "chat", *([result["model"]] if full else [plan.model, "--adapter", result["adapter"]])]
     chat += ["--quantize", plan.quantize] if plan.quantize else []
     chat += ["--system", plan.data.system] if plan.data.system else []
-    print(f"adapter: {result['adapter']}\ntry it:  {shlex.join(chat)}")
+    where = f"model: {result['model']}" if full else f"adapter: {result['adapter']}"
+    print(f"{where}\ntry it:  {shlex.join(chat)}")
 
 
 @app.command("eval")

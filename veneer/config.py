@@ -22,6 +22,7 @@ TARGET_PRESETS = ("attention", "qv", "mlp", "all-linear")
 Quantization = Literal["nf4"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 DataFormat = Literal["prompt_completion", "alpaca", "messages", "text"]
+Method = Literal["lora", "full"]
 
 
 if TYPE_CHECKING:
@@ -144,7 +145,9 @@ class TrainConfig(Settings):
     max_steps: int | None = Field(None, ge=1, description="at most so many optimizer steps")
     batch_size: int = Field(16, ge=1, description="rows in one forward and backward")
     grad_accumulation: int = Field(1, ge=1, description="batches in one optimizer step")
-    learning_rate: float | Literal["auto"] = Field("auto", description="auto: by the model's width")
+    learning_rate: float | Literal["auto"] = Field(
+        "auto", description="auto: by the model's width, and a tenth of it with method full"
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="of the learning rate after the warm-up: cosine, linear or constant"
     )
@@ -215,16 +218,27 @@ class Recipe(Settings):
     )
     dtype: Dtype = Field("bfloat16", description="bfloat16, float16 or float32: of all that is not 4-bit")
     device: str = Field("auto", description="auto: cuda when there is one, else cpu")
+    method: Method = Field("lora", description="lora, or full: every weight is trained")
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig
     train: TrainConfig = Field(default_factory=TrainConfig)
 
     @model_validator(mode="after")
-    def _early_stopping_needs_eval(self) -> Recipe:
+    def _fits_together(self) -> Recipe:
+        problems = []
         if self.train.early_stopping is not None and self.data.eval is None:
-            raise ValueError(
-                "train.early_stopping needs held-out rows: set data.eval to a file or to a share like 0.05"
-            )
+            problems.append("train.early_stopping needs held-out rows: set data.eval to a file or to a share like 0.05")
+        if self.method == "full":
+            if self.quantize is not None:
+                problems.append(f"quantize: found {self.quantize}, but method full trains the base: leave it out")
+            if self.dtype == "float16":
+                problems.append("dtype: found float16, expected bfloat16 or float32 with method full")
+            if "lora" in self.model_fields_set:
+                problems.append("lora: found settings of an adapter, but method full has none: leave them out")
+            if self.train.lora_plus is not None:
+                problems.append("train.lora_plus: found a ratio of A's and B's rates, but method full has neither")
+        if problems:
+            raise ValueError("\n".join(problems))  # `_explain` makes a problem of each line
         return self
 
 
@@ -271,7 +285,8 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 def write_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = recipe.model_dump(mode="json", exclude={"lora"} if recipe.method == "full" else None)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -333,5 +348,6 @@ def _explain(root: type[BaseModel], error: ValidationError) -> list[str]:
                 found = ""
             if name in ("quantize",):
                 message = f"expected one of {', '.join(get_args(Quantization))}, or nothing for 16-bit"
-            problems.setdefault(name, f"{name + ': ' if name else ''}{message}{found}")
+            for line in message.splitlines():
+                problems.setdefault(name or line, f"{name + ': ' if name else ''}{line}{found}")
     return list(problems.values())

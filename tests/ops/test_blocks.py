@@ -35,7 +35,28 @@ def wide(value):
 
 
 def factors(group):
-    return [f for layer in group for f in (layer.a, layer.b) if f is not None]
+    return [f for layer in group for f in (layer.a, layer.b, layer.weight, layer.bias) if wants_gradient(f)]
+
+
+def wants_gradient(value):
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def norms(block):
+    there = [getattr(block, name, None) for name in ("norm", "q_norm", "k_norm")]
+    return [norm.weight for norm in there if norm is not None and norm.weight.requires_grad]
+
+
+def train_all(block, group):
+    """Weights, biases and norms too, as full fine-tuning has it."""
+    for linear in group:
+        for value in (linear.weight, linear.bias):
+            if value is not None:
+                value.requires_grad_()
+    for norm in (block.norm, getattr(block, "q_norm", None), getattr(block, "k_norm", None)):
+        if norm is not None:
+            norm.weight.requires_grad_()
+    return block
 
 
 def compare(native_form, definition, x, block, group, exact_group, exact):
@@ -45,8 +66,8 @@ def compare(native_form, definition, x, block, group, exact_group, exact):
     y, more = native_form(x, block, rest)
     x_ = x.detach().float().requires_grad_()
     y_ = definition(x_, exact, rest)[0]
-    found = [y, *torch.autograd.grad(y, [x, *factors(group)], dy)]
-    wanted = [y_, *torch.autograd.grad(y_, [x_, *factors(exact_group)], dy.float())]
+    found = [y, *torch.autograd.grad(y, [x, *factors(group), *norms(block)], dy)]
+    wanted = [y_, *torch.autograd.grad(y_, [x_, *factors(exact_group), *norms(exact)], dy.float())]
     for n, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert not a.isnan().any(), n
         # of one token's softmax the exact gradient is 0: what is left is the rounding of what flows through it
@@ -284,14 +305,16 @@ def test_attention_alone(isa, nan_empties, starts):
 def test_rms_norm(isa, nan_empties, width, zeros):
     weight = torch.randn(width).bfloat16()
     weight[::7] = -1 if zeros else 0.5  # with the shift: 0, from which x cannot be told
-    norm = Norm(weight, 1e-5, 1.0)
+    norm = Norm(weight.requires_grad_(), 1e-5, 1.0)
     x, dy = torch.randn(9, width).bfloat16().requires_grad_(), torch.randn(9, width).bfloat16()
     rest = (torch.randn(9, width) * x.detach().abs() / 512).bfloat16()
     x_ = x.detach().float().requires_grad_()
-    y, y_ = blocks.rms_norm(x, norm, rest), reference.rms_norm(x_, *norm, rest=rest)
+    weight_ = weight.detach().float().requires_grad_()
+    y, y_ = blocks.rms_norm(x, norm, rest), reference.rms_norm(x_, weight_, 1e-5, 1.0, rest)
     torch.testing.assert_close(y.float(), y_, rtol=4e-3, atol=1e-6)  # half a step of bf16: of x without rest, two
-    (dx,), (dx_,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(y_, x_, dy.float())
+    (dx, dw), (dx_, dw_) = torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(y_, (x_, weight_), dy.float())
     torch.testing.assert_close(dx.float(), dx_, rtol=8e-3, atol=2e-2)
+    torch.testing.assert_close(dw.float(), dw_, rtol=1e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
@@ -311,3 +334,56 @@ def test_the_residual_stream_has_twice_the_digits(isa, nan_empties, tokens, four
             y_ = reference.mlp_block(reference.attention_block(y_, a_)[0], m_)[0]
     moved = float((y_ - x.float()).norm())
     assert float((y.float() + rest.float() - y_).norm()) < 0.01 * moved < 0.2 * float((y_alone.float() - y_).norm())
+
+
+TRAINED_ATTENTION = {
+    "plain": {"tokens": 67, "r": None},
+    "one token": {"tokens": 1, "r": None},
+    "bias, norms": {"tokens": 33, "r": None, "bias": True, "qk_norm": True},
+    "one linear, packed": {"tokens": 150, "r": None, "fused": True, "bias": True, "starts": [0, 1, 66, 150]},
+    "adapters too": {"tokens": 40, "r": [1, 3, None, 5], "dropout": 0.3, "recompute": "full"},
+}
+TRAINED_MLP = {
+    "plain": {"r": None},
+    "odd width, again": {"r": None, "inner": 102, "recompute": "mlp"},
+    "one linear, shift": {"r": None, "fused": True, "activation": "gelu_tanh", "shift": 1.0},
+    "adapters too": {"r": [3, None, 5], "dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", TRAINED_ATTENTION)
+def test_weights_of_the_attention_half_can_be_trained(isa, nan_empties, case):
+    block = attention(**TRAINED_ATTENTION[case])
+    train_all(block, [*block.qkv, block.out])
+    x = torch.randn(TRAINED_ATTENTION[case]["tokens"], 48, generator=generator(1)).bfloat16().requires_grad_()
+    exact = wide(block)
+    groups = [*block.qkv, block.out], [*exact.qkv, exact.out]
+    found = compare(blocks.attention_block, reference.attention_block, x, block, *groups, exact)
+    assert len(found) >= 2 + 1 + len(groups[0])  # y, x, norm, and each weight
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("case", TRAINED_MLP)
+def test_weights_of_the_mlp_half_can_be_trained(isa, nan_empties, case, zeros):
+    block = mlp(**TRAINED_MLP[case])
+    if zeros:  # then y does not tell x
+        block.norm.weight[::5] = -block.norm.shift
+    train_all(block, [*block.gate_up, block.down])
+    x = torch.randn(75, 48, generator=generator(1)).bfloat16().requires_grad_()
+    exact = wide(block)
+    groups = [*block.gate_up, block.down], [*exact.gate_up, exact.down]
+    found = compare(blocks.mlp_block, reference.mlp_block, x, block, *groups, exact)
+    assert len(found) >= 2 + 1 + len(groups[0])
+
+
+def test_only_what_is_trained_gets_a_gradient():
+    a, m = attention(20, r=None, qk_norm=True), mlp(r=None)
+    a.qkv[1].weight.requires_grad_()
+    a.k_norm.weight.requires_grad_()
+    m.norm.weight.requires_grad_()
+    x = torch.randn(20, 48, generator=generator(1)).bfloat16()  # needs none: the first layer after frozen embeddings
+    layer(x, a, m).float().square().sum().backward()
+    everything = [t for linear in (*a.qkv, a.out, *m.gate_up, m.down) for t in (linear.weight,)]
+    everything += [norm.weight for norm in (a.norm, a.q_norm, a.k_norm, m.norm)]
+    with_gradient = [t for t in everything if t.grad is not None and float(t.grad.float().abs().sum()) > 0]
+    assert {id(t) for t in with_gradient} == {id(t) for t in (a.qkv[1].weight, a.k_norm.weight, m.norm.weight)}

@@ -24,9 +24,11 @@ def fresh(quantize=False, model=None, **config):
     return model
 
 
-def run(model, tokenizer, data, out, resume=False, data_config=None, **settings):
+def run(model, tokenizer, data, out, resume=False, data_config=None, method="lora", **settings):
     config = veneer.TrainConfig(**{"batch_size": 4, "learning_rate": 0.01, "save_every": 3, **settings})
-    return veneer.train(model, tokenizer, data, config, out=out, resume=resume, data_config=data_config, progress=False)
+    return veneer.train(
+        model, tokenizer, data, config, method=method, out=out, resume=resume, data_config=data_config, progress=False
+    )
 
 
 def lines(out):

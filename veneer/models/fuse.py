@@ -135,7 +135,7 @@ def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwa
 
 def _norm(module: Any) -> Norm | None:
     name = type(module).__name__
-    if name not in NORMS or module.weight.requires_grad:
+    if name not in NORMS:
         return None
     epsilon = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return Norm(module.weight, epsilon, NORMS[name])
@@ -155,17 +155,22 @@ def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
         layer: Any = getattr(parent, name)
         base = layer.base_layer if isinstance(layer, LoraLinear) else layer
         if isinstance(base, nn.Linear):
-            if type(base) is not nn.Linear or base.weight.requires_grad or base.weight.dtype != torch.bfloat16:
+            if type(base) is not nn.Linear or base.weight.dtype != torch.bfloat16:
+                return None
+            if base.weight.requires_grad and base is not layer:  # under an adapter it is taken for frozen
                 return None
         elif not isinstance(base, Nf4Linear):
             return None
         if base.in_features % 2 or base.out_features % 2:
             return None
-        if base.bias is not None and (base.bias.requires_grad or base.bias.dtype != torch.bfloat16):
+        if base.bias is not None and base.bias.dtype != torch.bfloat16:
             return None
         if isinstance(layer, LoraLinear) and layer.active in layer.magnitude:  # DoRA
             return None
-        found.append(layer.frozen() if isinstance(layer, LoraLinear) else plain_linear(layer))
+        if base.weight.requires_grad:  # full fine-tuning
+            found.append(AdaptedLinear(base.weight, base.bias))
+        else:
+            found.append(layer.frozen() if isinstance(layer, LoraLinear) else plain_linear(layer))
     return found
 
 

@@ -129,8 +129,11 @@ def stored_quantization(name: str | Path, revision: str | None = None) -> str | 
     return "nf4" if _read_config(resolve(str(name), revision))[1] else None
 
 
-def save_model(model: Any, tokenizer: Any, path: str | Path) -> Path:
+def save_model(model: Any, tokenizer: Any, path: str | Path, *, replace: bool = False) -> Path:
     """Write a model without adapters as a folder plain transformers loads, atomically; 4-bit layers as bitsandbytes does.
+
+    Args:
+        replace: a model already in that folder is replaced; otherwise the folder must be empty or absent.
 
     Raises:
         VeneerError: adapters are still on it, the folder is not empty, or the disk is too small.
@@ -141,7 +144,7 @@ def save_model(model: Any, tokenizer: Any, path: str | Path) -> Path:
     layers = [module for module in model.modules() if isinstance(module, Nf4Linear)]
     tensors = bnb_format.model_tensors(model)
     require_disk_space(path, sum(tensor.nbytes for tensor in tensors.values()), "the model")
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, replace=replace) as folder:
         config = model.config.to_dict()
         config.pop("_name_or_path", None)
         config.pop("quantization_config", None)

@@ -140,7 +140,7 @@ def attention(
 
 
 def rms_norm(x: Tensor, norm: blocks.Norm, rest: Tensor | None = None) -> Tensor:
-    """x (T, D) -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once. Differentiable in x.
+    """x (T, D) -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once. Differentiable in x and weight.
 
     rest (T, D): what the rounding of x took from it, if it is known; so too in the two halves of a layer.
     """
@@ -148,7 +148,7 @@ def rms_norm(x: Tensor, norm: blocks.Norm, rest: Tensor | None = None) -> Tensor
 
 
 def attention_block(x: Tensor, block: blocks.Attention, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """y (T, D) = x + o(attention(rotate(q), rotate(k), v)), q, k, v = linears(rms_norm(x)); all linears frozen + LoRA.
+    """y (T, D) = x + o(attention(rotate(q), rotate(k), v)), q, k, v = linears(rms_norm(x)); linears with or without LoRA.
 
     Returns y, and its rest (T, D), of the same type: the residual stream has twice the digits of that type.
     """

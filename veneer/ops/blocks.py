@@ -3,9 +3,10 @@
     attention_block:  y = x + o( attention( rotate(q), rotate(k), v ) ),   q, k, v = linears( rms_norm(x) )
     mlp_block:        y = x + down( activation(gate) * up ),               gate, up = linears( rms_norm(x) )
 
-Every linear is frozen, 16-bit or NF4, with or without a low-rank term: W x + scaling B A dropout(x). The definitions,
-in plain torch, are `reference.attention_block` and `reference.mlp_block`. Beside y goes its rest, what rounding took from
-it, to the next half: a residual stream of twice 8 digits, without gradients of 32 bits.
+Every linear is 16-bit or NF4, with or without a low-rank term: W x + scaling B A dropout(x). 16-bit weights, biases and
+norms that require a gradient get one (full fine-tuning); most often all of them are frozen. The definitions, in plain
+torch, are `reference.attention_block` and `reference.mlp_block`. Beside y goes its rest, what rounding took from it, to
+the next half: a residual stream of twice 8 digits, without gradients of 32 bits.
 
 Saved for the backward pass: the normed input, q, k, v, the attention's output, gate and up. Made again, bit for bit:
 activations, dropout's masks, the bf16 factors, and up of a 4-bit base (where gate and up are two linears). `recompute`
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from veneer.ops import native
 from veneer.ops.arena import empty
+from veneer.ops.cross_entropy import OURS
 from veneer.ops.reference import drop_scale
 
 Recompute = Literal["none", "mlp", "full"]
 
 
 class AdaptedLinear(NamedTuple):
-    """y = x W^T + bias + scaling (dropout(x) A^T) B^T. weight (out, in): bf16, or 4-bit (`quant.nf4.Nf4Tensor`); frozen.
+    """y = x W^T + bias + scaling (dropout(x) A^T) B^T. weight (out, in): bf16, or 4-bit (`quant.nf4.Nf4Tensor`), frozen.
 
     a (r, in) and b (out, r) fp32, or None both. Each linear drops its own copy of x, as PEFT's modules do; the mask is
     a function of `seed` (`reference.kept`), so the backward pass makes it again.
@@ -47,7 +49,7 @@ class AdaptedLinear(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """y = x (mean(x^2) + epsilon)^-1/2 (weight + shift); weight (D,), frozen."""
+    """y = x (mean(x^2) + epsilon)^-1/2 (weight + shift); weight (D,)."""
 
     weight: Tensor
     epsilon: float
@@ -87,12 +89,13 @@ class Mlp(NamedTuple):
 
 def attention_block(x: Tensor, block: Attention, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (T, D) bf16 [and its rest] -> y (T, D) and its rest: `reference.attention_block`."""
-    return _AttentionBlock.apply(x, rest, block, *_factors([*block.qkv, block.out]))  # type: ignore[no-any-return]
+    norms = _trained(block.norm), _trained(block.q_norm), _trained(block.k_norm)
+    return _AttentionBlock.apply(x, rest, block, *norms, *_factors([*block.qkv, block.out]))  # type: ignore[no-any-return]
 
 
 def mlp_block(x: Tensor, block: Mlp, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (T, D) bf16 [and its rest] -> y (T, D) and its rest: `reference.mlp_block`."""
-    return _MlpBlock.apply(x, rest, block, *_factors([*block.gate_up, block.down]))  # type: ignore[no-any-return]
+    return _MlpBlock.apply(x, rest, block, _trained(block.norm), *_factors([*block.gate_up, block.down]))  # type: ignore[no-any-return]
 
 
 def attention(
@@ -103,12 +106,21 @@ def attention(
 
 
 def rms_norm(x: Tensor, norm: Norm, rest: Tensor | None = None) -> Tensor:
-    """x (T, D) bf16 [and its rest] -> (T, D): `reference.rms_norm`; the weight is frozen."""
-    return _RmsNorm.apply(x, rest, norm)  # type: ignore[no-any-return]
+    """x (T, D) bf16 [and its rest] -> (T, D): `reference.rms_norm`."""
+    return _RmsNorm.apply(x, rest, norm, _trained(norm))  # type: ignore[no-any-return]
 
 
 def _factors(group: Sequence[AdaptedLinear]) -> list[Tensor | None]:
-    return [factor for linear in group for factor in (linear.a, linear.b)]
+    """What may be trained, four to a linear: what autograd has to see."""
+    return [x for linear in group for x in (linear.a, linear.b, _trained(linear), _if_trained(linear.bias))]
+
+
+def _trained(part: AdaptedLinear | Norm | None) -> Tensor | None:
+    return None if part is None else _if_trained(part.weight)
+
+
+def _if_trained(x: Any) -> Tensor | None:
+    return x if isinstance(x, Tensor) and x.requires_grad else None
 
 
 class _Group:
@@ -189,22 +201,29 @@ class _Group:
     def factor_gradients(
         self, x: Tensor, h: Tensor | None, dy: Sequence[Tensor], dh: Tensor | None
     ) -> list[Tensor | None]:
-        """The gradients of a and b of each linear, fp32, in the order of `_factors`."""
+        """The gradients of a, b, weight and bias of each linear, in the order of `_factors`."""
         gradients: list[Tensor | None] = []
         da = None if dh is None or self.drops else native.outer_sum(dh, x)
         for linear, d, place in zip(self.group, dy, self.places, strict=True):
             if linear.a is None or dh is None or h is None:
                 gradients += [None, None]
-                continue
-            r = linear.a.shape[0]
-            own = native.outer_sum(dh[:, place], _masked(x, linear)) if da is None else da[place]
-            db = native.outer_sum(h[:, place], d, transposed=True)
-            gradients += [own[:r] * _scaling(linear), db[:, :r].contiguous() if r % 2 else db]
+            else:
+                r = linear.a.shape[0]
+                own = native.outer_sum(dh[:, place], _masked(x, linear)) if da is None else da[place]
+                db = native.outer_sum(h[:, place], d, transposed=True)
+                gradients += [own[:r] * _scaling(linear), db[:, :r].contiguous() if r % 2 else db]
+            gradients.append(None if _trained(linear) is None else _weight_gradient(d, x))
+            gradients.append(None if _if_trained(linear.bias) is None else d.sum(0, dtype=torch.float32).to(d.dtype))
         return gradients
 
 
 def _scaling(linear: AdaptedLinear) -> float:
     return linear.scaling * drop_scale(linear.dropout)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy^T x (out, in), summed in fp32 and rounded once; ours where torch has no fast bf16 product."""
+    return native.outer_sum(dy, x).to(x.dtype) if native.isa() in OURS else dy.T @ x
 
 
 def _masked(x: Tensor, linear: AdaptedLinear) -> Tensor:
@@ -213,17 +232,18 @@ def _masked(x: Tensor, linear: AdaptedLinear) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: Tensor | None, norm: Norm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rest: Tensor | None, norm: Norm, weight: Tensor | None) -> Tensor:
         y, kept, rstd = _norm(ctx, x, rest, norm)
-        ctx.save_for_backward(kept, rstd)
+        ctx.save_for_backward(kept, rstd, weight)
         ctx.norm = norm
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        kept, rstd = ctx.saved_tensors
-        return _norm_backward(ctx, dy, kept, rstd, ctx.norm, None), None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        kept, rstd, _ = ctx.saved_tensors
+        d_weight = _norm_weight_gradient(dy, kept, rstd, ctx.norm, ctx.tells)
+        return _norm_backward(ctx, dy, kept, rstd, ctx.norm, None), None, None, d_weight
 
 
 def _norm(ctx: Any, x: Tensor, rest: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,6 +258,16 @@ def _norm_again(ctx: Any, kept: Tensor, norm: Norm) -> Tensor:
 
 def _norm_backward(ctx: Any, dy: Tensor, kept: Tensor, rstd: Tensor, norm: Norm, d_residual: Tensor | None) -> Tensor:
     return native.rms_norm_backward(dy, kept, norm.weight, rstd, norm.shift, d_residual, normed=ctx.tells)
+
+
+def _norm_weight_gradient(dy: Tensor, kept: Tensor, rstd: Tensor, norm: Norm, normed: bool) -> Tensor | None:
+    """sum over rows of dy x rstd, where x rstd is kept / (weight + shift) if `normed`; None: the weight is frozen."""
+    if _trained(norm) is None:
+        return None
+    terms = dy.float().mul_(kept)
+    if normed:
+        return (terms.sum(0) / (norm.weight.float() + norm.shift)).to(norm.weight.dtype)
+    return terms.mul_(rstd[:, None]).sum(0).to(norm.weight.dtype)
 
 
 class _Attention(torch.autograd.Function):
@@ -267,7 +297,7 @@ def _token_major(x: Tensor) -> Tensor:
 class _AttentionBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, rest: Tensor | None, block: Attention, *factors: Tensor | None
+        ctx: Any, x: Tensor, rest: Tensor | None, block: Attention, *trained: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         group, out = _Group(block.qkv), _Group([block.out])
         normed, kept, rstd = _norm(ctx, x, rest, block.norm)
@@ -280,7 +310,7 @@ class _AttentionBlock(torch.autograd.Function):
         )
         flat = o.view(x.shape[0], -1)
         h_out = out.project(flat)
-        _save(ctx, block, (kept, rstd, o, lse, h, h_out), [] if block.recompute == "full" else qkv, factors)
+        _save(ctx, block, (kept, rstd, o, lse, h, h_out), [] if block.recompute == "full" else qkv, trained)
         return _add(ctx, out, flat, h_out, x, rest)
 
     @staticmethod
@@ -301,19 +331,16 @@ class _AttentionBlock(torch.autograd.Function):
             _normed(q, block.q_norm), _normed(k, block.k_norm), v, o, lse, d_o, block.cos, block.sin,
             block.starts, block.scale, (dq, dk, dv),
         )  # fmt: skip
-        _normed_backward(dq, q, block.q_norm)
-        _normed_backward(dk, k, block.k_norm)
+        d_heads_norms = _normed_backward(dq, q, block.q_norm), _normed_backward(dk, k, block.k_norm)
         dh = group.low_rank_gradient(d_qkv)
         d_factors = group.factor_gradients(normed, h, d_qkv, dh)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _norm_backward(ctx, group.input_gradient(d_qkv, dh), kept, rstd, block.norm, dy)
-        return dx, None, None, *d_factors, *d_out_factors
+        dx, d_norm = _input_gradients(ctx, group, d_qkv, dh, kept, rstd, dy)
+        return dx, None, None, d_norm, *d_heads_norms, *d_factors, *d_out_factors
 
 
 class _MlpBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rest: Tensor | None, block: Mlp, *factors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, rest: Tensor | None, block: Mlp, *trained: Tensor | None) -> tuple[Tensor, Tensor]:
         group, down = _Group(block.gate_up), _Group([block.down])
         normed, kept, rstd = _norm(ctx, x, rest, block.norm)
         h = group.project(normed)
@@ -322,7 +349,7 @@ class _MlpBlock(torch.autograd.Function):
         act = native.gated(*_gate_and_up(both), block.activation)
         del both[_kept(block) :]
         h_down = down.project(act)
-        _save(ctx, block, (kept, rstd, h, h_down), both, factors)
+        _save(ctx, block, (kept, rstd, h, h_down), both, trained)
         return _add(ctx, down, act, h_down, x, rest)
 
     @staticmethod
@@ -344,10 +371,20 @@ class _MlpBlock(torch.autograd.Function):
         dh = group.low_rank_gradient(d_both)
         d_factors = group.factor_gradients(normed, h, d_both, dh)
         del normed
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = _norm_backward(ctx, group.input_gradient(d_both, dh), kept, rstd, block.norm, dy)
-        return dx, None, None, *d_factors, *d_down_factors
+        dx, d_norm = _input_gradients(ctx, group, d_both, dh, kept, rstd, dy)
+        return dx, None, None, d_norm, *d_factors, *d_down_factors
+
+
+def _input_gradients(
+    ctx: Any, group: _Group, d_outputs: Sequence[Tensor], dh: Tensor | None, kept: Tensor, rstd: Tensor, dy: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What flows out of the start of a half, its norm: the gradients of x, residual dy included, and of the norm's weight."""
+    norm, wanted = ctx.block.norm, ctx.needs_input_grad[0]
+    if not wanted and _trained(norm) is None:
+        return None, None
+    d_normed = group.input_gradient(d_outputs, dh)
+    d_norm = _norm_weight_gradient(d_normed, kept, rstd, norm, ctx.tells)
+    return _norm_backward(ctx, d_normed, kept, rstd, norm, dy) if wanted else None, d_norm
 
 
 def _kept(block: Mlp) -> int:
@@ -359,9 +396,9 @@ def _kept(block: Mlp) -> int:
     return 1 if any(not isinstance(linear.weight, Tensor) for linear in block.gate_up) else len(block.gate_up)
 
 
-def _save(ctx: Any, block: Attention | Mlp, few: Sequence[Any], outputs: Sequence[Tensor], factors: Any) -> None:
-    """The factors are saved only so that autograd notices when they are changed before the backward pass reads them."""
-    ctx.save_for_backward(*few, *outputs, *factors)
+def _save(ctx: Any, block: Attention | Mlp, few: Sequence[Any], outputs: Sequence[Tensor], trained: Any) -> None:
+    """What is trained is saved only so that autograd notices when it is changed before the backward pass reads it."""
+    ctx.save_for_backward(*few, *outputs, *trained)
     ctx.block, ctx.outputs = block, len(outputs)
 
 
@@ -401,10 +438,13 @@ def _normed(x: Tensor, norm: Norm | None) -> Tensor:
     return native.rms_norm(x.reshape(-1, x.shape[-1]), norm.weight, norm.epsilon, norm.shift)[0].view(x.shape)
 
 
-def _normed_backward(d: Tensor, x: Tensor, norm: Norm | None) -> None:
-    """Turn the gradient of the normed heads into that of the heads, in place."""
-    if norm is not None:
-        flat = x.reshape(-1, x.shape[-1])
-        rstd = native.rms_norm(flat, norm.weight, norm.epsilon, norm.shift)[1]
-        dx = native.rms_norm_backward(d.reshape(flat.shape), flat, norm.weight, rstd, norm.shift, None, normed=False)
-        d.copy_(dx.view(d.shape))
+def _normed_backward(d: Tensor, x: Tensor, norm: Norm | None) -> Tensor | None:
+    """Turn the gradient of the normed heads into that of the heads, in place; returns that of the norm's weight."""
+    if norm is None:
+        return None
+    flat, d_flat = x.reshape(-1, x.shape[-1]), d.reshape(-1, x.shape[-1])
+    rstd = native.rms_norm(flat, norm.weight, norm.epsilon, norm.shift)[1]
+    d_weight = _norm_weight_gradient(d_flat, flat, rstd, norm, normed=False)
+    dx = native.rms_norm_backward(d_flat, flat, norm.weight, rstd, norm.shift, None, normed=False)
+    d.copy_(dx.view(d.shape))
+    return d_weight

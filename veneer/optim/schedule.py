@@ -19,9 +19,9 @@ def lr_factor(step: int, total: int, warmup: int, schedule: str = "cosine", floo
     return floor + (1 - floor) * share
 
 
-def default_learning_rate(hidden_size: int) -> float:
-    """5e-5 * 10 * (2000 / hidden)^0.78: full fine-tuning's rate, ten times that for LoRA, by width.
+def default_learning_rate(hidden_size: int, method: str = "lora") -> float:
+    """5e-5 * (2000 / hidden)^0.78 for full fine-tuning, ten times that for LoRA, by width.
 
-    From "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025): 1.3e-3 at hidden 576, 2.9e-4 at 4096.
+    From "LoRA Without Regret" (Schulman and Thinking Machines Lab, 2025): for LoRA 1.3e-3 at hidden 576, 2.9e-4 at 4096.
     """
-    return 5e-4 * (2000 / hidden_size) ** 0.78
+    return (5e-5 if method == "full" else 5e-4) * (2000 / hidden_size) ** 0.78

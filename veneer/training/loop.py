@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, count_parameters, freeze_base
-from veneer.adapters.files import save_adapter
-from veneer.config import DataConfig, TrainConfig
+from veneer.adapters.attach import count_parameters
+from veneer.config import DataConfig, Method, TrainConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
 from veneer.models.fuse import set_recompute
 from veneer.ops import arena
 from veneer.ops.blocks import Recompute
-from veneer.optim.groups import parameter_groups
 from veneer.optim.schedule import default_learning_rate, lr_factor
 from veneer.quant.linear import Nf4Linear
 from veneer.storage import atomic_file, require_disk_space, require_empty_folder
@@ -34,6 +32,7 @@ from veneer.training.checkpoint import checkpoint_bytes, newest_checkpoint, rest
 from veneer.training.data import IGNORED, Sample, prepare_data
 from veneer.training.packing import TOKEN_BUDGET, Order, collate_packed, collate_padded, pack
 from veneer.training.progress import Metrics, Progress, drop_metrics_after, number
+from veneer.training.weights import AdapterWeights, FullWeights, trained_weights
 
 NAN_LIMIT = 3  # steps in a row without a finite loss and gradient before a run gives up
 # Settings that a resumed run may change. Rows a step are compared whole, so a step may be cut in other micro-batches.
@@ -49,26 +48,29 @@ def train(
     data: Any,
     config: TrainConfig | None = None,
     *,
+    method: Method = "lora",
     out: str | Path | None = None,
     data_config: DataConfig | None = None,
     recipe: str | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train the active adapter of `model` and write it to `out`/adapter.
+    """Train the active adapter of `model` and write it to `out`/adapter, or all of `model`, written to `out`/model.
 
     Args:
         data: a file, files, or rows (see `veneer.training.rows.read_rows`); left to `data_config` when None.
+        method: "lora" trains the active adapter; "full" every weight of a 16- or 32-bit model without adapters, with
+            AdamW on fp32 masters.
         recipe: text kept beside the run as recipe.yaml.
         resume: go on from the newest whole checkpoint in `out`, at the same step with the same next batch.
 
     A fresh start seeds torch's global generator with `config.seed`.
 
-    Returns: out, adapter, steps, train_loss, eval_loss, tokens_per_second, peak_bytes, seconds and more.
+    Returns: out, adapter, model, steps, train_loss, eval_loss, tokens_per_second, peak_bytes, seconds and more.
 
     Raises:
         VeneerError: nothing to train, bad data, `out` not empty, no finite loss 3 times in a row, a step that gives some
-            factor of the adapter no gradient.
+            trained weight no gradient.
         RefusedError: the checkpoint to resume from is of other settings or data: the run would not be the one it was.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was written first.
     """
@@ -76,7 +78,7 @@ def train(
     folder = out or config.out
     if folder is None:
         raise VeneerError("no output folder", hint="give out=..., or train.out in the recipe")
-    return _Run(model, tokenizer, data, config, Path(folder), data_config, recipe, resume, progress).run()
+    return _Run(model, tokenizer, data, config, method, Path(folder), data_config, recipe, resume, progress).run()
 
 
 class _Run:
@@ -86,6 +88,7 @@ class _Run:
         tokenizer: Any,
         data: Any,
         config: TrainConfig,
+        method: Method,
         out: Path,
         data_config: DataConfig | None,
         recipe: str | None,
@@ -93,15 +96,11 @@ class _Run:
         progress: bool,
     ) -> None:
         self.model, self.tokenizer, self.config, self.out, self.progress = model, tokenizer, config, out, progress
-        name = active_adapter(model)
-        if name is None:
-            raise VeneerError(
-                "this model has no active adapter to train", hint="veneer.attach(model, LoraConfig(...)) first"
-            )
         self.checkpoints = out / "checkpoints"
         if not (resume and self.checkpoints.is_dir()):
             require_new_run(out)
-        self.name, self.parameters = name, adapter_parameters(model, name)
+        self.weights = trained_weights(method, model, tokenizer)
+        self.parameters = self.weights.parameters
         self.data = data_config or DataConfig(train="-")
         self.train_set, self.eval_set, self.notes = prepare_data(data, self.data, tokenizer, config.seed)
         self.packing = self.data.packing and "attention" in getattr(model, "veneer_parts", ())
@@ -114,17 +113,16 @@ class _Run:
             self.steps = min(self.steps, config.max_steps)
         self.warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(0.03 * self.steps)
         self.peak_lr = (
-            default_learning_rate(model.config.get_text_config().hidden_size)
+            default_learning_rate(model.config.get_text_config().hidden_size, method)
             if config.learning_rate == "auto"
             else float(config.learning_rate)
         )
         fused = True if self.device.type == "cpu" else None  # one pass, no temporary tensors; torch's choice elsewhere
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.parameters, config.lora_plus),
+            self.weights.groups(config),
             lr=self.peak_lr,
             betas=config.betas,
             eps=config.epsilon,
-            weight_decay=config.weight_decay,
             fused=fused,
         )
         self.done = 0
@@ -132,8 +130,10 @@ class _Run:
             "settings": self._settings(), "steps": self.steps, "tokens": 0, "seconds": 0.0, "loss_sum": 0.0,
             "loss_steps": 0, "skipped": 0, "eval_loss": None, "best_loss": None, "bad_evaluations": 0,
         }  # fmt: skip
-        keep = (config.keep_last + 1) * checkpoint_bytes(self.parameters)
-        require_disk_space(out, keep, f"{config.keep_last} checkpoints and the adapter")
+        # one more of each kind while the newest is written
+        count = config.keep_last + 1 + (0 if config.early_stopping is None else 2)
+        keep = count * checkpoint_bytes(self.parameters) + self.weights.output_bytes()
+        require_disk_space(out, keep, f"{count} checkpoints and the {self.weights.what}")
         if not (resume and self._resume()):
             torch.manual_seed(config.seed)  # dropout
         self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ class _Run:
         started, before = time.monotonic(), state["seconds"]
         bad_steps, stopped = 0, self._stopped()
         say = Progress(self.progress, self.steps, self.device)
-        with _training(self.model, config.recompute), _stop_signals() as stop:
+        with _training(self.model, self.weights, config.recompute), _stop_signals() as stop:
             while self.done < self.steps and not stopped:
                 began = time.monotonic()
                 row = self._step()
@@ -186,12 +186,13 @@ class _Run:
         self._checkpoint()
         if config.early_stopping is not None and (best := newest_checkpoint(self.checkpoints / "best")) is not None:
             restore(best[1], self.parameters, self.optimizer)
+            self.weights.changed()
             state["eval_loss"] = best[0]["best_loss"]
-        adapter = save_adapter(self.model, self.out / "adapter", self.name, replace=True)
+        written = self.weights.save(self.out)
         self.metrics.close()
         return {
             "out": str(self.out),
-            "adapter": str(adapter),
+            **written,
             "steps": self.done,
             "train_loss": state["loss_sum"] / max(1, state["loss_steps"]),
             "eval_loss": state["eval_loss"],
@@ -227,9 +228,9 @@ class _Run:
         without = [name for name, p in self.parameters.items() if p.grad is None]
         if without:
             raise VeneerError(
-                f"{len(without)} of {len(self.parameters)} adapter weights received no gradient: {', '.join(without[:4])}",
+                f"{len(without)} of {len(self.parameters)} {self.weights.what} received no gradient: {', '.join(without[:4])}",
                 hint="the model does not use these layers on such data, or this is a fault of its code or of ours; "
-                "leave them out of lora.targets",
+                + self.weights.no_gradient,
             )
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         finite = math.isfinite(loss) and bool(torch.isfinite(norm))
@@ -237,6 +238,7 @@ class _Run:
             if self.config.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
             self.optimizer.step()
+            self.weights.changed()
         return {
             "step": self.done + 1,
             "loss": number(loss),
@@ -265,7 +267,6 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         """All that changes the numbers of a run, by the name the user knows; equal again after JSON."""
-        lora = adapters(self.model)[self.name].config.model_dump(mode="json", exclude={"init"})
         train = self.config.model_dump(mode="json", exclude=MAY_CHANGE)
         layers = [module for module in self.model.modules() if isinstance(module, Nf4Linear)]
         return {
@@ -276,7 +277,7 @@ class _Run:
             "device": self.device.type,
             "training data (sha256)": self.train_set.fingerprint(),
             "rows a step": self.order.per_step,
-            **{f"lora.{key}": value for key, value in lora.items()},
+            **self.weights.settings(),
             **{f"train.{key}": value for key, value in train.items()},
         }
 
@@ -298,6 +299,7 @@ class _Run:
         if differs:
             raise RefusedError(differs, hint="--resume needs the recipe and the data of the first start")
         restore(tensors, self.parameters, self.optimizer)
+        self.weights.changed()
         self.done = int(state["step"])
         if state["steps"] != self.steps:
             self.notes.append(f"{self.steps} steps instead of {state['steps']}: the learning rate follows the new end")
@@ -382,15 +384,14 @@ def evaluation_loss(model: Any, samples: list[Sample], packing: bool, tokenizer:
 
 
 @contextmanager
-def _training(model: nn.Module, recompute: Recompute) -> Iterator[None]:
-    """Train mode for the adapter's dropout only: the base has none (`freeze_base`)."""
-    freeze_base(model)
+def _training(model: nn.Module, weights: AdapterWeights | FullWeights, recompute: Recompute) -> Iterator[None]:
     checkpointing = not set_recompute(model, recompute) and recompute != "none"
     if checkpointing:  # no layers of ours: transformers' own, of whole layers
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     model.train()
     try:
-        yield
+        with weights.training():
+            yield
     finally:
         model.eval()
         set_recompute(model, "none")

@@ -1,0 +1,166 @@
+"""What a run trains and writes: the factors of the active adapter, or every weight of the model (`method: full`).
+
+Both give the loop `parameters`, fp32 tensors by name with their gradients, which the optimizer changes and a checkpoint
+holds. Of 16-bit weights these are masters: steps smaller than the rounding add up in them, and the weights are rounded
+from them after each step. An fp32 weight, as an adapter's factor is, is its own master, so there is no second copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, freeze_base
+from veneer.adapters.files import save_adapter
+from veneer.config import Method, TrainConfig
+from veneer.errors import VeneerError
+from veneer.models.load import save_model
+from veneer.optim.groups import parameter_groups
+from veneer.quant.linear import Nf4Linear
+
+
+def trained_weights(method: Method, model: nn.Module, tokenizer: Any) -> AdapterWeights | FullWeights:
+    """What `method` trains of `model`.
+
+    Raises:
+        VeneerError: there is no such method, or the model is not in the state for it; all reasons at once.
+    """
+    if method not in get_args(Method):
+        raise VeneerError(f"method: found {method!r}, expected {' or '.join(get_args(Method))}")
+    return FullWeights(model, tokenizer) if method == "full" else AdapterWeights(model)
+
+
+class _Masters:
+    """fp32 versions of weights: `parameters`, by name; an fp32 weight is its own. `rounded`: (weight, master) of others."""
+
+    def __init__(self, weights: dict[str, nn.Parameter]) -> None:
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.rounded: list[tuple[nn.Parameter, nn.Parameter]] = []
+        for name, weight in weights.items():
+            if weight.dtype == torch.float32:
+                self.parameters[name] = weight
+            else:
+                master = self.parameters[name] = nn.Parameter(weight.detach().float())
+                self.rounded.append((weight, master))
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While it lasts each 16-bit gradient is added to its master's as soon as it is there, and let go."""
+        handles = [weight.register_post_accumulate_grad_hook(_hand_over(master)) for weight, master in self.rounded]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def changed(self) -> None:
+        """After a step, or after a checkpoint was put back: the weights follow."""
+        for weight, master in self.rounded:
+            weight.copy_(master)
+
+
+class AdapterWeights(_Masters):
+    """All that the active adapter trains: its factors, and versions of the base's weights; the base is frozen."""
+
+    what = "adapter weights"
+    no_gradient = "leave them out of lora.targets"
+
+    def __init__(self, model: nn.Module) -> None:
+        name = active_adapter(model)
+        if name is None:
+            raise VeneerError(
+                "this model has no active adapter to train",
+                hint="veneer.attach(model, LoraConfig(...)) first, or train every weight with method='full'",
+            )
+        self.model, self.name = model, name
+        super().__init__(adapter_parameters(model, name))
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the numbers of a run besides the training settings, by the name the user knows."""
+        config = adapters(self.model)[self.name].config.model_dump(mode="json", exclude={"init"})
+        return {f"lora.{key}": value for key, value in config.items()}
+
+    def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups."""
+        groups = parameter_groups(self.parameters, config.lora_plus)
+        return [{**group, "weight_decay": config.weight_decay} for group in groups]
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Train mode is for the adapter's dropout only: the base has none."""
+        freeze_base(self.model)
+        with super().training():
+            yield
+
+    def output_bytes(self) -> int:
+        return sum(4 * p.numel() for p in self.parameters.values())
+
+    def save(self, out: Path) -> dict[str, str | None]:
+        return {"adapter": str(save_adapter(self.model, out / "adapter", self.name, replace=True)), "model": None}
+
+
+class FullWeights(_Masters):
+    """Every weight of the model, tied ones once. The model's own dropout, if it has any, is active."""
+
+    what = "weights"
+    no_gradient = "full fine-tuning trains every weight; train an adapter on the layers that take part instead"
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        problems = []
+        if there := adapters(model):
+            problems.append(f"the model carries adapters ({', '.join(there)}): merge or remove them first")
+        if layers := [name for name, module in model.named_modules() if isinstance(module, Nf4Linear)]:
+            problems.append(f"{len(layers)} layers are 4-bit ({layers[0]}, ...): load the base without quantize")
+        weights = dict(model.named_parameters())  # a tied one has one name
+        kinds = {str(p.dtype).removeprefix("torch.") for p in weights.values()} - {"bfloat16", "float32"}
+        if kinds:
+            problems.append(f"weights are {', '.join(sorted(kinds))}, expected bfloat16 or float32")
+        if problems:
+            raise VeneerError([f"method full: {problem}" for problem in problems])
+        self.model, self.tokenizer = model, tokenizer
+        for weight in weights.values():
+            weight.requires_grad_(True)
+            weight.grad = None
+        super().__init__(weights)
+
+    def settings(self) -> dict[str, Any]:
+        return {"method": "full"}
+
+    def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
+        """Norms and biases do not decay, as everywhere."""
+        flat = [p for p in self.parameters.values() if p.dim() < 2]
+        matrices = [p for p in self.parameters.values() if p.dim() >= 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+        return [{**group, "factor": 1.0} for group in groups if group["params"]]
+
+    def output_bytes(self) -> int:
+        return sum(p.nbytes for p in self.model.parameters())
+
+    def save(self, out: Path) -> dict[str, str | None]:
+        bad = [name for name, p in self.parameters.items() if not bool(torch.isfinite(p).all())]
+        if bad:
+            raise VeneerError([f"{name}: found NaN or Inf, not saved" for name in bad])
+        return {"adapter": None, "model": str(save_model(self.model, self.tokenizer, out / "model", replace=True))}
+
+
+def _hand_over(master: nn.Parameter) -> Callable[[Tensor], None]:
+    """micro-batches add up in fp32. The memory of the sum is kept from step to step: new pages cost more than the sum."""
+    total: list[Tensor] = []
+
+    def hook(weight: Tensor) -> None:
+        assert weight.grad is not None
+        if not total:
+            total.append(torch.empty_like(master.detach()))
+        if master.grad is None:
+            master.grad = total[0].copy_(weight.grad)
+        else:
+            master.grad.add_(weight.grad)
+        weight.grad = None
+
+    return hook

@@ -18,7 +18,7 @@ from veneer.errors import VeneerError
 RECIPE_LIMIT = 1 << 20  # bytes; a recipe is a page of text
 TARGET_PRESETS = ("attention", "mlp", "all-linear")
 
-Quantization = Literal["nf4"]
+Quantization = Literal["nf4", "fp4", "int8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 DataFormat = Literal["prompt_completion", "alpaca", "messages", "text"]
 
@@ -158,15 +158,15 @@ class TrainConfig(Settings):
 
 
 class Recipe(Settings):
-    """One fine-tune, whole: base model, 4-bit or not, adapter, data, training."""
+    """One fine-tune, whole: base model, quantised or not, adapter, data, training."""
 
     model: str = Field("smollm2", min_length=1, description="folder, .gguf file, hub id, or smollm2")
     revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
-    quantize: Quantization | None = Field(None, description="nf4, or left out for 16-bit")
+    quantize: Quantization | None = Field(None, description="nf4, fp4 or int8; left out: 16-bit")
     double_quant: bool = Field(
         True, description="the constants of 4-bit weights in 8 bits: 4.13 bits a weight, not 4.5"
     )
-    dtype: Dtype = Field("bfloat16", description="bfloat16, float16 or float32: of all that is not 4-bit")
+    dtype: Dtype = Field("bfloat16", description="bfloat16, float16 or float32: of all that is not quantised")
     device: str = Field("auto", description="auto: cuda when there is one, else cpu")
     lora: LoraConfig = Field(default_factory=LoraConfig)
     data: DataConfig

@@ -14,9 +14,9 @@ from torch import nn
 from veneer.adapters.lora import LoraLinear, check_adapter_name, initial_factors
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
-from veneer.quant.linear import Nf4Linear
+from veneer.quant.linear import QuantizedLinear
 
-Linear: TypeAlias = nn.Linear | Nf4Linear | LoraLinear
+Linear: TypeAlias = nn.Linear | QuantizedLinear | LoraLinear
 _PRESET_PARENT = {
     "attention": re.compile(r"(^|_)(attn|attention)", re.I),
     "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
@@ -246,7 +246,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Trainable and total parameters; a 4-bit weight counts as the weights it stands for, a tied one once."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    total += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Nf4Linear))
+    total += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     return ParameterCount(sum(p.numel() for p in model.parameters() if p.requires_grad), total)
 
 
@@ -256,7 +256,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, Linear]]:
         if isinstance(module, LoraLinear):
             inside.add(f"{name}.base_layer")
             yield name, module
-        elif isinstance(module, nn.Linear | Nf4Linear) and name not in inside:
+        elif isinstance(module, nn.Linear | QuantizedLinear) and name not in inside:
             yield name, module
 
 

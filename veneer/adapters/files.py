@@ -299,7 +299,7 @@ def _read_factors(path: Path, raw: dict[str, Any], config: LoraConfig) -> dict[s
 
 
 def base_quantization(path: str | Path) -> str | None:
-    """What the base was quantised to when the adapter was trained here ("nf4"); None: not at all, or not known."""
+    """What the base was quantised to when the adapter was trained here ("nf4", "fp4", "int8"); None: not at all, or not known."""
     from safetensors import safe_open
 
     read_adapter(path)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from veneer import ops
 from veneer.errors import VeneerError
 from veneer.ops.blocks import AdaptedLinear
-from veneer.quant.linear import Nf4Linear, autocast
+from veneer.quant.linear import QuantizedLinear, autocast
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -31,7 +31,7 @@ class LoraFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear | Nf4Linear, scaling: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear | QuantizedLinear, scaling: float) -> Tensor:
         x_ND = x.reshape(-1, x.shape[-1])
         scaled, b_ = (a * scaling).to(x.dtype), b.to(x.dtype)
         h_NR = ops.product([(x_ND, scaled, True)])
@@ -58,18 +58,18 @@ class LoraFunction(torch.autograd.Function):
         return dx, da, db, None, None
 
 
-def frozen_weight(base: nn.Linear | Nf4Linear, dtype: torch.dtype) -> Any:
+def frozen_weight(base: nn.Linear | QuantizedLinear, dtype: torch.dtype) -> Any:
     """The weight (out, in) of a frozen linear as `ops.product` takes it: a tensor in `dtype`, or the 4-bit one."""
-    return base.tensor() if isinstance(base, Nf4Linear) else base.weight.detach().to(dtype)
+    return base.tensor() if isinstance(base, QuantizedLinear) else base.weight.detach().to(dtype)
 
 
 class LoraLinear(nn.Module):
-    """A frozen `nn.Linear` or `Nf4Linear` and its adapters, of which at most one is active.
+    """A frozen `nn.Linear` or `QuantizedLinear` and its adapters, of which at most one is active.
 
     With no active adapter it is the base, exactly. `weight`, `bias`, `in_features` and `out_features` are the base's.
     """
 
-    def __init__(self, base_layer: nn.Linear | Nf4Linear) -> None:
+    def __init__(self, base_layer: nn.Linear | QuantizedLinear) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -140,7 +140,7 @@ class LoraLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, adapters={{{ranks}}}"
 
 
-def plain_linear(layer: nn.Linear | Nf4Linear) -> AdaptedLinear:
+def plain_linear(layer: nn.Linear | QuantizedLinear) -> AdaptedLinear:
     """A layer without an adapter, as the fused halves take it."""
     return AdaptedLinear(frozen_weight(layer, torch.bfloat16), layer.bias)
 

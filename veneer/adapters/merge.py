@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from veneer.adapters.attach import active_adapter, adapters, lora_layers, require_adapter
 from veneer.errors import VeneerError
-from veneer.quant.linear import Nf4Linear
+from veneer.quant.linear import QuantizedLinear
 
 
-def merged_weight(base: nn.Linear | Nf4Linear, delta: Tensor, dtype: torch.dtype) -> Tensor:
+def merged_weight(base: nn.Linear | QuantizedLinear, delta: Tensor, dtype: torch.dtype) -> Tensor:
     """W + delta, (out, in): added in fp32, rounded once to `dtype`."""
-    weight = base.dequantize(torch.float32) if isinstance(base, Nf4Linear) else base.weight.detach().float()
+    weight = base.dequantize(torch.float32) if isinstance(base, QuantizedLinear) else base.weight.detach().float()
     return (weight + delta.to(weight.device)).to(dtype)
 
 
@@ -42,19 +42,20 @@ def merge(model: Any, name: str | None = None) -> Any:
         delta = layer.delta(name) if name in layer.lora_A else None
         _replace(model, path, _dense(layer.base_layer, delta))
     for path, module in list(model.named_modules()):
-        if isinstance(module, Nf4Linear):
+        if isinstance(module, QuantizedLinear):
             _replace(model, path, _dense(module, None))
     if tied and not _is_tied(model):
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
     adapters(model).clear()
     if hasattr(model, "veneer_quantization"):
         model.veneer_quantization = None
+        model.config.__dict__.pop("quantization_config", None)
     return model
 
 
-def _dense(base: nn.Linear | Nf4Linear, delta: Tensor | None) -> nn.Linear:
-    dtype = base.compute_dtype if isinstance(base, Nf4Linear) else base.weight.dtype
-    if isinstance(base, Nf4Linear):
+def _dense(base: nn.Linear | QuantizedLinear, delta: Tensor | None) -> nn.Linear:
+    dtype = base.compute_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+    if isinstance(base, QuantizedLinear):
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta", dtype=dtype)
         if base.bias is not None:
             dense.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)

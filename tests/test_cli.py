@@ -325,9 +325,13 @@ def test_the_other_quantisations_go_all_the_way(main, commands, kind):
     assert code == 0, err
     adapter = json.loads(out)["adapter"]
     for base in (("model", "--quantize", kind), ("small",)):
-        code, out, err = main("eval", *base, "--adapter", adapter, "--data", str(commands), "--limit", "4", "--no-generate")
+        code, out, err = main(
+            "eval", *base, "--adapter", adapter, "--data", str(commands), "--limit", "4", "--no-generate"
+        )
         assert code == 0 and "note:" not in err, err
-    code, out, err = main("eval", "four", "--adapter", adapter, "--data", str(commands), "--limit", "4", "--no-generate")
+    code, out, err = main(
+        "eval", "four", "--adapter", adapter, "--data", str(commands), "--limit", "4", "--no-generate"
+    )
     assert code == 0 and f"was trained on the base in {kind}, this base is nf4" in err
     code, out, err = main("merge", "model", adapter, "--out", "merged", "--json")
     assert code == 0 and json.loads(out)["onto"] == kind, err

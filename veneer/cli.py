@@ -196,7 +196,9 @@ def merge(
     model: Model,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder with a LoRA adapter.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    onto: Annotated[str, typer.Option(help="auto, 16-bit, nf4, fp4 or int8: the base the adapter was trained on.")] = "auto",
+    onto: Annotated[
+        str, typer.Option(help="auto, 16-bit, nf4, fp4 or int8: the base the adapter was trained on.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into a 16-bit model, and say what that changed."""

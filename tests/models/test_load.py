@@ -114,7 +114,7 @@ def test_a_layer_that_is_not_what_config_json_says(folder, tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"]["bnb_4bit_quant_type"] = "fp4"
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(veneer.VeneerError, match="found nf4, expected fp4 as config.json says") as caught:
+    with pytest.raises(veneer.VeneerError, match=r"found nf4, expected fp4 as config\.json says") as caught:
         veneer.load(path)
     assert len(caught.value.problems) == 14
 

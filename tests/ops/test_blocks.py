@@ -122,8 +122,7 @@ def mlp(*, inner=96, model=48, r=4, kind=None, fused=False, activation="silu", s
     ranks, drops = (v if isinstance(v, list) else [v] * 3 for v in (r, dropout))
     sizes = [2 * inner] if fused else [inner, inner]
     group = [
-        linear(n, model, rank, g, kind=kind, dropout=drop)
-        for n, rank, drop in zip(sizes, ranks, drops, strict=False)
+        linear(n, model, rank, g, kind=kind, dropout=drop) for n, rank, drop in zip(sizes, ranks, drops, strict=False)
     ]
     down = linear(model, inner, ranks[-1], g, kind=kind, dropout=drops[-1])
     norm = Norm(1 - shift + 0.1 * torch.randn(model, generator=g).bfloat16(), 1e-5, shift)

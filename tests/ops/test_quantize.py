@@ -143,7 +143,9 @@ def test_mixed_int8_product_in_16_bits_of_a_row_without_outliers_and_of_zeros():
     codes, absmax = ops.quantize_int8(torch.randn(8, 64, generator=torch.Generator().manual_seed(6)))
     y = ops.mixed_int8_product(x, codes, absmax)
     assert y.dtype == torch.bfloat16 and not y[1].any()
-    torch.testing.assert_close(y[0].float(), ops.dequantize_int8(codes, absmax, torch.float32).sum(1), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        y[0].float(), ops.dequantize_int8(codes, absmax, torch.float32).sum(1), rtol=1e-2, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("value", ["sse2", "AVX512", "avx1024"])

@@ -73,7 +73,10 @@ def test_int8_codes_scales_and_values_are_bit_equal(shape, dtype):
     for out in DTYPES:  # as their layers multiply; their int8_vectorwise_dequant rounds once more
         assert torch.equal(ours.dequantize(out), theirs.data.to(out).mul_(theirs.SCB.unsqueeze(1).mul(1.0 / 127.0)))
     torch.testing.assert_close(
-        ours.dequantize(torch.float32), bnb.functional.int8_vectorwise_dequant(theirs.data, theirs.SCB), rtol=3e-7, atol=0
+        ours.dequantize(torch.float32),
+        bnb.functional.int8_vectorwise_dequant(theirs.data, theirs.SCB),
+        rtol=3e-7,
+        atol=0,
     )
 
 

@@ -200,7 +200,10 @@ DAMAGE_INT8 = {
     "another type": (lambda t: t.update(weight=t["weight"].float()), "expected torch.int8"),
     "a flat weight": (lambda t: t.update(weight=t["weight"].view(-1)), "expected torch.int8"),
     "scales of another size": (lambda t: t.update(SCB=torch.ones(7)), r"q\.SCB: found torch.float32 \(7,\)"),
-    "whole numbers as scales": (lambda t: t.update(SCB=torch.ones(33, dtype=torch.int32)), r"q\.SCB: found torch.int32"),
+    "whole numbers as scales": (
+        lambda t: t.update(SCB=torch.ones(33, dtype=torch.int32)),
+        r"q\.SCB: found torch.int32",
+    ),
     "NaN in the scales": (lambda t: t["SCB"].fill_(torch.nan), "SCB: found NaN or Inf"),
     "another format": (lambda t: t.update(weight_format=torch.tensor(2, dtype=torch.uint8)), "expected 0"),
 }
@@ -223,7 +226,11 @@ def test_all_problems_of_a_layer_are_named_at_once():
     tensors |= {"weight": tensors["weight"][:-1], "bias": torch.ones(7), "weight.quant_map": torch.zeros(16)}
     with pytest.raises(VeneerError) as caught:
         bnb_format.unpack_layer(tensors, "q", torch.float32)
-    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["q.weight", "q.weight.quant_map", "q.bias"]
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "q.weight",
+        "q.weight.quant_map",
+        "q.bias",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-// Products of a quantised weight, by row, with few rows of x: each weight is decoded once, in registers, and used for all.
+// Products of a quantised weight, by row, with few rows of x: each weight is decoded once, in registers, and used for
+// all.
 #pragma once
 
 #include "product.h"
@@ -27,7 +28,8 @@ void DotRow(const FourBit& w, int64_t first, int64_t depth, const uint16_t* x, i
   }
 }
 
-// R rows of an 8-bit weight times M rows of x, sums (R, M): the codes are multiplied as they are, in fp32, the sum scaled.
+// R rows of an 8-bit weight times M rows of x, sums (R, M): the codes are multiplied as they are, in fp32, the sum
+// scaled.
 template <int M, int R>
 void DotInt8(const Int8& w, int64_t row, int64_t depth, const uint16_t* x, int64_t ldx, float* sums) {
   const int8_t* codes = w.codes + row * depth;
@@ -63,8 +65,7 @@ void DotInt8Of(int64_t m, int64_t rows, const Int8& w, int64_t row, int64_t dept
     if (m != M) return DotInt8Of<M - 1>(m, rows, w, row, depth, x, ldx, sums);
     constexpr int kRowsAtOnce = M <= 2 ? 4 : M <= 5 ? 2 : 1;  // their sums stay in registers, and do not wait
     int64_t r = 0;
-    for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce)
-      DotInt8<M, kRowsAtOnce>(w, row + r, depth, x, ldx, sums + r * M);
+    for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) DotInt8<M, kRowsAtOnce>(w, row + r, depth, x, ldx, sums + r * M);
     for (; r < rows; ++r) DotInt8<M, 1>(w, row + r, depth, x, ldx, sums + r * M);
   }
 }
@@ -115,8 +116,9 @@ void OrderForGroups(const uint16_t* x, int64_t depth, uint16_t* to) {  // a last
 // ---- one row, or a few: whole numbers --------------------------------------------------------------------
 // Sums of 16-bit whole numbers are exact in 32 bits, three times as fast as bf16 dot products (Xeon), and the table
 // needs no scaling: FP4's values times w.whole are whole numbers, NF4's are off by at most 0.32, which is 4e-5 of a
-// block's largest weight (rounding to bf16: 2e-3). w.whole is below 8192. x has 15 bits and a power of two for each block: what is over 1/128 of the block's largest is exact, the rest
-// is off by at most 2^-15 of that. Eight products of a lane stay below 2^31.
+// block's largest weight (rounding to bf16: 2e-3). w.whole is below 8192. x has 15 bits and a power of two for each
+// block: what is over 1/128 of the block's largest is exact, the rest is off by at most 2^-15 of that. Eight products
+// of a lane stay below 2^31.
 
 #if defined(__AVX512BF16__)
 constexpr int kWholeRows = 2;  // beyond, bf16 dot products, or tiles, are as fast
@@ -135,7 +137,7 @@ bool WholeNumbers(const uint16_t* x, int64_t depth, float whole, uint16_t* to, f
     int exponent = _mm512_reduce_max_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff))) >> 8;
     if (exponent == 255) return false;
     exponent = exponent < kSmallest ? kSmallest : exponent;
-    const Vec scale = (Vec)_mm512_set1_epi32((268 - exponent) << 23);              // 2^(14 - (exponent - 127))
+    const Vec scale = (Vec)_mm512_set1_epi32((268 - exponent) << 23);             // 2^(14 - (exponent - 127))
     const Vec back = (Vec)_mm512_set1_epi32((exponent - 14) << 23) / Set(whole);  // its inverse / whole
     for (int64_t i = 0; i < kBlock; i += kWidth) {
       const __m512i number = _mm512_cvtps_epi32((__m512)(LoadBFloat16(x + from + i) * scale));
@@ -314,7 +316,8 @@ void RowSums(const Term& t, const Left& left, int64_t m, int64_t row, int64_t ro
   if (t.int8) return DotInt8Of<kFewRows - 1>(m, rows, *t.int8, row, t.depth, left.x, left.ldx, sums);
   const int64_t first = row * t.ldw;
   if (left.way == kPlain) {
-    for (int64_t r = 0; r < rows; ++r) DotRow(*t.four_bit, first + r * t.ldw, t.depth, left.x, left.ldx, m, sums + r * m);
+    for (int64_t r = 0; r < rows; ++r)
+      DotRow(*t.four_bit, first + r * t.ldw, t.depth, left.x, left.ldx, m, sums + r * m);
     return;
   }
 #if defined(__AVX512BW__)
@@ -336,7 +339,8 @@ void RowSums(const Term& t, const Left& left, int64_t m, int64_t row, int64_t ro
       if (left.way == kWholeNumbers)
         DotWholeOf<kWholeRows>(m, *t.four_bit, at, t.depth, scale, left.x, left.ldx, left.factors, to);
 #if defined(__AVX512BF16__)
-      if (left.way == kBFloat16Groups) DotGroupsOf<kFewRows - 1>(m, *t.four_bit, at, t.depth, scale, left.x, left.ldx, to);
+      if (left.way == kBFloat16Groups)
+        DotGroupsOf<kFewRows - 1>(m, *t.four_bit, at, t.depth, scale, left.x, left.ldx, to);
 #endif
       ++r;
     }
@@ -496,7 +500,8 @@ void Stretches(const Terms& sum, int64_t row, int64_t blocks, const float* scale
     }
 }
 
-// The first term 4-bit by row, whole blocks in each row; n >= 32. The last rows of the weight are done with some before them.
+// The first term 4-bit by row, whole blocks in each row; n >= 32. The last rows of the weight are done with some before
+// them.
 void MoreRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
   if (m <= kWholeRows) return FewRows(sum, m, n, out, threads);
   int64_t groups = 0, scales_of_row = 0;

@@ -1,5 +1,5 @@
-// Matrix products of a frozen weight, bf16 or quantised, and its low-rank terms, summed in fp32 and rounded once; and the
-// gradient of the low-rank factors. Contract and formulas: veneer/ops/__init__.py.
+// Matrix products of a frozen weight, bf16 or quantised, and its low-rank terms, summed in fp32 and rounded once; and
+// the gradient of the low-rank factors. Contract and formulas: veneer/ops/__init__.py.
 //
 // A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel
 // columns side by side. A quantised weight is decoded on the way there, so a dense copy never exists.
@@ -415,7 +415,8 @@ EXPORT(product)
   for (int i = 1; i < count; ++i) few = few && terms[i].kind == kByRow;
 #if defined(__AMX_BF16__)
   const int64_t most = terms[0].lda % kCollide ? kMoreRows : kMoreRowsColliding;
-  bool more = m > 1 && m <= most && n >= kTall && terms[0].four_bit && terms[0].kind == kQuantizedByRow && terms[0].depth % kBlock == 0;
+  bool more = m > 1 && m <= most && n >= kTall && terms[0].four_bit && terms[0].kind == kQuantizedByRow &&
+              terms[0].depth % kBlock == 0;
   for (int i = 1; i < count; ++i) more = more && terms[i].kind == kByRow;
   if (more) return MoreRows(sum, m, n, out, threads);
 #endif

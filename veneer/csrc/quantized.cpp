@@ -119,7 +119,8 @@ void QuantizeBlock(const float* x, const Book& book, uint8_t* packed, float* abs
 #endif
   }
 #if !defined(__AVX512F__)
-  for (int i = 0; i < kBlock; i += 2) packed[i / 2] = static_cast<uint8_t>(book.order[codes[i]] << 4 | book.order[codes[i + 1]]);
+  for (int i = 0; i < kBlock; i += 2)
+    packed[i / 2] = static_cast<uint8_t>(book.order[codes[i]] << 4 | book.order[codes[i + 1]]);
 #endif
 }
 

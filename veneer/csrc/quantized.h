@@ -11,8 +11,8 @@ namespace {
 constexpr int64_t kBlock = 64, kNestedBlock = 256;
 enum Dtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// A weight in 4 bits. code: its 16 values; whole: what makes them whole numbers, nearly (few_rows.h). The scales are fp32,
-// or 8-bit codes when `nested` is there (double quantisation).
+// A weight in 4 bits. code: its 16 values; whole: what makes them whole numbers, nearly (few_rows.h). The scales are
+// fp32, or 8-bit codes when `nested` is there (double quantisation).
 struct FourBit {
   const uint8_t* packed;
   const float* absmax;

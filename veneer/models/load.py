@@ -353,9 +353,7 @@ def _fill(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, fol
     return model
 
 
-def _fill_quantized(
-    config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path, kind: str
-) -> Any:
+def _fill_quantized(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path, kind: str) -> Any:
     """The same with quantised layers, which transformers cannot make without bitsandbytes; names as in the model."""
     model = _skeleton(config, folder, dtype, real_buffers=True)
     bnb_format.replace_layers(model, tensors, dtype, kind)

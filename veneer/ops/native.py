@@ -72,7 +72,7 @@ class _FourBit(ctypes.Structure):
 
 
 class _Int8(ctypes.Structure):
-    _fields_ = [("codes", c_void_p), ("scale", c_void_p)]  # noqa: RUF012
+    _fields_ = [("codes", c_void_p), ("scale", c_void_p)]
 
 
 class _Term(ctypes.Structure):
@@ -206,6 +206,7 @@ def _view(weight: Any) -> Any:
     view = weight.__dict__.get("_view")
     if view is None:
         if weight.kind == "int8":
+            made: Any
             made, keep = _int8(weight)
         else:
             nested = (weight.nested_absmax, weight.offset)

@@ -153,7 +153,7 @@ def quantization_config(model: nn.Module) -> dict[str, Any] | None:
 
 
 def stored_kind(config: Any) -> str | None:
-    """"nf4", "fp4" or "int8", as the quantization_config of a config.json says; None: none that we read."""
+    """ "nf4", "fp4" or "int8", as the quantization_config of a config.json says; None: none that we read."""
     if not isinstance(config, dict) or config.get("quant_method", "bitsandbytes") != "bitsandbytes":
         return None
     if config.get("load_in_8bit"):

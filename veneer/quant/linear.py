@@ -55,7 +55,7 @@ class QuantizedLinear(nn.Module):
 
     x stays in its own type: LLM.int8() multiplies outlier columns of x in 16 bits and rounds the others to int8, we
     multiply all columns in 16 bits. That is nearer to the dense layer, and rounding x would have no gradient. Where
-    `outlier_threshold` is set (paper: 6.0), an int8 layer in eval mode without gradients multiplies as the paper does.
+    `outlier_threshold` is set (paper: 6.0), an int8 layer without an adapter, in eval mode and without gradients, multiplies as the paper does.
     """
 
     weight: Tensor
@@ -70,11 +70,14 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.kind, self.compute_dtype = weight.kind, compute_dtype
         self.out_features, self.in_features = weight.shape
-        four_bit = isinstance(weight, FourBitTensor)
-        self.register_buffer("weight", weight.packed.view(-1, 1) if four_bit else weight.codes)
-        self.register_buffer("absmax", weight.absmax)
-        self.register_buffer("nested_absmax", weight.nested_absmax if four_bit else None)
-        self.register_buffer("offset", weight.offset if four_bit else None)
+        parts: dict[str, Tensor | None] = {"absmax": weight.absmax, "nested_absmax": None, "offset": None}
+        if isinstance(weight, Int8Tensor):
+            parts |= {"weight": weight.codes}
+        else:
+            nested = {"nested_absmax": weight.nested_absmax, "offset": weight.offset}
+            parts |= {"weight": weight.packed.view(-1, 1), **nested}
+        for name, part in parts.items():
+            self.register_buffer(name, part)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod

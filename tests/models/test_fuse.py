@@ -13,7 +13,7 @@ from veneer.adapters.attach import adapter_parameters, lora_layers
 from veneer.models import fuse as fuse_module
 from veneer.models.fuse import _rest, fuse
 from veneer.ops import native
-from veneer.quant.linear import quantize_model
+from veneer.quant.linear import quantize_model, quantized_layers
 from veneer.training.data import Sample
 from veneer.training.packing import collate_packed
 
@@ -310,3 +310,17 @@ def test_autocast_over_an_fp32_base(kind):
     assert all(
         p.grad is not None and p.grad.dtype == torch.float32 for p in adapter_parameters(model, "default").values()
     )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_threshold_for_outliers_rounds_inputs_in_eval_mode_only(fused):
+    model = make_model(dtype=torch.bfloat16, fused=fused, hidden_size=64, intermediate_size=128)
+    quantize_model(model, "int8")
+    ids = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits
+        for layer in quantized_layers(model).values():
+            layer.outlier_threshold = 6.0
+        mixed, training = (model.train(t)(input_ids=ids, use_cache=False).logits for t in (False, True))
+    assert torch.equal(training, plain) and not torch.equal(mixed, plain)
+    assert (mixed - plain).norm() < 0.05 * plain.norm()

@@ -159,8 +159,8 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     half = weight.detach().half().float()
     absmax = half.abs().amax(1)
-    scaled = half * (INT8_STEPS / absmax)[:, None]
-    return torch.where(absmax[:, None] == 0, 0.0, scaled).round().to(torch.int8), absmax
+    factor = torch.where(absmax == 0, 0.0, INT8_STEPS / absmax)
+    return half.mul_(factor[:, None]).round_().to(torch.int8), absmax
 
 
 def int8_scale(absmax: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from veneer import ops
+from veneer.errors import VeneerError
 from veneer.quant.four_bit import require_finite, require_weight
 
 
@@ -28,6 +29,8 @@ class Int8Tensor:
         """
         require_weight(weight, "int8")
         codes, absmax = ops.quantize_int8(weight)
+        if not bool(absmax.isfinite().all()) and bool(weight.isfinite().all()):
+            raise VeneerError("int8: found weights beyond 65,504, which its way by fp16 cannot hold", hint="take nf4 or fp4")
         require_finite(absmax, "int8")
         return cls(codes, absmax)
 

@@ -185,7 +185,8 @@ def mixed_int8_product(
     outliers = large.any(0)
     rounded, scale = quantize_int8(x.masked_fill(large, 0))
     rounded[:, outliers] = 0
-    whole = rounded.double() @ codes.double().T  # exact: below 2^53
+    pieces = zip(rounded.float().split(1024, 1), codes.float().split(1024, 1), strict=True)
+    whole = torch.stack([(a @ b.T).double() for a, b in pieces]).sum(0)  # exact: below 2^24 each
     y = whole.float() * (int8_scale(scale)[:, None] * int8_scale(absmax)[None])
     y = y if bias is None else y + bias.float()
     columns = x[:, outliers].float() @ dequantize_int8(codes[:, outliers], absmax, x.dtype).float().T

@@ -30,7 +30,9 @@ class Int8Tensor:
         require_weight(weight, "int8")
         codes, absmax = ops.quantize_int8(weight)
         if not bool(absmax.isfinite().all()) and bool(weight.isfinite().all()):
-            raise VeneerError("int8: found weights beyond 65,504, which its way by fp16 cannot hold", hint="take nf4 or fp4")
+            raise VeneerError(
+                "int8: found weights beyond 65,504, which its way by fp16 cannot hold", hint="take nf4 or fp4"
+            )
         require_finite(absmax, "int8")
         return cls(codes, absmax)
 

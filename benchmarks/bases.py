@@ -105,9 +105,9 @@ def report(results: Results, limits: Result, options: Options) -> list[Table]:
             continue
         mean, error = apart(losses[a], losses[b])
         same = (a, b) in SAME
-        good = abs(mean) <= max(2 * error, SAME_WITHIN * statistics.mean(losses[b])) if same else mean < 0
+        good = mean <= max(2 * error, SAME_WITHIN * statistics.mean(losses[b])) if same else mean < 0
         good = good or options.data is None  # home commands are no text to judge by
-        wanted = "nothing measurable" if same else "below 0"
+        wanted = "no measurable cost" if same else "below 0"
         table.notes.append(
             f"{'' if good else 'NOT MET: '}loss of {a} less that of {b}: {mean:+.4f}, standard error {error:.4f}; wanted: {wanted}"
         )

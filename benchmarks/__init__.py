@@ -1,4 +1,4 @@
-"""Benchmarks C1 to C7 and `follow`: Veneer beside PEFT, bitsandbytes, TRL and plain torch, on the machine you have.
+"""Benchmarks C1 to C7, `follow` and `bases`: Veneer beside PEFT, bitsandbytes, TRL and plain torch, on the machine you have.
 
     make bench                                      all of them, 5 rounds (hours on 2 slow cores, 1-2 on fast ones)
     python -m benchmarks.run c1 c2 --rounds 5       some of them
@@ -15,6 +15,7 @@
 | `c6_quantize.py` | NF4 quantise and dequantise |
 | `c7_linear.py` | a 4-bit linear layer, 1 to 2048 rows |
 | `follow.py` | the losses of 20 steps on chat rows, step by step |
+| `bases.py` | perplexity of every kind of base |
 
 Beside them `quality.py` (`python -m benchmarks.quality`, with a runner of its own): full fine-tuning, LoRA and its kinds on real
 data, how good each is; `quality_report.py` makes its page.

@@ -26,13 +26,13 @@ def measure(options: Options, by: str) -> Record:
     weight = torch.randn(options.quantize, generator=torch.Generator().manual_seed(0)) * 0.05
     parts: dict[str, Tensor]
     if by == "veneer":
-        from veneer.quant.nf4 import Nf4Tensor
+        from veneer.quant.four_bit import FourBitTensor
 
-        made = Nf4Tensor.quantize(weight)
+        made = FourBitTensor.quantize(weight)
         assert made.nested_absmax is not None and made.offset is not None
         parts = {"codes": made.packed, "absmax": made.absmax, "nested": made.nested_absmax, "offset": made.offset}
         dense = made.dequantize(torch.float32)
-        quantize: Any = lambda: Nf4Tensor.quantize(weight)  # noqa: E731
+        quantize: Any = lambda: FourBitTensor.quantize(weight)  # noqa: E731
         dequantize: Any = lambda: made.dequantize(torch.float32)  # noqa: E731
     else:
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit

@@ -30,7 +30,7 @@ ERROR_TOLERANCE = 0.01  # of an output against the fp32 product with the same 4-
 @torch.no_grad()
 def measure(options: Options, by: str) -> Record:
     """Seconds and relative error of each "OUTxIN M"; the reference is the fp32 product of the dequantised weight."""
-    from veneer.quant.linear import Nf4Linear
+    from veneer.quant.linear import QuantizedLinear
 
     record: Record = {"seconds": {}, "error": {}, "fused": True}
     for out, inside in options.linears:
@@ -38,7 +38,7 @@ def measure(options: Options, by: str) -> Record:
         generator = torch.Generator().manual_seed(0)
         dense.weight.copy_(torch.randn(out, inside, generator=generator) * 0.05)
         dense.requires_grad_(False)
-        ours = Nf4Linear.from_linear(dense)
+        ours = QuantizedLinear.from_linear(dense)
         exact = ours.dequantize(torch.float32)
         layer: Any
         if by == "veneer":

@@ -40,7 +40,7 @@ def prepare(options: Options) -> Record:
     veneer.save_adapter(model, work / "adapter")
 
     found, samples = [], []
-    for row in _rows(options):
+    for row in usable_rows(options):
         encoded = encode_rows(read_rows([row]).rows, tokenizer, max_length=1 << 16).samples
         if len(encoded) == 1 and len(encoded[0].input_ids) <= options.sft_length:
             found.append(row)
@@ -86,7 +86,7 @@ def chat(options: Options, part: str) -> list[Any]:
     return [Sample(ids, labels) for ids, labels in json.loads((Path(options.work) / "chat.json").read_text())[part]]
 
 
-def _rows(options: Options) -> list[dict[str, Any]]:
+def usable_rows(options: Options) -> list[dict[str, Any]]:
     """Rows of Alpaca form. Left out: marked as not usable (a `status` other than "ok"), without an output."""
     if options.data is not None:
         text = Path(options.data).read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ class Options:
 
     work: str = ""
     model: str = "smollm2"
-    data: str | None = None  # rows of Alpaca form for C5 and follow; None: home commands
+    data: str | None = None  # rows of Alpaca form for C5, follow and bases; None: home commands
     rank: int = 16
     alpha: int = 32
     rows: int = 4
@@ -39,6 +39,7 @@ class Options:
     sft_rows: int = 192
     sft_validation: int = 32
     sft_length: int = 512  # longer rows are left out, so that nobody has to cut one
+    text_blocks: int = 128  # of `length` tokens, whose perplexity is measured
     follow_steps: int = 20
     # rows a step; with 8, rounding alone moves a step's loss by up to 0.4% (PEFT, bf16 against fp32)
     follow_batch: int = 16
@@ -65,7 +66,7 @@ class Options:
 
 
 QUICK: dict[str, Any] = {
-    "rows": 2, "length": 32, "steps": 1, "batch": 4, "sft_rows": 8, "sft_validation": 4, "follow_steps": 2, "follow_batch": 4,
+    "rows": 2, "length": 32, "steps": 1, "batch": 4, "sft_rows": 8, "sft_validation": 4, "text_blocks": 2, "follow_steps": 2, "follow_batch": 4,
     "head_tokens": 48, "vocabulary": 1024, "quantize": (256, 256), "linears": ((64, 128), (256, 256)),
     "linear_rows": (1, 4), "gemm": (256, 256, 256), "read_bytes": 1 << 26, "seconds": 0.01,
 }  # fmt: skip

@@ -76,7 +76,7 @@ CELLS = (
     lora("mlp", targets="mlp"),
     lora("attention r42", r=42, targets="attention"),  # as many parameters as r 16 on all linears
     *(lora(f"scaling {scaling:g}", alpha=16 * scaling) for scaling in SCALINGS),
-    # is the yardstick at its best, and LoRA? The rates were found with these too
+    # is the yardstick at its best, and LoRA?
     *(Cell(f"full, rate x{x:g}", None, rate=x) for x in (0.5, 2)),
     *(lora(f"LoRA r16, rate x{x:g}", rate=x) for x in (0.5, 2)),
 )

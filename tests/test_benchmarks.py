@@ -8,7 +8,7 @@ import torch
 from conftest import make_model
 
 import veneer
-from benchmarks import c1_lora_step, c3_memory, c4_head, c6_quantize, data, follow, run, training
+from benchmarks import bases, c1_lora_step, c3_memory, c4_head, c6_quantize, data, follow, run, training
 from benchmarks.plan import QUICK, Agreement, Cell, Figure, Options, Result, ratio
 
 
@@ -120,8 +120,39 @@ def test_reports_can_be_printed_and_written(options, capsys):
         *c6_quantize.report(c6, LIMITS, options),
         *c3_memory.report(steps, LIMITS, options),
         *follow.report({cell.name: steps[cell.name] for cell in follow.CELLS}, LIMITS, small),
+        *bases.report(
+            {cell.name: Result(cell, [bases.measure(small, **cell.arguments)]) for cell in bases.CELLS}, LIMITS, small
+        ),
     ]
     run.show(tables)
     text = run.markdown(["now"], tables)
     json.dumps([table.to_json() for table in tables])
     assert "bit-equal: codes" in text and "VOID" not in text and "C4 frozen head" in capsys.readouterr().out
+
+
+def test_int4_is_the_nearest_of_fifteen_steps():
+    w = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
+    w[0] = 0
+    rounded = bases.int4(w)
+    step = torch.nn.functional.pad(w.view(-1), (0, 34)).view(-1, 64).abs().amax(1).repeat_interleave(64)[:350] / 7
+    assert rounded.shape == w.shape and bool(((w - rounded).abs().view(-1) <= step * 0.5001).all())
+    assert rounded.view(-1)[70:128].unique().numel() <= 15 and torch.equal(bases.int4(rounded), rounded)
+
+
+def test_bases_that_are_not_ordered_as_wanted_are_named():
+    def table(**changes):
+        values = {name: 2.0 for name in bases.ARGUMENTS} | {bases.NF4: 2.1, bases.NF4_PLAIN: 2.1}
+        values |= {bases.FP4: 2.2, bases.FP4_PLAIN: 2.2, bases.INT4: 2.3} | changes
+        results = {}
+        for cell in bases.CELLS:
+            losses = [values[cell.name] + block / 10 for block in range(4)]
+            record = {"losses": losses, "tokens": 100, "bits": 4.5, "footprint": 1e6}
+            results[cell.name] = Result(cell, [record])
+        return bases.report(results, LIMITS, Options(data="rows.json"))[0]
+
+    def found(table):
+        return [note for note in table.notes if note.startswith("NOT MET")]
+
+    assert not found(table()) and len(table().rows) == len(bases.CELLS)
+    assert len(found(table(**{bases.INT4: 2.05}))) == 1 and "int4" in found(table(**{bases.INT4: 2.05}))[0]
+    assert len(found(table(**{bases.NF4: 2.15}))) == 1  # double quantisation costs something

@@ -57,7 +57,7 @@ def test_the_whole_life_from_the_command_line(folder, tmp_path, commands):
     shown = call("inspect", adapter, "--json")
     assert json.loads(shown.stdout)["trained_on"] == "nf4" and json.loads(shown.stdout)["layers"] == 14
     scored = call(
-        "eval", folder, "--adapter", adapter, "--data", commands, "--limit", "5", "--max-new-tokens", "4", "--json"
+        "eval", folder, "--adapter", adapter, "--data", str(commands), "--limit", "5", "--max-new-tokens", "4", "--json"
     )
     assert json.loads(scored.stdout)["rows"] == 5, scored.stderr
     merged = call("merge", folder, adapter, "--out", tmp_path / "merged", "--json")
@@ -222,9 +222,10 @@ BAD_INPUTS = [
     (("chat", "adapter"), NOTHING, "it holds an adapter: give its base model"),
     (("inspect", "."), NOTHING, "found no config.json"),
     (("eval", "model", "--data", "rows.jsonl", "--adapter", "none"), ROWS, "no such folder"),
-    (("eval", "model", "--data", "rows.jsonl", "--quantize", "int3"), ROWS, "expected 'nf4'"),
+    (("eval", "model", "--data", "rows.jsonl", "--quantize", "int3"), ROWS, "expected nf4, fp4, int8 or None"),
     (("merge", "model", "none", "--out", "out"), NOTHING, "no such folder"),
     (("quantize", "model", "--out", "model"), NOTHING, "not empty"),
+    (("quantize", "model", "--out", "o", "--to", "int3"), NOTHING, "expected nf4, fp4, int8"),
     (("inspect", "none/of/this"), NOTHING, "no such folder"),
     (("chat", "w.pt"), NOTHING, "pickle"),
     *((("inspect", "model"), change, words) for words, change in BAD_MODELS.items()),
@@ -232,6 +233,8 @@ BAD_INPUTS = [
     *((("inspect", "adapter"), change, words) for words, change in BAD_ADAPTERS.items()),
     (CHAT, adapter(r=0, lora_alpha="x"), "2 problems"),
     ((*MERGE, "out", "--onto", "16-bit"), NOTHING, "there is no 16-bit base in it"),
+    ((*MERGE, "out", "--onto", "int8"), NOTHING, "there is no int8 base in it"),
+    ((*MERGE, "out", "--onto", "int3"), NOTHING, "expected auto, 16-bit, nf4, fp4, int8"),
     ((*MERGE, "model/config.json/out"), NOTHING, "model/config.json, which is not a folder"),
     ((*MERGE, "/proc/out"), NOTHING, "nothing can be written in /proc"),
     (("quantize", "model", "--out", "model/config.json/out"), NOTHING, "model/config.json, which is not a folder"),
@@ -322,9 +325,30 @@ def test_an_adapter_of_a_four_bit_folder(main):
         assert code == 0 and ("--quantize nf4 takes the one it was trained on" in err) is said, err
 
 
+@pytest.mark.parametrize("kind", ["fp4", "int8"])
+def test_the_other_quantisations_go_all_the_way(main, commands, kind):
+    code, out, err = main("quantize", "model", "--out", "small", "--to", kind, "--no-double-quant", "--json")
+    assert code == 0 and json.loads(out)["quantization"] == kind, err
+    run = ("train", "quick", *SET, f"data.train={commands}", *SET, "train.out=run", *SET, "train.max_steps=2", "--json")
+    code, out, err = main(*run, *SET, "model=model", *SET, f"quantize={kind}", *SET, "double_quant=false")
+    assert code == 0, err
+    adapter = json.loads(out)["adapter"]
+    for base in (("model", "--quantize", kind), ("small",)):
+        code, out, err = main(
+            "eval", *base, "--adapter", adapter, "--data", str(commands), "--limit", "4", "--no-generate"
+        )
+        assert code == 0 and "note:" not in err, err
+    code, out, err = main(
+        "eval", "four", "--adapter", adapter, "--data", str(commands), "--limit", "4", "--no-generate"
+    )
+    assert code == 0 and f"was trained on the base in {kind}, this base is nf4" in err
+    code, out, err = main("merge", "model", adapter, "--out", "merged", "--json")
+    assert code == 0 and json.loads(out)["onto"] == kind, err
+
+
 def test_kernels_and_an_unknown_isa(monkeypatch):
     rows = json.loads(call("kernels", "--json").stdout)["operations"]
-    assert {row["operation"] for row in rows} >= {"nf4_quantize", "nf4_dequantize"}
+    assert {row["operation"] for row in rows} >= {"quantize_4bit", "dequantize_4bit", "quantize_int8"}
     monkeypatch.setenv("VENEER_ISA", "mmx")
     assert call("kernels").returncode == 2
 

@@ -25,7 +25,7 @@ DATA = {"data": {"train": "x.jsonl"}}
         ({**DATA, "train": {"batchsize": 2}}, "unknown key 'batchsize' in train; did you mean 'batch_size'"),
         ({**DATA, "lora": {"r": 0}}, "lora.r"),
         ({**DATA, "lora": {"targets": []}}, "lora.targets"),
-        ({**DATA, "quantize": "fp4"}, "expected one of nf4"),
+        ({**DATA, "quantize": "int4"}, "expected one of nf4, fp4, int8"),
         ({**DATA, "train": {"learning_rate": -1}}, "above 0"),
         ({"data": {"train": "x", "eval": 1.5}}, "between 0 and 1"),
         ({**DATA, "train": {"early_stopping": 2}}, "data.eval"),

@@ -8,7 +8,7 @@ import torch
 import transformers
 from conftest import make_model
 from models.test_fuse import build, drop, gradients
-from ops.test_nf4 import DTYPES, SHAPES, weights
+from ops.test_quantize import DTYPES, SHAPES, weights
 from torch.nn import functional as F
 from training.test_loop import fresh, lines, run
 
@@ -18,7 +18,7 @@ from veneer.adapters.attach import adapter_parameters
 from veneer.inference.generate import generate_greedy
 from veneer.models.fuse import set_recompute
 from veneer.ops import reference
-from veneer.quant.linear import Nf4Linear, quantize_model
+from veneer.quant.linear import QuantizedLinear, quantize_model
 from veneer.training.data import Sample
 from veneer.training.packing import collate_packed, collate_padded
 
@@ -112,19 +112,21 @@ def test_autocast_over_an_fp32_base(four_bit):
     assert float(loss) == pytest.approx(exact_loss, rel=0.01) and 0 < apart(found.cpu(), exact) < 0.15
 
 
-# ---- 4-bit weights ------------------------------------------------------------------------------------------------
+# ---- quantised weights ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["normal", "zeros", "denormal", "large"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("size", ["normal", "zeros", "denormal", "large"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nf4_equals_the_cpu_bit_for_bit(dtype, kind):
+def test_4_bits_equal_the_cpu_bit_for_bit(dtype, size, kind):
     for shape in SHAPES:
-        w = weights(shape, dtype, kind)
-        wanted, found = reference.nf4_quantize(w), ops.nf4_quantize(w.to(GPU))
+        w = weights(shape, dtype, size)
+        wanted, found = reference.quantize_4bit(w, kind), ops.quantize_4bit(w.to(GPU), kind)
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True)), shape
         for out in DTYPES:
-            decoded = ops.nf4_dequantize(*found, w.shape, out)
-            assert torch.equal(decoded.cpu(), reference.nf4_dequantize(*wanted, w.shape, out)), (shape, out)
+            decoded = ops.dequantize_4bit(*found, w.shape, out, kind=kind)
+            expected = reference.dequantize_4bit(*wanted, w.shape, out, kind=kind)
+            assert torch.equal(decoded.cpu(), expected), (shape, out)
 
 
 @pytest.mark.parametrize("m", [1, 256, 1024, 4096])
@@ -146,9 +148,10 @@ def test_double_quantisation_differs_from_the_cpu_by_the_rounding_of_the_mean(m)
 
 
 @pytest.mark.parametrize("double", [True, False])
-def test_a_4_bit_layer_moved_there_decodes_to_the_same_bits(double):
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_a_quantised_layer_moved_there_decodes_to_the_same_bits(kind, double):
     torch.manual_seed(0)
-    layer = Nf4Linear.from_linear(torch.nn.Linear(333, 100), double_quant=double)
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(333, 100), kind, double_quant=double)
     wanted = [layer.dequantize(dtype) for dtype in DTYPES]
     layer.to(GPU)
     assert all(buffer.is_cuda for buffer in layer.buffers())

@@ -8,7 +8,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object on stdout.")]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a .gguf file, a hub id, or smollm2.")]
-Quantize = Annotated[str | None, typer.Option(help="nf4: load the base in 4 bits.")]
+Quantize = Annotated[str | None, typer.Option(help="nf4, fp4 or int8: load the base in 4 or 8 bits.")]
 Adapter = Annotated[Path | None, typer.Option(help="A folder with a LoRA adapter in PEFT's format.")]
 System = Annotated[str | None, typer.Option(help="System message put before every conversation that has none.")]
 
@@ -178,15 +178,19 @@ def chat(
 
 @app.command()
 def quantize(
-    model: Model, out: Annotated[Path, typer.Option(help="The folder to write.")], as_json: Json = False
+    model: Model,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    kind: Annotated[str, typer.Option("--to", help="nf4, fp4 or int8.")] = "nf4",
+    double_quant: Annotated[bool, typer.Option(help="The constants of 4-bit weights in 8 bits.")] = True,
+    as_json: Json = False,
 ) -> None:
-    """Write a model in 4 bits (NF4, double quantised), as bitsandbytes does."""
+    """Write a model in 4 or 8 bits, as bitsandbytes does."""
     import veneer
     from veneer.models.load import describe_model
     from veneer.storage import require_empty_folder
 
     require_empty_folder(out)
-    loaded, tokenizer = veneer.load(model, quantize="nf4", fused=False)
+    loaded, tokenizer = veneer.load(model, quantize=kind, double_quant=double_quant, fused=False)  # type: ignore[arg-type]
     veneer.save_model(loaded, tokenizer, out)
     _show(describe_model(out), as_json)
 
@@ -196,26 +200,30 @@ def merge(
     model: Model,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder with a LoRA adapter.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    onto: Annotated[str, typer.Option(help="auto, 16-bit or nf4: the base the adapter was trained on.")] = "auto",
+    onto: Annotated[
+        str, typer.Option(help="auto, 16-bit, nf4, fp4 or int8: the base the adapter was trained on.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Fold an adapter into a 16-bit model, and say what that changed."""
     import veneer
     from veneer.adapters.files import base_quantization
+    from veneer.config import Quantization
     from veneer.evaluation import compare_logits
     from veneer.models.load import stored_quantization
     from veneer.storage import require_empty_folder
 
-    if onto not in ("auto", "16-bit", "nf4"):
-        raise VeneerError(f"--onto: found {onto!r}, expected auto, 16-bit or nf4")
+    kinds = get_args(Quantization)
+    if onto not in ("auto", "16-bit", *kinds):
+        raise VeneerError(f"--onto: found {onto!r}, expected auto, 16-bit, {', '.join(kinds)}")
     require_empty_folder(out)
     stored = stored_quantization(model)
-    if stored and onto == "16-bit":
+    if stored and onto not in ("auto", stored):
         raise VeneerError(
-            f"--onto 16-bit: {model} is stored in {stored}, there is no 16-bit base in it",
+            f"--onto {onto}: {model} is stored in {stored}, there is no {onto} base in it",
             hint="leave --onto out, or give the 16-bit model it was made from",
         )
-    kind = base_quantization(adapter) if onto == "auto" else {"nf4": "nf4"}.get(onto)
+    kind = base_quantization(adapter) if onto == "auto" else onto if onto in kinds else None
     loaded, tokenizer = _load(model, adapter, None if stored else kind, "--onto")
     kind = stored or kind
     difference = compare_logits(loaded, tokenizer, lambda: veneer.merge(loaded))
@@ -224,7 +232,7 @@ def merge(
     if as_json:
         _print_json(result)
         return
-    base = "the 4-bit base, decoded to 16 bits" if kind else "the 16-bit base"
+    base = f"the {kind} base, decoded to 16 bits" if kind else "the 16-bit base"
     print(f"merged onto {base}: {out}")
     print(
         f"largest logit difference between adapter and merged model: {difference['max_logit_difference']:.4g} "
@@ -321,12 +329,12 @@ def _load(model: str, adapter: Path | None, quantize: str | None, option: str = 
 
         veneer.load_adapter(loaded, adapter)
         trained_on = base_quantization(adapter)
-        if trained_on and loaded.veneer_quantization is None:
-            print(
-                f"note: {adapter} was trained on the base in {trained_on}, this base is 16-bit; "
-                f"{option} {trained_on} takes the one it was trained on",
-                file=sys.stderr,
-            )
+        if trained_on and loaded.veneer_quantization != trained_on:
+            found = loaded.veneer_quantization or "16-bit"
+            note = f"note: {adapter} was trained on the base in {trained_on}, this base is {found}"
+            if quantize or not loaded.veneer_quantization:  # else it is stored so
+                note += f"; {option} {trained_on} takes the one it was trained on"
+            print(note, file=sys.stderr)
     return loaded, tokenizer
 
 

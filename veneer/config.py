@@ -19,7 +19,7 @@ RECIPE_LIMIT = 1 << 20  # bytes; a recipe is a page of text
 LORA_PLUS = 16.0  # the ratio its paper proposes (Hayou et al. 2024, arXiv 2402.12354)
 TARGET_PRESETS = ("attention", "qv", "mlp", "all-linear")
 
-Quantization = Literal["nf4"]
+Quantization = Literal["nf4", "fp4", "int8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 DataFormat = Literal["prompt_completion", "alpaca", "messages", "text"]
 Method = Literal["lora", "full"]
@@ -208,15 +208,15 @@ class TrainConfig(Settings):
 
 
 class Recipe(Settings):
-    """One fine-tune, whole: base model, 4-bit or not, adapter, data, training."""
+    """One fine-tune, whole: base model, quantised or not, adapter, data, training."""
 
     model: str = Field("smollm2", min_length=1, description="folder, .gguf file, hub id, or smollm2")
     revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
-    quantize: Quantization | None = Field(None, description="nf4, or left out for 16-bit")
+    quantize: Quantization | None = Field(None, description="nf4, fp4 or int8; left out: 16-bit")
     double_quant: bool = Field(
         True, description="the constants of 4-bit weights in 8 bits: 4.13 bits a weight, not 4.5"
     )
-    dtype: Dtype = Field("bfloat16", description="bfloat16, float16 or float32: of all that is not 4-bit")
+    dtype: Dtype = Field("bfloat16", description="bfloat16, float16 or float32: of all that is not quantised")
     device: str = Field("auto", description="auto: cuda when there is one, else cpu")
     method: Method = Field("lora", description="lora, or full: every weight is trained")
     lora: LoraConfig = Field(default_factory=LoraConfig)

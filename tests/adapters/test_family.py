@@ -11,7 +11,7 @@ import veneer
 from veneer.adapters.attach import adapter_parameters, depth_rank, lora_layers
 from veneer.adapters.lora import LoraConv, LoraLinear
 from veneer.optim.groups import parameter_groups
-from veneer.quant.linear import Nf4Linear, quantize_model
+from veneer.quant.linear import QuantizedLinear, quantize_model
 
 IDS = torch.arange(1, 30)[None]
 
@@ -183,7 +183,7 @@ def test_a_trained_bias_of_a_4_bit_layer_gets_its_gradient():
     exact = make_model(attention_bias=True, fused=False)
     quantize_model(model, compute_dtype=torch.float32)
     for path, layer in list(exact.named_modules()):
-        if isinstance(model.get_submodule(path), Nf4Linear):
+        if isinstance(model.get_submodule(path), QuantizedLinear):
             layer.weight.data = model.get_submodule(path).dequantize(torch.float32)
     for one in (model, exact):
         veneer.attach(one, veneer.LoraConfig(r=2, targets=["q_proj"], bias="all"), seed=0)

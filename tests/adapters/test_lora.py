@@ -8,23 +8,23 @@ from veneer.adapters.attach import adapter_parameters, lora_layers, resolve_targ
 from veneer.adapters.lora import LoraLinear, initial_factor
 from veneer.ops import reference
 from veneer.ops.blocks import AdaptedLinear
-from veneer.quant.linear import Nf4Linear, quantize_model
+from veneer.quant.linear import QuantizedLinear, quantize_model
 
 IDS = torch.arange(1, 30)[None]
 
 
 @pytest.mark.parametrize("shape", [(48, 96), (7, 5), (100, 33)])
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_layer_equals_reference_with_all_gradients(shape, four_bit):
+@pytest.mark.parametrize("kind", [None, "nf4", "fp4", "int8"])
+def test_layer_equals_reference_with_all_gradients(shape, kind):
     torch.manual_seed(0)
     out, inner = shape
     base = nn.Linear(inner, out).requires_grad_(False)
-    if four_bit:
-        base = Nf4Linear.from_linear(base, compute_dtype=torch.float32)
+    if kind:
+        base = QuantizedLinear.from_linear(base, kind, compute_dtype=torch.float32)
     layer = LoraLinear(base)
     layer.add("a", torch.randn(3, inner), torch.randn(out, 3), scaling=0.7)
     layer.active = "a"
-    weight = base.dequantize(torch.float32) if four_bit else base.weight
+    weight = base.dequantize(torch.float32) if kind else base.weight
     x = torch.randn(4, 2, inner, requires_grad=True)
     inputs = (x, layer.lora_A["a"], layer.lora_B["a"])
     expected = reference.linear(x, AdaptedLinear(weight, base.bias, inputs[1], inputs[2], 0.7))

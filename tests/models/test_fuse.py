@@ -13,7 +13,7 @@ from veneer.adapters.attach import adapter_parameters, lora_layers
 from veneer.models import fuse as fuse_module
 from veneer.models.fuse import _rest, fuse
 from veneer.ops import native
-from veneer.quant.linear import quantize_model
+from veneer.quant.linear import quantize_model, quantized_layers
 from veneer.training.data import Sample
 from veneer.training.packing import collate_packed
 
@@ -33,14 +33,14 @@ ARCHITECTURES = {
 }
 
 
-def build(name, fused, dtype=torch.bfloat16, four_bit=False):
+def build(name, fused, dtype=torch.bfloat16, kind=None):
     config = getattr(transformers, f"{name}Config")(**SMALL, **ARCHITECTURES[name])
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16).eval()
     for parameter in model.parameters():  # norms too: a weight of 1 would hide a mistake
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    if four_bit:
-        quantize_model(model, compute_dtype=dtype)
+    if kind:
+        quantize_model(model, kind, compute_dtype=dtype)
     model = model.to(dtype)
     if fused:
         fuse(model)
@@ -61,14 +61,14 @@ def gradients(model, **batch):
 
 
 @needs_library
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("kind", [None, "nf4", "fp4", "int8"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_fused_is_as_close_to_fp32_as_the_original_in_bf16(name, four_bit):
+def test_fused_is_as_close_to_fp32_as_the_original_in_bf16(name, kind):
     ids = torch.randint(3, 130, (3, 21), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids}
-    exact_loss, exact = gradients(build(name, False, torch.float32, four_bit), **batch)
-    loss, original = gradients(build(name, False, four_bit=four_bit), **batch)
-    model = build(name, True, four_bit=four_bit)
+    exact_loss, exact = gradients(build(name, False, torch.float32, kind), **batch)
+    loss, original = gradients(build(name, False, kind=kind), **batch)
+    model = build(name, True, kind=kind)
     assert model.veneer_parts == ["attention", "head", "layer", "norm"]
     fused_loss, fused = gradients(model, **batch, skip_logits=True)
     errors = [float((g - exact).norm() / exact.norm()) for g in (fused, original)]
@@ -160,12 +160,12 @@ def drop(model, p):
 
 
 @needs_library
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("name", ["Llama", "Phi3"])
-def test_adapter_dropout_stays_on_both_halves(name, four_bit, monkeypatch):
+def test_adapter_dropout_stays_on_both_halves(name, kind, monkeypatch):
     ids = torch.randint(3, 130, (2, 21), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids, "skip_logits": True}
-    model = build(name, True, four_bit=four_bit)
+    model = build(name, True, kind=kind)
     plain = float(model(**batch).loss.detach())
     drop(model, 0.1)
     ran, masks, found = [], [], []
@@ -322,11 +322,11 @@ def test_other_types_run_as_they_were(dtype):
         torch.testing.assert_close(fused(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_autocast_over_an_fp32_base(four_bit):
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_autocast_over_an_fp32_base(kind):
     model = make_model()
-    if four_bit:
-        quantize_model(model, compute_dtype=torch.float32)
+    if kind:
+        quantize_model(model, kind, compute_dtype=torch.float32)
     veneer.attach(model, veneer.LoraConfig(r=2))
     ids = torch.randint(0, 250, (2, 9))
     with torch.autocast("cpu", torch.bfloat16):
@@ -406,3 +406,17 @@ def test_the_loss_is_divided_by_what_a_trainer_counted(dtype, skip_logits):
         for i, t in zip(ids.chunk(2), labels.chunk(2), strict=True)
     ]
     torch.testing.assert_close(sum(halves), whole, rtol=1e-3 if dtype == torch.bfloat16 else 1e-6, atol=0)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_threshold_for_outliers_rounds_inputs_in_eval_mode_only(fused):
+    model = make_model(dtype=torch.bfloat16, fused=fused, hidden_size=64, intermediate_size=128)
+    quantize_model(model, "int8")
+    ids = torch.arange(1, 40)[None]
+    with torch.no_grad():
+        plain = model(input_ids=ids, use_cache=False).logits
+        for layer in quantized_layers(model).values():
+            layer.outlier_threshold = 6.0
+        mixed, training = (model.train(t)(input_ids=ids, use_cache=False).logits for t in (False, True))
+    assert torch.equal(training, plain) and not torch.equal(mixed, plain)
+    assert (mixed - plain).norm() < 0.05 * plain.norm()

@@ -5,16 +5,16 @@ import torch
 
 from veneer.ops import blocks, reference
 from veneer.ops.blocks import AdaptedLinear, Attention, Mlp, Norm
-from veneer.quant.nf4 import Nf4Tensor
+from veneer.quant.linear import QuantizedTensor, quantize
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def linear(out, inner, r, g, *, four_bit=False, bias=False, scaling=0.5, dropout=0.0):
+def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0):
     w = torch.randn(out, inner, generator=g) / inner**0.5
-    weight = Nf4Tensor.quantize(w.bfloat16()) if four_bit else w.bfloat16()
+    weight = quantize(w.bfloat16(), kind) if kind else w.bfloat16()
     b = torch.randn(out, generator=g).bfloat16() if bias else None
     if r is None:
         return AdaptedLinear(weight, b)
@@ -27,7 +27,7 @@ def wide(value):
     """The same, in fp32 and with gradients of its own: what the definition is computed on."""
     if isinstance(value, torch.Tensor):
         return value.detach().float().requires_grad_(value.requires_grad) if value.is_floating_point() else value
-    if isinstance(value, Nf4Tensor):
+    if isinstance(value, QuantizedTensor):
         return value.dequantize(torch.bfloat16).float()
     if isinstance(value, list):
         return [wide(item) for item in value]
@@ -80,16 +80,16 @@ def layer(x, a, m):
     return blocks.mlp_block(blocks.attention_block(x, a)[0], m)[0]
 
 
-def attention(tokens, *, heads=4, kv_heads=2, width=16, model=48, r=4, four_bit=False, bias=False, fused=False,
+def attention(tokens, *, heads=4, kv_heads=2, width=16, model=48, r=4, kind=None, bias=False, fused=False,
               rotary=8, qk_norm=False, starts=None, recompute="none", dropout=0.0):  # fmt: skip
     g = generator()
     sizes = [(heads + 2 * kv_heads) * width] if fused else [heads * width, kv_heads * width, kv_heads * width]
     ranks, drops = (v if isinstance(v, list) else [v] * (len(sizes) + 1) for v in (r, dropout))
     qkv = [
-        linear(n, model, rank, g, four_bit=four_bit, bias=bias, dropout=drop)
+        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop)
         for n, rank, drop in zip(sizes, ranks, drops, strict=False)
     ]
-    out = linear(model, heads * width, ranks[-1], g, four_bit=four_bit, dropout=drops[-1])
+    out = linear(model, heads * width, ranks[-1], g, kind=kind, dropout=drops[-1])
     norm = [Norm(1 + 0.1 * torch.randn(n, generator=g).bfloat16(), 1e-5) for n in (model, width, width)]
     angle = torch.rand(tokens, rotary, generator=g) * 6
     places = (angle.cos(), angle.sin()) if rotary else (None, None)
@@ -103,7 +103,9 @@ ATTENTION = {
     "odd": {"tokens": 67},
     "packed": {"tokens": 150, "starts": [0, 1, 66, 66, 130, 150]},
     "many rows": {"tokens": 40, "starts": list(range(0, 41, 4))},
-    "4 bits": {"tokens": 33, "four_bit": True},
+    "4 bits": {"tokens": 33, "kind": "nf4"},
+    "FP4": {"tokens": 33, "kind": "fp4"},
+    "8 bits": {"tokens": 33, "kind": "int8"},
     "bias": {"tokens": 20, "bias": True},
     "one linear": {"tokens": 20, "fused": True},
     "norms on q and k": {"tokens": 20, "qk_norm": True},
@@ -114,7 +116,7 @@ ATTENTION = {
     "odd head width": {"tokens": 66, "width": 80, "rotary": 16, "heads": 2, "kv_heads": 2},
     "dropout": {"tokens": 67, "dropout": 0.3, "r": [1, 3, None, 5]},
     "dropout differs": {"tokens": 20, "dropout": [0.0, 0.5, 0.1, 0.2], "qk_norm": True},
-    "dropout, 4 bits": {"tokens": 33, "dropout": 0.05, "four_bit": True, "recompute": "full"},
+    "dropout, 4 bits": {"tokens": 33, "dropout": 0.05, "kind": "nf4", "recompute": "full"},
     "dropout, one linear": {"tokens": 150, "dropout": 0.2, "fused": True, "starts": [0, 1, 66, 150]},
 }
 
@@ -135,30 +137,32 @@ def test_attention_block(isa, nan_empties, case):
     )
 
 
-def mlp(*, inner=96, model=48, r=4, four_bit=False, fused=False, activation="silu", shift=0.0, recompute="none",
+def mlp(*, inner=96, model=48, r=4, kind=None, fused=False, activation="silu", shift=0.0, recompute="none",
         dropout=0.0):  # fmt: skip
     g = generator()
     ranks, drops = (v if isinstance(v, list) else [v] * 3 for v in (r, dropout))
     sizes = [2 * inner] if fused else [inner, inner]
     group = [
-        linear(n, model, rank, g, four_bit=four_bit, dropout=drop)
-        for n, rank, drop in zip(sizes, ranks, drops, strict=False)
+        linear(n, model, rank, g, kind=kind, dropout=drop) for n, rank, drop in zip(sizes, ranks, drops, strict=False)
     ]
-    down = linear(model, inner, ranks[-1], g, four_bit=four_bit, dropout=drops[-1])
+    down = linear(model, inner, ranks[-1], g, kind=kind, dropout=drops[-1])
     norm = Norm(1 - shift + 0.1 * torch.randn(model, generator=g).bfloat16(), 1e-5, shift)
     return Mlp(norm, group, down, activation, recompute)
 
 
 MLP = {
     "plain": {},
-    "4 bits": {"four_bit": True},
+    "4 bits": {"kind": "nf4"},
+    "FP4": {"kind": "fp4"},
+    "8 bits": {"kind": "int8"},
     "one linear": {"fused": True},
     "gelu": {"activation": "gelu_tanh", "shift": 1.0},
     "odd width": {"inner": 102},
     "some without adapter": {"r": [None, 3, None]},
     "dropout": {"inner": 102, "dropout": 0.3, "r": [3, 4, 5]},
     "dropout differs": {"dropout": [0.5, 0.0, 0.0], "recompute": "mlp"},
-    "dropout, 4 bits": {"dropout": 0.05, "four_bit": True},
+    "dropout, 4 bits": {"dropout": 0.05, "kind": "nf4"},
+    "dropout, 8 bits": {"dropout": 0.05, "kind": "int8"},
     "dropout, one linear": {"dropout": 0.2, "fused": True, "activation": "gelu_tanh"},
 }
 
@@ -217,22 +221,22 @@ def test_dropout_saves_nothing_and_without_it_no_kernel_is_added(monkeypatch):
     assert counts == [(0, 4 + 7 + 7 + 4, 4 + 7), (21, 7 + 7 + 7 + 4 + 7, 7 + 7)]
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_up_is_kept_unless_the_base_is_4_bit(four_bit):
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_up_is_kept_unless_the_base_is_4_bit(kind):
     sizes: dict[str, int] = {}
     for recompute in ("none", "mlp"):
-        m = mlp(recompute=recompute, inner=96, four_bit=four_bit)
+        m = mlp(recompute=recompute, inner=96, kind=kind)
         x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
         held: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=held: s.append(t.numel()) or t, lambda t: t):
             blocks.mlp_block(x, m)
         sizes[recompute] = sum(held)
-    assert sizes["none"] - sizes["mlp"] == 70 * 96 * (1 if four_bit else 2)
+    assert sizes["none"] - sizes["mlp"] == 70 * 96 * (1 if kind else 2)
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
-def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recompute, four_bit):
+def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recompute, kind):
     made: dict[str, list[torch.Tensor]] = {}
 
     def watch(name, inputs):
@@ -245,8 +249,8 @@ def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recomp
     watch("attention_backward", slice(0, 3))
     watch("gated", slice(0, 2))
     watch("gated_backward", slice(1, 3))
-    a = attention(75, recompute=recompute, r=[1, 3, None, 5], qk_norm=True, four_bit=four_bit, dropout=0.2)
-    m = mlp(recompute=recompute, inner=102, r=[3, None, 4], four_bit=four_bit)
+    a = attention(75, recompute=recompute, r=[1, 3, None, 5], qk_norm=True, kind=kind, dropout=0.2)
+    m = mlp(recompute=recompute, inner=102, r=[3, None, 4], kind=kind)
     x = torch.randn(75, 48, generator=generator(1)).bfloat16().requires_grad_()
     layer(x, a, m).float().square().sum().backward()
     for forth, back in (("attention_forward", "attention_backward"), ("gated", "gated_backward")):
@@ -255,11 +259,11 @@ def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recomp
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
-def test_a_second_backward_pass_gives_the_same(recompute, fused, four_bit):
-    a = attention(70, fused=fused, recompute=recompute, four_bit=four_bit)
-    m = mlp(fused=fused, recompute=recompute, four_bit=four_bit)
+def test_a_second_backward_pass_gives_the_same(recompute, fused, kind):
+    a = attention(70, fused=fused, recompute=recompute, kind=kind)
+    m = mlp(fused=fused, recompute=recompute, kind=kind)
     x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
     loss = layer(x, a, m).float().square().sum()
     wanted = [x, *factors([*a.qkv, a.out, *m.gate_up, m.down])]
@@ -303,6 +307,7 @@ def test_attention_alone(isa, nan_empties, starts):
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("width", [101, 576])
 def test_rms_norm(isa, nan_empties, width, zeros):
+    torch.manual_seed(0)
     weight = torch.randn(width).bfloat16()
     weight[::7] = -1 if zeros else 0.5  # with the shift: 0, from which x cannot be told
     norm = Norm(weight.requires_grad_(), 1e-5, 1.0)
@@ -314,15 +319,15 @@ def test_rms_norm(isa, nan_empties, width, zeros):
     torch.testing.assert_close(y.float(), y_, rtol=4e-3, atol=1e-6)  # half a step of bf16: of x without rest, two
     (dx, dw), (dx_, dw_) = torch.autograd.grad(y, (x, weight), dy), torch.autograd.grad(y_, (x_, weight_), dy.float())
     torch.testing.assert_close(dx.float(), dx_, rtol=8e-3, atol=2e-2)
-    torch.testing.assert_close(dw.float(), dw_, rtol=1e-2, atol=3e-2)
+    torch.testing.assert_close(dw.float(), dw_, rtol=1e-2, atol=6e-2)  # rest is not kept: x in 8 digits
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("tokens", [1, 5, 75])
-def test_the_residual_stream_has_twice_the_digits(isa, nan_empties, tokens, four_bit):
+def test_the_residual_stream_has_twice_the_digits(isa, nan_empties, tokens, kind):
     """80 halves that each add little: 16 bits alone lose it, or add up the errors of 80 roundings."""
     x = torch.randn(tokens, 48, generator=generator(1)).bfloat16()
-    a, m = attention(tokens, four_bit=four_bit), mlp(four_bit=four_bit)
+    a, m = attention(tokens, kind=kind), mlp(kind=kind)
     a, m = (half._replace(norm=half.norm._replace(weight=half.norm.weight / 64)) for half in (a, m))
     exact = x.float(), wide(a), wide(m)
     y, y_alone, (y_, a_, m_), rest = x, x, exact, None

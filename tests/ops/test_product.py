@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from veneer.ops import native, products, reference
-from veneer.quant.nf4 import Nf4Tensor
+from veneer.quant.linear import quantize
 
 SIZES = [
     (1, 1, 2),
@@ -32,7 +32,7 @@ def operands(m, n, depth, kind, by_row):
     w = torch.randn((n, depth) if by_row else (depth, n), generator=g)
     if kind == "bf16":
         return a, w.bfloat16()
-    return a, Nf4Tensor.quantize(w, double_quant=kind == "nf4-dq")
+    return a, quantize(w, kind.removesuffix("-dq"), double_quant=kind.endswith("-dq"))
 
 
 def close(found, expected, error=1e-5):
@@ -49,14 +49,16 @@ def in_whole_numbers(isa, m, depth):
 
 def multiplied(w, m, isa, by_row=True):
     """The dense weight that a product with m rows uses, and the error it may have."""
-    if not isinstance(w, Nf4Tensor):
+    if isinstance(w, torch.Tensor):
         return w, 1e-5
+    if w.kind == "int8":  # few rows: the codes themselves, in fp32
+        return w.dequantize(torch.float32 if by_row and m < 12 else torch.bfloat16), 1e-5
     whole = by_row and in_whole_numbers(isa, m, w.shape[1])
     return w.dequantize(torch.float32 if whole else torch.bfloat16), 2e-4 if whole else 1e-5
 
 
 @pytest.mark.parametrize("by_row", [True, False])
-@pytest.mark.parametrize("kind", ["bf16", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("kind", ["bf16", "nf4", "nf4-dq", "fp4", "fp4-dq", "int8"])
 @pytest.mark.parametrize(("m", "n", "depth"), SIZES)
 def test_product_equals_reference(isa, nan_empties, m, n, depth, kind, by_row):
     a, w = operands(m, n, depth, kind, by_row)
@@ -78,8 +80,9 @@ def test_terms_bias_and_residual_are_summed_before_rounding(isa, nan_empties):
 
 @pytest.mark.parametrize("m", [1, 2, 3, 11])
 @pytest.mark.parametrize("depth", [96, 256])
-def test_few_rows_take_terms_bias_and_residual(isa, nan_empties, m, depth):
-    (a, w), (b, v) = operands(m, 70, depth, "nf4-dq", True), operands(m, 70, 16, "bf16", True)
+@pytest.mark.parametrize("kind", ["nf4-dq", "fp4", "int8"])
+def test_few_rows_take_terms_bias_and_residual(isa, nan_empties, m, depth, kind):
+    (a, w), (b, v) = operands(m, 70, depth, kind, True), operands(m, 70, 16, "bf16", True)
     bias, residual = torch.randn(70).bfloat16(), torch.randn(m, 90).bfloat16()[:, 20:]
     found = native.product([(a, w, True), (b, v, True)], bias, residual)
     dense, error = multiplied(w, m, isa)
@@ -88,9 +91,10 @@ def test_few_rows_take_terms_bias_and_residual(isa, nan_empties, m, depth):
 
 @pytest.mark.parametrize("m", [1, 2, 7])
 @pytest.mark.parametrize("scale", ["even", "outliers", "wide", "tiny", "huge"])
-def test_few_rows_are_nearer_to_the_4_bit_weight_than_its_bf16_form(isa, m, scale):
+@pytest.mark.parametrize("kind", ["nf4-dq", "fp4-dq"])
+def test_few_rows_are_nearer_to_the_4_bit_weight_than_its_bf16_form(isa, m, scale, kind):
     """Of x in any range: a few elements far larger, 20 orders of magnitude in one block, subnormal, near overflow."""
-    a, w = operands(m, 70, 448, "nf4-dq", True)
+    a, w = operands(m, 70, 448, kind, True)
     a[:, 100:110] = 0
     if scale == "outliers":
         a[:, [3, 200, 447]] *= 5000
@@ -110,8 +114,9 @@ def test_few_rows_are_nearer_to_the_4_bit_weight_than_its_bf16_form(isa, m, scal
 
 @pytest.mark.parametrize("m", [1, 2, 7])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_what_is_not_finite_stays_so(isa, m, value):
-    a, w = operands(m, 70, 128, "nf4-dq", True)
+@pytest.mark.parametrize("kind", ["nf4-dq", "fp4-dq", "int8"])
+def test_what_is_not_finite_stays_so(isa, m, value, kind):
+    a, w = operands(m, 70, 128, kind, True)
     a[0, 77] = value
     found, expected = native.product([(a, w, True)]), reference.product([(a, w.dequantize(torch.bfloat16), True)])
     assert torch.equal(found[0].isfinite(), expected[0].isfinite()) and found[1:].isfinite().all()
@@ -136,7 +141,7 @@ def test_outer_sum_equals_reference(isa, nan_empties, tokens, r, n, transposed):
     torch.testing.assert_close(found, reference.outer_sum(left, right, transposed=transposed), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+@pytest.mark.parametrize("kind", ["bf16", "nf4", "int8"])
 @pytest.mark.parametrize("by_row", [True, False])
 def test_no_rows_give_no_rows(isa, kind, by_row):
     a, w = operands(0, 20, 64, kind, by_row)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from veneer.ops import blocks, native, reference
-from veneer.quant.nf4 import Nf4Tensor
+from veneer.quant.four_bit import FourBitTensor
 
 
 @pytest.mark.parametrize("by_row", [True, False])
@@ -31,7 +31,7 @@ def test_deep_products_and_their_rests(isa, nan_empties, m, n, depth, four_bit):
     g = torch.Generator().manual_seed(m)
     a, b, v = (torch.randn(shape, generator=g).bfloat16() for shape in ((m, depth), (m, 6), (n, 6)))
     w = (torch.randn(n, depth, generator=g) / depth**0.5).bfloat16()
-    w = Nf4Tensor.quantize(w) if four_bit else w
+    w = FourBitTensor.quantize(w) if four_bit else w
     residual = torch.randn(m, n, generator=g).bfloat16()
     more = (torch.randn(m, n, generator=g) * residual.float().abs() / 512).bfloat16()
     rest = torch.empty(m, n, dtype=torch.bfloat16)

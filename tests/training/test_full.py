@@ -232,7 +232,13 @@ def test_what_cannot_be_trained_in_full_is_refused_at_once(tmp_path, tokenizer, 
 
 def test_recipes_of_full_fine_tuning(tmp_path):
     data = {"data": {"train": "x.jsonl"}, "method": "full"}
-    bad = {**data, "quantize": "nf4", "dtype": "float16", "lora": {"r": 4}, "train": {"early_stopping": 1, "lora_plus": 16}}
+    bad = {
+        **data,
+        "quantize": "nf4",
+        "dtype": "float16",
+        "lora": {"r": 4},
+        "train": {"early_stopping": 1, "lora_plus": 16},
+    }
     with pytest.raises(veneer.VeneerError) as caught:
         parse_recipe(bad)
     named = [problem.removeprefix("recipe: ").split(":")[0].split(" ")[0] for problem in caught.value.problems]

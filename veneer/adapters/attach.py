@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from veneer.adapters.lora import CONVOLUTIONS, LoraLayer, LoraLinear, check_adapter_name, lora_layer
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
-from veneer.quant.linear import Nf4Linear
+from veneer.quant.linear import QuantizedLinear
 
-LINEAR = (nn.Linear, Nf4Linear, Conv1D, LoraLinear)
+LINEAR = (nn.Linear, QuantizedLinear, Conv1D, LoraLinear)
 _PRESET_PARENT = {
     "attention": re.compile(r"(^|_)(attn|attention)", re.I),
     "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
@@ -444,7 +444,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Trainable and total parameters; a 4-bit weight counts as the weights it stands for, a tied one once."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    total += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Nf4Linear))
+    total += sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     return ParameterCount(sum(p.numel() for p in model.parameters() if p.requires_grad), total)
 
 
@@ -454,7 +454,9 @@ def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, LoraLayer):
             inside.add(f"{name}.base_layer")
             yield name, module
-        elif isinstance(module, (nn.Linear, Nf4Linear, Conv1D, nn.Embedding, *CONVOLUTIONS)) and name not in inside:
+        elif (
+            isinstance(module, (nn.Linear, QuantizedLinear, Conv1D, nn.Embedding, *CONVOLUTIONS)) and name not in inside
+        ):
             yield name, module
 
 

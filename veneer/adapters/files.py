@@ -421,7 +421,7 @@ def _is_of(key: str, suffix: str) -> bool:
 
 
 def base_quantization(path: str | Path) -> str | None:
-    """What the base was quantised to when the adapter was trained here ("nf4"); None: not at all, or not known."""
+    """What the base was quantised to when the adapter was trained here ("nf4", "fp4", "int8"); None: not at all, or not known."""
     from safetensors import safe_open
 
     read_adapter(path)

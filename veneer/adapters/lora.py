@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 from veneer import ops
 from veneer.errors import VeneerError
 from veneer.ops.blocks import AdaptedLinear
-from veneer.quant.linear import Nf4Linear, autocast
+from veneer.quant.linear import QuantizedLinear, autocast
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-Linear: TypeAlias = nn.Linear | Nf4Linear | Conv1D
+Linear: TypeAlias = nn.Linear | QuantizedLinear | Conv1D
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TINY = 1e-30  # smallest norm divided by: a row of zeros, as of a padding token, stays one
 
@@ -66,7 +66,7 @@ class LoraFunction(torch.autograd.Function):
 def frozen_weight(base: Linear, dtype: torch.dtype) -> tuple[Any, bool]:
     """The weight of a frozen linear as `ops.product` takes it: a tensor in `dtype` or the 4-bit one, and whether it lies
     as (out, in); transformers' Conv1D has (in, out)."""
-    if isinstance(base, Nf4Linear):
+    if isinstance(base, QuantizedLinear):
         return base.tensor(), True
     return base.weight.detach().to(dtype), not isinstance(base, Conv1D)
 
@@ -155,7 +155,7 @@ class LoraLayer(nn.Module):
     def dense(self) -> Tensor:
         """The base's weight in fp32; a 4-bit one decoded."""
         base = self.base_layer
-        return base.dequantize(torch.float32) if isinstance(base, Nf4Linear) else base.weight.detach().float()
+        return base.dequantize(torch.float32) if isinstance(base, QuantizedLinear) else base.weight.detach().float()
 
     def merged(self, name: str) -> Tensor:
         """The weight with this adapter in it, fp32, in the base's layout."""
@@ -196,7 +196,7 @@ class LoraLayer(nn.Module):
 
 
 class LoraLinear(LoraLayer):
-    """Of `nn.Linear`, `Nf4Linear` and transformers' Conv1D, whose weight is (in, out)."""
+    """Of `nn.Linear`, `QuantizedLinear` and transformers' Conv1D, whose weight is (in, out)."""
 
     def __init__(self, base_layer: Linear) -> None:
         super().__init__(base_layer)
@@ -218,7 +218,7 @@ class LoraLinear(LoraLayer):
         """From |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B> by row: no dense update is made, and |W|^2 only once."""
         with torch.no_grad():
             a, b, s = self.lora_A[name], self.lora_B[name], self.scaling[name]
-            dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, Nf4Linear) else self.weight.dtype
+            dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
             wa = ops.product([(a.to(dtype), *frozen_weight(self.base_layer, dtype))]).float()  # (r, out)
             cross = 2 * s * (wa.T * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)
             norms = (self._square_norms() + cross).clamp_(min=0).sqrt_()
@@ -353,7 +353,7 @@ class LoraEmbedding(LoraLayer):
 
 def lora_layer(base: nn.Module) -> LoraLayer | None:
     """The layer that puts adapters on `base`; None: there is none for its kind."""
-    if isinstance(base, nn.Linear | Nf4Linear | Conv1D):
+    if isinstance(base, nn.Linear | QuantizedLinear | Conv1D):
         return LoraLinear(base)
     if isinstance(base, CONVOLUTIONS):
         return LoraConv(base)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from veneer.adapters.attach import active_adapter, adapters, lora_layers, require_adapter, set_adapter
 from veneer.errors import VeneerError
-from veneer.quant.linear import Nf4Linear
+from veneer.quant.linear import QuantizedLinear
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def merge(model: Any, name: str | None = None) -> Any:
     for path, layer in layers.items():
         _put(model, path, _plain(layer.base_layer, layer.merged(name) if name in layer.lora_A else None))
     for path, module in list(model.named_modules()):
-        if isinstance(module, Nf4Linear):
+        if isinstance(module, QuantizedLinear):
             _put(model, path, _plain(module, None))
     if tied and not _is_tied(model):
         model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
@@ -47,12 +47,13 @@ def merge(model: Any, name: str | None = None) -> Any:
         model.__dict__.pop(key, None)
     if hasattr(model, "veneer_quantization"):
         model.veneer_quantization = None
+        model.config.__dict__.pop("quantization_config", None)
     return model
 
 
 def _plain(base: Any, weight: Tensor | None) -> nn.Module:
     """The base with another weight, fp32, rounded once to its type; a 4-bit base becomes dense."""
-    if isinstance(base, Nf4Linear):
+    if isinstance(base, QuantizedLinear):
         dtype = base.compute_dtype
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta", dtype=dtype)
         if base.bias is not None:

@@ -14,7 +14,7 @@ import torch
 
 from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, remove_adapter, set_adapter
 from veneer.errors import VeneerError
-from veneer.quant.linear import Nf4Linear
+from veneer.quant.linear import QuantizedLinear
 from veneer.storage import read_tensors
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ def _save_pretrained(
     self: Any, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
 ) -> Any:
     if not adapters(self):
-        if any(isinstance(module, Nf4Linear) for module in self.modules()):
+        if any(isinstance(module, QuantizedLinear) for module in self.modules()):
             raise VeneerError("save_pretrained cannot write 4-bit layers", hint="use veneer.save_model")
         return type(self).save_pretrained(self, save_directory, is_main_process, state_dict, **kwargs)
     from veneer.adapters.files import save_adapter

@@ -1,4 +1,5 @@
-// Products of an NF4 weight, by row, with few rows of x: each weight is decoded once, in registers, and used for all.
+// Products of a quantised weight, by row, with few rows of x: each weight is decoded once, in registers, and used for
+// all.
 #pragma once
 
 #include "product.h"
@@ -7,8 +8,8 @@ namespace {
 
 constexpr int64_t kFewRows = 12;  // from here on, packing panels is faster; with AMX see kMoreRows
 
-// One row of an NF4 weight times the rows of x: any depth, any instruction set.
-void DotRow(const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64_t ldx, int64_t m, float* sums) {
+// One row of a 4-bit weight times the rows of x: any depth, any instruction set.
+void DotRow(const FourBit& w, int64_t first, int64_t depth, const uint16_t* x, int64_t ldx, int64_t m, float* sums) {
   constexpr int64_t kPiece = 512;
   alignas(64) uint16_t row[kPiece];
   for (int64_t i = 0; i < m; ++i) sums[i] = 0.f;
@@ -27,9 +28,51 @@ void DotRow(const Nf4& w, int64_t first, int64_t depth, const uint16_t* x, int64
   }
 }
 
+// R rows of an 8-bit weight times M rows of x, sums (R, M): the codes are multiplied as they are, in fp32, the sum
+// scaled.
+template <int M, int R>
+void DotInt8(const Int8& w, int64_t row, int64_t depth, const uint16_t* x, int64_t ldx, float* sums) {
+  const int8_t* codes = w.codes + row * depth;
+  Vec total[R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) total[r][i] = Vec{};
+  int64_t d = 0;
+  for (; d + kWidth <= depth; d += kWidth) {
+    Vec weights[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) weights[r] = LoadInt8(codes + r * depth + d);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const Vec a = LoadBFloat16(x + i * ldx + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) total[r][i] = Fma(weights[r], a, total[r][i]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < M; ++i) {
+      float rest = 0.f;
+      for (int64_t k = d; k < depth; ++k) rest += codes[r * depth + k] * FromBFloat16(x[i * ldx + k]);
+      sums[r * M + i] = (Sum(total[r][i]) + rest) * w.scale[row + r];
+    }
+}
+
+template <int M>
+void DotInt8Of(int64_t m, int64_t rows, const Int8& w, int64_t row, int64_t depth, const uint16_t* x, int64_t ldx,
+               float* sums) {
+  if constexpr (M > 0) {
+    if (m != M) return DotInt8Of<M - 1>(m, rows, w, row, depth, x, ldx, sums);
+    constexpr int kRowsAtOnce = M <= 2 ? 4 : M <= 5 ? 2 : 1;  // their sums stay in registers, and do not wait
+    int64_t r = 0;
+    for (; r + kRowsAtOnce <= rows; r += kRowsAtOnce) DotInt8<M, kRowsAtOnce>(w, row + r, depth, x, ldx, sums + r * M);
+    for (; r < rows; ++r) DotInt8<M, 1>(w, row + r, depth, x, ldx, sums + r * M);
+  }
+}
+
 #if defined(__AVX512BW__)
-// The scales of some blocks, as Nf4::Scale gives them.
-void Scales(const Nf4& w, int64_t first, int64_t count, float* out) {
+// The scales of some blocks, as FourBit::Scale gives them.
+void Scales(const FourBit& w, int64_t first, int64_t count, float* out) {
   if (!w.nested) {
     std::memcpy(out, w.absmax + first, count * 4);
     return;
@@ -72,22 +115,21 @@ void OrderForGroups(const uint16_t* x, int64_t depth, uint16_t* to) {  // a last
 
 // ---- one row, or a few: whole numbers --------------------------------------------------------------------
 // Sums of 16-bit whole numbers are exact in 32 bits, three times as fast as bf16 dot products (Xeon), and the table
-// needs no scaling: code * 8005 is off by at most 0.32, which is 4e-5 of a block's largest weight (rounding to bf16:
-// 2e-3). x has 15 bits and a power of two for each block: what is over 1/128 of the block's largest is exact, the rest
-// is off by at most 2^-15 of that. Eight products of a lane stay below 2^31.
+// needs no scaling: FP4's values times w.whole are whole numbers, NF4's are off by at most 0.32, which is 4e-5 of a
+// block's largest weight (rounding to bf16: 2e-3). w.whole is below 8192. x has 15 bits and a power of two for each
+// block: what is over 1/128 of the block's largest is exact, the rest is off by at most 2^-15 of that. Eight products
+// of a lane stay below 2^31.
 
 #if defined(__AVX512BF16__)
 constexpr int kWholeRows = 2;  // beyond, bf16 dot products, or tiles, are as fast
 #else
 constexpr int kWholeRows = kFewRows - 1;
 #endif
-constexpr float kWhole = 8005.f;
-
 // A row of x as whole numbers in the order of the lookups, and, 16 lanes a group, what their sums are multiplied with.
 // False: something in it is not finite.
-bool WholeNumbers(const uint16_t* x, int64_t depth, uint16_t* to, float* factors) {
+bool WholeNumbers(const uint16_t* x, int64_t depth, float whole, uint16_t* to, float* factors) {
   constexpr int kSmallest = 27;  // exponents below it, numbers below 2^-100, are taken for it
-  for (int64_t from = 0; from < depth; from += kNf4Block) {
+  for (int64_t from = 0; from < depth; from += kBlock) {
     const __m512i a = _mm512_loadu_si512(x + from), b = _mm512_loadu_si512(x + from + 32);
     const __m512i most = _mm512_and_si512(_mm512_max_epu16(_mm512_slli_epi16(a, 1), _mm512_slli_epi16(b, 1)),
                                           _mm512_set1_epi16(static_cast<int16_t>(0xff00)));
@@ -95,11 +137,11 @@ bool WholeNumbers(const uint16_t* x, int64_t depth, uint16_t* to, float* factors
     int exponent = _mm512_reduce_max_epi32(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff))) >> 8;
     if (exponent == 255) return false;
     exponent = exponent < kSmallest ? kSmallest : exponent;
-    const Vec scale = (Vec)_mm512_set1_epi32((268 - exponent) << 23);              // 2^(14 - (exponent - 127))
-    const Vec back = (Vec)_mm512_set1_epi32((exponent - 14) << 23) / Set(kWhole);  // its inverse / kWhole
-    for (int64_t i = 0; i < kNf4Block; i += kWidth) {
-      const __m512i whole = _mm512_cvtps_epi32((__m512)(LoadBFloat16(x + from + i) * scale));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + from + i), _mm512_cvtepi32_epi16(whole));
+    const Vec scale = (Vec)_mm512_set1_epi32((268 - exponent) << 23);             // 2^(14 - (exponent - 127))
+    const Vec back = (Vec)_mm512_set1_epi32((exponent - 14) << 23) / Set(whole);  // its inverse / whole
+    for (int64_t i = 0; i < kBlock; i += kWidth) {
+      const __m512i number = _mm512_cvtps_epi32((__m512)(LoadBFloat16(x + from + i) * scale));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + from + i), _mm512_cvtepi32_epi16(number));
     }
     _mm256_storeu_ps(factors + from / 8, _mm512_castps512_ps256((__m512)back));
   }
@@ -144,11 +186,11 @@ inline void AddWhole(__m512i table, const uint8_t* packed, int64_t bytes_of_row,
 // sums (R, M) = R rows of the weight times M rows of x. x: (M, ldx) from WholeNumbers, factors: (M, ldx / 8),
 // scales: (R, blocks of a row).
 template <int M, int R>
-void DotWhole(const Nf4& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x, int64_t ldx,
+void DotWhole(const FourBit& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x, int64_t ldx,
               const float* factors, float* sums) {
-  const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w.code), _mm512_set1_ps(kWhole)));
+  const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(w.code), _mm512_set1_ps(w.whole)));
   const __m512i table = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(code));  // of an index 5 bits count: twice
-  const int64_t blocks = depth / kNf4Block;
+  const int64_t blocks = depth / kBlock;
   const uint8_t* packed = w.packed + first / 2;
   __m512 sum[R][M];
 #pragma GCC unroll 4
@@ -157,10 +199,10 @@ void DotWhole(const Nf4& w, int64_t first, int64_t depth, const float* scales, c
     for (int i = 0; i < M; ++i) sum[r][i] = _mm512_setzero_ps();
   int64_t g = 0;
   for (; g + kGroup <= depth; g += kGroup)
-    AddWhole<M, R, false>(table, packed + g / 2, depth / 2, scales + g / kNf4Block, blocks, x + g, ldx, factors + g / 8,
+    AddWhole<M, R, false>(table, packed + g / 2, depth / 2, scales + g / kBlock, blocks, x + g, ldx, factors + g / 8,
                           sum);
   if (g < depth)
-    AddWhole<M, R, true>(table, packed + g / 2, depth / 2, scales + g / kNf4Block, blocks, x + g, ldx, factors + g / 8,
+    AddWhole<M, R, true>(table, packed + g / 2, depth / 2, scales + g / kBlock, blocks, x + g, ldx, factors + g / 8,
                          sum);
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -169,7 +211,7 @@ void DotWhole(const Nf4& w, int64_t first, int64_t depth, const float* scales, c
 }
 
 template <int M>
-void DotWholeOf(int64_t m, const Nf4& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x,
+void DotWholeOf(int64_t m, const FourBit& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x,
                 int64_t ldx, const float* factors, float* sums) {
   if constexpr (M > 0) {
     if (m == M) return DotWhole<M, 1>(w, first, depth, scales, x, ldx, factors, sums);
@@ -196,7 +238,7 @@ inline void DecodeGroup(const uint8_t* packed, const float* code, const float* s
 }
 
 template <int M>
-void DotGroups(const Nf4& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x, int64_t ldx,
+void DotGroups(const FourBit& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x, int64_t ldx,
                float* sums) {
   constexpr int kChains = M <= 2 ? 4 : M <= 4 ? 2 : 1;  // sums of one row that do not wait for each other
   __m512 sum[M][kChains];
@@ -206,7 +248,7 @@ void DotGroups(const Nf4& w, int64_t first, int64_t depth, const float* scales, 
     for (int j = 0; j < kChains; ++j) sum[i][j] = _mm512_setzero_ps();
   for (int64_t g = 0; g < depth; g += kGroup) {
     __m512i weights[4];
-    DecodeGroup(w.packed + (first + g) / 2, w.code, scales + g / kNf4Block, g + kGroup <= depth, weights);
+    DecodeGroup(w.packed + (first + g) / 2, w.code, scales + g / kBlock, g + kGroup <= depth, weights);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
 #pragma GCC unroll 16
@@ -224,7 +266,7 @@ void DotGroups(const Nf4& w, int64_t first, int64_t depth, const float* scales, 
 }
 
 template <int M>
-void DotGroupsOf(int64_t m, const Nf4& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x,
+void DotGroupsOf(int64_t m, const FourBit& w, int64_t first, int64_t depth, const float* scales, const uint16_t* x,
                  int64_t ldx, float* sums) {
   if constexpr (M > 0) {
     if (m == M) return DotGroups<M>(w, first, depth, scales, x, ldx, sums);
@@ -249,14 +291,14 @@ constexpr int64_t kTogether = 4;  // rows of the weight, which share a place's x
 
 #if defined(__AVX512BW__)
 Left Prepare(const Term& t, int64_t m) {  // in `scratch`
-  if (t.depth % kNf4Block) return {kPlain, t.a, t.lda, nullptr};
+  if (t.int8 || t.depth % kBlock) return {kPlain, t.a, t.lda, nullptr};
   const int64_t ldx = (t.depth + kGroup - 1) / kGroup * kGroup;
   scratch.Reserve(m * ldx * 2 + m * ldx / 2 + 4096);
   uint16_t* x = scratch.Take<uint16_t>(m * ldx);
   float* factors = scratch.Take<float>(m * ldx / 8);
   bool whole = m <= kWholeRows;
   for (int64_t i = 0; whole && i < m; ++i)
-    whole = WholeNumbers(t.a + i * t.lda, t.depth, x + i * ldx, factors + i * ldx / 8);
+    whole = WholeNumbers(t.a + i * t.lda, t.depth, t.four_bit->whole, x + i * ldx, factors + i * ldx / 8);
   if (whole) return {kWholeNumbers, x, ldx, factors};
 #if defined(__AVX512BF16__)
   for (int64_t i = 0; i < m; ++i) OrderForGroups(t.a + i * t.lda, t.depth, x + i * ldx);
@@ -271,31 +313,34 @@ Left Prepare(const Term& t, int64_t) { return {kPlain, t.a, t.lda, nullptr}; }
 
 // sums (rows, m) = some rows of the weight, at most kTogether from `row` on, times all rows of x.
 void RowSums(const Term& t, const Left& left, int64_t m, int64_t row, int64_t rows, float* sums) {
+  if (t.int8) return DotInt8Of<kFewRows - 1>(m, rows, *t.int8, row, t.depth, left.x, left.ldx, sums);
   const int64_t first = row * t.ldw;
   if (left.way == kPlain) {
-    for (int64_t r = 0; r < rows; ++r) DotRow(*t.nf4, first + r * t.ldw, t.depth, left.x, left.ldx, m, sums + r * m);
+    for (int64_t r = 0; r < rows; ++r)
+      DotRow(*t.four_bit, first + r * t.ldw, t.depth, left.x, left.ldx, m, sums + r * m);
     return;
   }
 #if defined(__AVX512BW__)
-  const int64_t blocks = t.depth / kNf4Block;
+  const int64_t blocks = t.depth / kBlock;
   decoded.Reserve((rows * blocks + 1) * 4);
   float* scales = decoded.Take<float>(0);
-  Scales(*t.nf4, row * blocks, rows * blocks, scales);
+  Scales(*t.four_bit, row * blocks, rows * blocks, scales);
   for (int64_t r = 0; r < rows;) {
     const int64_t at = first + r * t.depth;
     const float* scale = scales + r * blocks;
     float* to = sums + r * m;
     if (left.way == kWholeNumbers && m == 1 && rows - r >= 4) {
-      DotWhole<1, 4>(*t.nf4, at, t.depth, scale, left.x, left.ldx, left.factors, to);
+      DotWhole<1, 4>(*t.four_bit, at, t.depth, scale, left.x, left.ldx, left.factors, to);
       r += 4;
     } else if (left.way == kWholeNumbers && m == 2 && rows - r >= 2) {
-      DotWhole<2, 2>(*t.nf4, at, t.depth, scale, left.x, left.ldx, left.factors, to);
+      DotWhole<2, 2>(*t.four_bit, at, t.depth, scale, left.x, left.ldx, left.factors, to);
       r += 2;
     } else {
       if (left.way == kWholeNumbers)
-        DotWholeOf<kWholeRows>(m, *t.nf4, at, t.depth, scale, left.x, left.ldx, left.factors, to);
+        DotWholeOf<kWholeRows>(m, *t.four_bit, at, t.depth, scale, left.x, left.ldx, left.factors, to);
 #if defined(__AVX512BF16__)
-      if (left.way == kBFloat16Groups) DotGroupsOf<kFewRows - 1>(m, *t.nf4, at, t.depth, scale, left.x, left.ldx, to);
+      if (left.way == kBFloat16Groups)
+        DotGroupsOf<kFewRows - 1>(m, *t.four_bit, at, t.depth, scale, left.x, left.ldx, to);
 #endif
       ++r;
     }
@@ -303,7 +348,7 @@ void RowSums(const Term& t, const Left& left, int64_t m, int64_t row, int64_t ro
 #endif
 }
 
-// The first term NF4 by row, the others 16-bit by row.
+// The first term quantised and by row, the others 16-bit by row.
 void FewRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
   const Term& t = sum.terms[0];
   const Left left = Prepare(t, m);
@@ -346,12 +391,12 @@ inline void FillGroup(const Term& t, int64_t row, int64_t g, const float* scales
     }
     return;
   }
-  const int64_t blocks = t.depth / kNf4Block;
+  const int64_t blocks = t.depth / kBlock;
   for (int64_t r = from; r < end; ++r) {
     __m512i weights[4];
-    const uint8_t* packed = t.nf4->packed + ((row + r) * t.ldw + g * kGroup) / 2;
+    const uint8_t* packed = t.four_bit->packed + ((row + r) * t.ldw + g * kGroup) / 2;
     __builtin_prefetch(packed + 4 * kGroup / 2);
-    DecodeGroup(packed, t.nf4->code, scales + r * blocks + 2 * g, some == kGroup, weights);
+    DecodeGroup(packed, t.four_bit->code, scales + r * blocks + 2 * g, some == kGroup, weights);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) _mm512_storeu_si512(to + r * stride + 32 * j, weights[j]);
   }
@@ -435,7 +480,7 @@ void Stretches(const Terms& sum, int64_t row, int64_t blocks, const float* scale
   for (int s = 0; s < sum.count; ++s)
     for (int64_t g = 0, groups = Groups(sum.terms[s]); g < groups; ++g) {
       for (int64_t b = 0; b < blocks; ++b)
-        FillGroup(sum.terms[s], row + b * kTall, g, scales + b * kTall * (sum.terms[s].depth / kNf4Block), 0, kTall,
+        FillGroup(sum.terms[s], row + b * kTall, g, scales + b * kTall * (sum.terms[s].depth / kBlock), 0, kTall,
                   weights + b * kTall * kStride + in_stretch, kStride);
       in_stretch += kGroup;
       if (in_stretch < kStretch && (g + 1 < groups || s + 1 < sum.count)) continue;
@@ -455,13 +500,14 @@ void Stretches(const Terms& sum, int64_t row, int64_t blocks, const float* scale
     }
 }
 
-// NF4 terms by row, whole blocks in each row; n >= 32. The last rows of the weight are done with some before them.
+// The first term 4-bit by row, whole blocks in each row; n >= 32. The last rows of the weight are done with some before
+// them.
 void MoreRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int threads) {
   if (m <= kWholeRows) return FewRows(sum, m, n, out, threads);
   int64_t groups = 0, scales_of_row = 0;
   for (int s = 0; s < sum.count; ++s) {
     groups += Groups(sum.terms[s]);
-    if (sum.terms[s].kind == kNf4ByRow) scales_of_row = sum.terms[s].depth / kNf4Block;
+    if (sum.terms[s].kind == kQuantizedByRow) scales_of_row = sum.terms[s].depth / kBlock;
   }
   const int64_t depth = groups * kGroup, tiles = (m + kTile - 1) / kTile, across = depth / 2 * kTile;
   int64_t blocks = tiles <= 2 ? 1 : n / (kTall * 4 * threads);  // of 32 rows in one task
@@ -481,7 +527,7 @@ void MoreRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
       }
       for (int s = 0; s < sum.count; to += Groups(sum.terms[s]) * kGroup, ++s) {
         const Term& t = sum.terms[s];
-        if (t.kind == kNf4ByRow) {
+        if (t.kind == kQuantizedByRow) {
           OrderForGroups(t.a + i * t.lda, t.depth, to);
           continue;
         }
@@ -503,7 +549,7 @@ void MoreRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
     for (int64_t from = 0; from < n; from += rows) {
       const int64_t here = n - from < rows ? (n - from + kTall - 1) / kTall : blocks;
       const int64_t row = from + here * kTall <= n ? from : n - here * kTall;
-      Scales(*sum.terms[0].nf4, row * scales_of_row, here * kTall * scales_of_row, scales);
+      Scales(*sum.terms[0].four_bit, row * scales_of_row, here * kTall * scales_of_row, scales);
       if (tiles == 1)
         FewTiles<1>(sum, row, scales, packed, across, sums);
       else if (tiles == 2)

@@ -1,8 +1,8 @@
-// Matrix products of a frozen weight, bf16 or NF4, and its low-rank terms, summed in fp32 and rounded once; and the
-// gradient of the low-rank factors. Contract and formulas: veneer/ops/__init__.py.
+// Matrix products of a frozen weight, bf16 or quantised, and its low-rank terms, summed in fp32 and rounded once; and
+// the gradient of the low-rank factors. Contract and formulas: veneer/ops/__init__.py.
 //
 // A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel
-// columns side by side. An NF4 weight is decoded on the way there, so a dense copy never exists.
+// columns side by side. A quantised weight is decoded on the way there, so a dense copy never exists.
 
 #include "few_rows.h"
 
@@ -23,11 +23,10 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
       const uint16_t* low = t.weight + (from + d) * t.ldw + column;
       PackPair(low, low + t.ldw, live, b + d / 2 * place.ld, place);
     }
-  } else if (t.kind == kNf4ByRow) {
+  } else if (t.kind == kQuantizedByRow) {
     for (int64_t i = 0; i < live; i += 16) {  // 16 rows at a time stay in the first-level cache
       const int64_t count = live - i < 16 ? live - i : 16;
-      for (int64_t r = 0; r < count; ++r)
-        Decode<kBFloat16>(*t.nf4, (column + i + r) * t.ldw + from, depth, rows + r * depth);
+      for (int64_t r = 0; r < count; ++r) t.DecodeRow(column + i + r, from, depth, rows + r * depth);
       const uint32_t* pairs = reinterpret_cast<const uint32_t*>(rows);
       TurnAll(pairs, depth / 2, count, depth / 2, b + i / 16 * place.across, place.ld);
     }
@@ -35,8 +34,8 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
       for (int64_t i = live; i < kPanel; ++i) b[d * place.ld + i / 16 * place.across + i % 16] = 0;
   } else {
     for (int64_t d = 0; d < depth; d += 2) {
-      Decode<kBFloat16>(*t.nf4, (from + d) * t.ldw + column, live, rows);
-      Decode<kBFloat16>(*t.nf4, (from + d + 1) * t.ldw + column, live, rows + kPanel);
+      t.DecodeRow(from + d, column, live, rows);
+      t.DecodeRow(from + d + 1, column, live, rows + kPanel);
       PackPair(rows, rows + kPanel, live, b + d / 2 * place.ld, place);
     }
   }
@@ -412,11 +411,12 @@ EXPORT(product)
   const Output out{y, ldy, bias, residual, ldr, n, residual_rest, rest};
   Terms sum{terms, count, 0};
   for (int i = 0; i < count; ++i) sum.depth += terms[i].depth;
-  bool few = m < kFewRows && terms[0].kind == kNf4ByRow;
+  bool few = m < kFewRows && terms[0].kind == kQuantizedByRow;
   for (int i = 1; i < count; ++i) few = few && terms[i].kind == kByRow;
 #if defined(__AMX_BF16__)
   const int64_t most = terms[0].lda % kCollide ? kMoreRows : kMoreRowsColliding;
-  bool more = m > 1 && m <= most && n >= kTall && terms[0].kind == kNf4ByRow && terms[0].depth % kNf4Block == 0;
+  bool more = m > 1 && m <= most && n >= kTall && terms[0].four_bit && terms[0].kind == kQuantizedByRow &&
+              terms[0].depth % kBlock == 0;
   for (int i = 1; i < count; ++i) more = more && terms[i].kind == kByRow;
   if (more) return MoreRows(sum, m, n, out, threads);
 #endif

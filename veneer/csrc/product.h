@@ -1,14 +1,14 @@
 // What a product is made of, for its kernels: product.cpp and few_rows.h.
 #pragma once
 
-#include "nf4.h"
+#include "quantized.h"
 #include "tile.h"
 
 namespace {
 
 constexpr int kMaxTerms = kMaxSlices;
 
-enum Kind { kByRow = 0, kByColumn = 1, kNf4ByRow = 2, kNf4ByColumn = 3 };
+enum Kind { kByRow = 0, kByColumn = 1, kQuantizedByRow = 2, kQuantizedByColumn = 3 };
 
 // One term of a sum: a (m, depth) bf16 times a weight, which lies as (n, depth) "by row" or as (depth, n) "by column".
 struct Term {
@@ -17,8 +17,18 @@ struct Term {
   int64_t depth;  // even
   const uint16_t* weight;
   int64_t ldw;  // elements between rows of the weight
-  const Nf4* nf4;
+  const FourBit* four_bit;
+  const Int8* int8;  // of a quantised weight there is one of the two
   int64_t kind;
+
+  // Elements [from, from + count) of a row of a quantised weight, as bf16.
+  void DecodeRow(int64_t row, int64_t from, int64_t count, uint16_t* out) const {
+    const int64_t first = row * ldw + from;
+    if (int8)
+      DecodeInt8(int8->codes + first, int8->scale[row], count, out);
+    else
+      Decode<kBFloat16>(*four_bit, first, count, out);
+  }
 };
 
 // Where finished sums go: bias and residual added, rounded, stored; columns beyond `live` are not there. The rests,

@@ -24,7 +24,7 @@ from veneer import ops
 from veneer.adapters.lora import LoraLinear, plain_linear
 from veneer.ops import native
 from veneer.ops.blocks import AdaptedLinear, Attention, Mlp, Norm, Recompute
-from veneer.quant.linear import Nf4Linear
+from veneer.quant.linear import QuantizedLinear
 
 ATTENTION = "veneer"
 # Their forward is: decoder, head, shifted cross-entropy, with nothing done to the logits.
@@ -159,7 +159,7 @@ def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
                 return None
             if base.weight.requires_grad and base is not layer:  # under an adapter it is taken for frozen
                 return None
-        elif not isinstance(base, Nf4Linear):
+        elif not isinstance(base, QuantizedLinear) or base.rounds_inputs:
             return None
         if base.in_features % 2 or base.out_features % 2:
             return None

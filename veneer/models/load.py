@@ -1,4 +1,4 @@
-"""Getting a base model: a folder, a GGUF file, a hub id, or the embedded `smollm2`; 16-bit or in NF4."""
+"""Getting a base model: a folder, a GGUF file, a hub id, or the embedded `smollm2`; 16-bit or quantised."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ from veneer.machine import release_memory
 from veneer.models.fuse import fuse
 from veneer.models.gguf_check import check_gguf
 from veneer.quant import bnb_format
-from veneer.quant.linear import Nf4Linear, quantize_model
+from veneer.quant.linear import quantize_model, quantized_layers
 from veneer.storage import (
     PICKLE_SUFFIXES,
     atomic_folder,
@@ -70,29 +70,33 @@ def load(
 
     Args:
         name: a safetensors folder, a .gguf file, a hub id (its newest files; offline, those in the cache), or "smollm2".
-        quantize: "nf4" makes every linear but the head 4-bit (`double_quant`: its constants 8-bit); None: as it is.
-        dtype: of all that is not 4-bit. device: "auto" is cuda when there is one, else cpu.
+        quantize: "nf4" or "fp4" makes every linear but the head 4-bit (`double_quant`: its constants 8-bit), "int8" 8-bit;
+            None: as it is stored.
+        dtype: of all that is not quantised. device: "auto" is cuda when there is one, else cpu.
         fused: swap in faster parts with the same results (`veneer.models.fuse`).
 
     Raises:
         VeneerError: not found, not cached while offline, damaged, pickle, an unknown architecture or option; tensors
             missing, left over or of another shape, all at once.
     """
-    if quantize not in (None, "nf4"):
-        raise VeneerError(f"quantize: found {quantize!r}, expected 'nf4' or None")
+    kinds = get_args(Quantization)
+    if quantize is not None and quantize not in kinds:
+        raise VeneerError(f"quantize: found {quantize!r}, expected {', '.join(kinds)} or None")
     torch_dtype = getattr(torch, dtype, None)
     if torch_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise VeneerError(f"dtype: found {dtype!r}, expected bfloat16, float16 or float32")
     where = _device(device)
     model, tokenizer = _from_folder(resolve(str(name), revision), torch_dtype)
-    if quantize == "nf4":
-        if any(isinstance(module, Nf4Linear) for module in model.modules()):
-            raise VeneerError(f"{name} is 4-bit already", hint="take it as it is, without quantize")
-        quantize_model(model, double_quant=double_quant, compute_dtype=torch_dtype)
+    if quantize is not None:
+        for layer in quantized_layers(model).values():
+            raise VeneerError(f"{name} is in {layer.kind} already", hint="take it as it is, without quantize")
+        quantize_model(model, quantize, double_quant=double_quant, compute_dtype=torch_dtype)
         for parameter in model.parameters():  # what stays 16-bit lies in the mapped file: let go of all of that
             parameter.data = parameter.data.clone()
         release_memory()
-    model.veneer_quantization = "nf4" if any(isinstance(m, Nf4Linear) for m in model.modules()) else None
+    model.veneer_quantization = next((layer.kind for layer in quantized_layers(model).values()), None)
+    if model.veneer_quantization:
+        model.config.quantization_config = bnb_format.quantization_config(model)
     model.name_or_path = model.config._name_or_path = str(name)
     if fused:
         fuse(model)
@@ -125,12 +129,12 @@ def resolve(name: str, revision: str | None = None, *, download: bool = True, co
 
 
 def stored_quantization(name: str | Path, revision: str | None = None) -> str | None:
-    """What a model's weights are quantised to where they are stored: "nf4" or None."""
-    return "nf4" if _read_config(resolve(str(name), revision))[1] else None
+    """What a model's weights are quantised to where they are stored: "nf4", "fp4", "int8" or None."""
+    return _read_config(resolve(str(name), revision))[1]
 
 
 def save_model(model: Any, tokenizer: Any, path: str | Path, *, replace: bool = False) -> Path:
-    """Write a model without adapters as a folder plain transformers loads, atomically; 4-bit layers as bitsandbytes does.
+    """Write a model without adapters as a folder plain transformers loads, atomically; quantised layers as bitsandbytes does.
 
     Args:
         replace: a model already in that folder is replaced; otherwise the folder must be empty or absent.
@@ -141,7 +145,6 @@ def save_model(model: Any, tokenizer: Any, path: str | Path, *, replace: bool = 
     if getattr(model, "veneer_adapters", None):
         raise VeneerError("this model still carries adapters", hint="merge them, or save them with save_adapter")
     path = Path(path)
-    layers = [module for module in model.modules() if isinstance(module, Nf4Linear)]
     tensors = bnb_format.model_tensors(model)
     require_disk_space(path, sum(tensor.nbytes for tensor in tensors.values()), "the model")
     with atomic_folder(path, replace=replace) as folder:
@@ -151,11 +154,8 @@ def save_model(model: Any, tokenizer: Any, path: str | Path, *, replace: bool = 
         config["architectures"] = [type(model).__name__]
         dtype = model.get_input_embeddings().weight.dtype
         config["dtype"] = str(dtype).removeprefix("torch.")
-        if layers:
-            head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
-            config["quantization_config"] = bnb_format.quantization_config(
-                double_quant=layers[0].double_quant, compute_dtype=layers[0].compute_dtype, skip=head
-            )
+        if (quantization := bnb_format.quantization_config(model)) is not None:
+            config["quantization_config"] = quantization
         write_json(folder / "config.json", config)
         write_tensors(folder / "model.safetensors", tensors)
         if model.generation_config is not None:
@@ -186,7 +186,7 @@ def describe_model(name: str | Path) -> dict[str, Any]:
         "model_type": config.model_type,
         **{key: getattr(text, key, None) for key in sizes},
         "dtype": None if config.dtype is None else str(config.dtype).removeprefix("torch."),
-        "quantization": "nf4" if quantization else None,
+        "quantization": quantization,
         "parameters": sum(p.numel() for p in skeleton.parameters()),
         "bytes": sum(file.stat().st_size for file in files),
         "path": str(folder),
@@ -297,8 +297,10 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         tensors |= read_tensors(file)
-    fill = _fill_nf4 if quantization else _fill
-    model = fill(config, tensors, dtype, folder)
+    if quantization is None:
+        model = _fill(config, tensors, dtype, folder)
+    else:
+        model = _fill_quantized(config, tensors, dtype, folder, quantization)
     generation = folder / "generation_config.json"
     if generation.is_file():
         values = read_json(generation)
@@ -317,33 +319,33 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _read_config(folder: Path) -> tuple[Any, dict[str, Any] | None]:
-    """config.json as one of transformers' own classes, and its quantization part: bitsandbytes' NF4, or None."""
+def _read_config(folder: Path) -> tuple[Any, str | None]:
+    """config.json as one of transformers' own classes, and what its weights are quantised to."""
     path = folder / "config.json"
     if not path.is_file():
         adapter = (folder / "adapter_config.json").is_file()
         hint = "it holds an adapter: give its base model, and this folder as the adapter" if adapter else None
         raise VeneerError(f"model folder {folder}: found no config.json", hint=hint)
     raw = read_json(path)
-    quantization = raw.pop("quantization_config", None)
+    quantization, kind = raw.pop("quantization_config", None), None
     if quantization:
-        found = quantization if isinstance(quantization, dict) else {}
-        if (found.get("quant_method"), found.get("bnb_4bit_quant_type")) != ("bitsandbytes", "nf4"):
-            kind = found.get("quant_method", quantization)
-            raise VeneerError(f"{path}: found quantization {kind!r}, expected bitsandbytes NF4 or none")
-    kind = raw.pop("model_type", None)
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        kind = bnb_format.stored_kind(quantization)
+        if kind is None:
+            method = quantization.get("quant_method", quantization) if isinstance(quantization, dict) else quantization
+            raise VeneerError(f"{path}: found quantization {method!r}, expected bitsandbytes NF4, FP4, int8 or none")
+    model_type = raw.pop("model_type", None)
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         own = "; it asks for code of its own (auto_map), which is never run" if raw.get("auto_map") else ""
-        raise VeneerError(f"{path}: found model_type {kind!r}, expected one transformers knows{own}")
+        raise VeneerError(f"{path}: found model_type {model_type!r}, expected one transformers knows{own}")
     if raw.get("auto_map"):
         warnings.warn(
-            f"{path} asks for code of its own (auto_map): not run, transformers' {kind} is used", stacklevel=2
+            f"{path} asks for code of its own (auto_map): not run, transformers' {model_type} is used", stacklevel=2
         )
     try:
         with _quiet():
-            return AutoConfig.for_model(kind, **_without_code(raw)), quantization
+            return AutoConfig.for_model(model_type, **_without_code(raw)), kind
     except Exception as error:  # each class checks its fields in its own way
-        raise VeneerError(f"{path}: not a {kind} that transformers can build: {_in_a_line(error)}") from error
+        raise VeneerError(f"{path}: not a {model_type} that transformers can build: {_in_a_line(error)}") from error
 
 
 def _without_code(value: Any) -> Any:
@@ -383,11 +385,11 @@ def _fill(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, fol
     return model
 
 
-def _fill_nf4(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> Any:
-    """The same with 4-bit layers, which transformers cannot make without bitsandbytes; names as in the model."""
+def _fill_quantized(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path, kind: str) -> Any:
+    """The same with quantised layers, which transformers cannot make without bitsandbytes; names as in the model."""
     model = _skeleton(config, folder, dtype, real_buffers=True)
-    bnb_format.replace_layers(model, tensors, dtype)
-    quantized = {name for name, module in model.named_modules() if isinstance(module, Nf4Linear)}
+    bnb_format.replace_layers(model, tensors, dtype, kind)
+    quantized = quantized_layers(model)
     state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in quantized}
     wrong = [(k, t.shape, state[k].shape) for k, t in tensors.items() if k in state and t.shape != state[k].shape]
     missing = state.keys() - tensors.keys()

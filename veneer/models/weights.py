@@ -11,11 +11,11 @@ from torch import Tensor
 
 from veneer.errors import VeneerError
 from veneer.models.load import weight_files
-from veneer.quant.bnb_format import STATE_KEY, unpack_layer
+from veneer.quant.bnb_format import SCALE, STATE, unpack_layer
 
 
 class BaseWeights:
-    """The matrices of a model folder by layer; one at a time is in memory, 4-bit ones decoded.
+    """The matrices of a model folder by layer; one at a time is in memory, quantised ones decoded.
 
     Raises:
         VeneerError: no weights there, or a damaged file.
@@ -52,13 +52,13 @@ class BaseWeights:
     def _weight(self, layer: str) -> Tensor | None:
         for name in (layer, layer.partition(".")[2], f"model.{layer}", f"transformer.{layer}"):
             if f"{name}.weight" in self._file:
-                return self._decoded(name) if f"{name}.{STATE_KEY}" in self._file else self._read(f"{name}.weight")
+                keys = [key for key in self._file if key.startswith(f"{name}.")]
+                quantised = any(key == f"{name}.{SCALE}" or key.startswith(f"{name}.{STATE}") for key in keys)
+                return self._decoded(name, keys) if quantised else self._read(f"{name}.weight")
         return None
 
-    def _decoded(self, name: str) -> Tensor:
-        parts = {
-            key.removeprefix(f"{name}."): self._read(key) for key in self._file if key.startswith(f"{name}.weight")
-        }
+    def _decoded(self, name: str, keys: list[str]) -> Tensor:
+        parts = {key.removeprefix(f"{name}."): self._read(key) for key in keys}
         return unpack_layer(parts, name, torch.float32).dequantize(torch.float32)
 
     def _read(self, key: str) -> Tensor:

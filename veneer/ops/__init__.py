@@ -28,10 +28,13 @@ class Operation:
 
 
 TABLE = {
-    "nf4_quantize": Operation(reference.nf4_quantize, native=native.nf4_quantize),
-    "nf4_dequantize": Operation(reference.nf4_dequantize, native=native.nf4_dequantize),
+    "quantize_4bit": Operation(reference.quantize_4bit, native=native.quantize_4bit),
+    "dequantize_4bit": Operation(reference.dequantize_4bit, native=native.dequantize_4bit),
     "double_quantize": Operation(reference.double_quantize, native=native.double_quantize),
     "double_dequantize": Operation(reference.double_dequantize),
+    "quantize_int8": Operation(reference.quantize_int8),
+    "dequantize_int8": Operation(reference.dequantize_int8),
+    "mixed_int8_product": Operation(reference.mixed_int8_product),
     "product": Operation(reference.product, native=native.product, torch=products.product, bf16=True),
     "outer_sum": Operation(reference.outer_sum, native=native.outer_sum, torch=products.outer_sum, bf16=True),
     "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
@@ -78,12 +81,15 @@ def describe(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bflo
     return [{"operation": n, "chosen": (c := choose(n, device, dtype))[1], "reason": c[2]} for n in TABLE]
 
 
-def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight of any shape, n elements of fp32, bf16 or fp16 -> packed uint8 (ceil(n/2),), absmax fp32 (ceil(n/64),)."""
-    return choose("nf4_quantize", weight.device)[0](weight)  # type: ignore[no-any-return]
+def quantize_4bit(weight: Tensor, kind: str = "nf4") -> tuple[Tensor, Tensor]:
+    """Weight of any shape, n elements of fp32, bf16 or fp16 -> packed uint8 (ceil(n/2),), absmax fp32 (ceil(n/64),).
+
+    kind: "nf4" or "fp4", the code-book.
+    """
+    return choose("quantize_4bit", weight.device)[0](weight, kind)  # type: ignore[no-any-return]
 
 
-def nf4_dequantize(
+def dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     shape: tuple[int, ...] | torch.Size,
@@ -91,12 +97,14 @@ def nf4_dequantize(
     nested: Tensor | None = None,
     offset: Tensor | None = None,
     out: Tensor | None = None,
+    kind: str = "nf4",
 ) -> Tensor:
-    """The weight again, code * absmax in fp32 rounded once to `dtype`, in the given shape.
+    """The weight again, value of the code * absmax in fp32 rounded once to `dtype`, in the given shape.
 
     With `nested` and `offset`, absmax holds the uint8 codes of `double_quantize`. out: a buffer to write into.
     """
-    return choose("nf4_dequantize", packed.device)[0](packed, absmax, shape, dtype, nested, offset, out)  # type: ignore[no-any-return]
+    form = choose("dequantize_4bit", packed.device)[0]
+    return form(packed, absmax, shape, dtype, nested, offset, out, kind)  # type: ignore[no-any-return]
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,12 +117,29 @@ def double_dequantize(code: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     return choose("double_dequantize", code.device)[0](code, nested, offset)  # type: ignore[no-any-return]
 
 
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in), fp32, bf16 or fp16 -> codes int8 (out, in), absmax fp32 (out,)."""
+    return choose("quantize_int8", weight.device)[0](weight)  # type: ignore[no-any-return]
+
+
+def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight (out, in) again: code * (absmax / 127) in fp32, rounded once to `dtype`."""
+    return choose("dequantize_int8", codes.device)[0](codes, absmax, dtype)  # type: ignore[no-any-return]
+
+
+def mixed_int8_product(
+    x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = None, threshold: float = 6.0
+) -> Tensor:
+    """LLM.int8(): y (m, out) of x (m, in) and an int8 weight, x in 8 bits too but for its outlier columns. No gradient."""
+    return choose("mixed_int8_product", x.device)[0](x, codes, absmax, bias, threshold)  # type: ignore[no-any-return]
+
+
 def product(
     terms: Sequence[tuple[Tensor, Any, bool]], bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """y (m, n) = sum of a W^T (W (n, depth), third item true) or a W (W (depth, n)) [+ bias (n,)] [+ residual (m, n)].
 
-    Each term is (a (m, depth), W, by_row); W is a tensor or a 4-bit weight (`quant.nf4.Nf4Tensor`). The native form
+    Each term is (a (m, depth), W, by_row); W is a tensor or a quantised weight (`veneer.quant`). The native form
     sums all terms in fp32 and rounds once. No gradient flows: it is for the inside of autograd functions.
     """
     a = terms[0][0]

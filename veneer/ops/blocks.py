@@ -3,13 +3,13 @@
     attention_block:  y = x + o( attention( rotate(q), rotate(k), v ) ),   q, k, v = linears( rms_norm(x) )
     mlp_block:        y = x + down( activation(gate) * up ),               gate, up = linears( rms_norm(x) )
 
-Every linear is 16-bit or NF4, with or without a low-rank term: W x + scaling B A dropout(x). 16-bit weights, biases and
+Every linear is 16-bit or quantised, with or without a low-rank term: W x + scaling B A dropout(x). 16-bit weights, biases and
 norms that require a gradient get one (full fine-tuning); most often all of them are frozen. The definitions, in plain
 torch, are `reference.attention_block` and `reference.mlp_block`. Beside y goes its rest, what rounding took from it, to
 the next half: a residual stream of twice 8 digits, without gradients of 32 bits.
 
 Saved for the backward pass: the normed input, q, k, v, the attention's output, gate and up. Made again, bit for bit:
-activations, dropout's masks, the bf16 factors, and up of a 4-bit base (where gate and up are two linears). `recompute`
+activations, dropout's masks, the bf16 factors, and up of a quantised base (where gate and up are two linears). `recompute`
 "mlp" makes gate and up again, "full" q, k and v as well. Measured, a step of 4x512 tokens on SmolLM2-135M (r 16, 2 cores
 with AMX): dropout on all linears costs about 12%.
 
@@ -33,7 +33,7 @@ Recompute = Literal["none", "mlp", "full"]
 
 
 class AdaptedLinear(NamedTuple):
-    """y = x W^T + bias + scaling (dropout(x) A^T) B^T. weight (out, in): bf16, or 4-bit (`quant.nf4.Nf4Tensor`), frozen.
+    """y = x W^T + bias + scaling (dropout(x) A^T) B^T. weight (out, in): bf16, or quantised (`veneer.quant`), frozen.
 
     a (r, in) and b (out, r) fp32, or None both. Each linear drops its own copy of x, as PEFT's modules do; the mask is
     a function of `seed` (`reference.kept`), so the backward pass makes it again.
@@ -388,7 +388,7 @@ def _input_gradients(
 
 
 def _kept(block: Mlp) -> int:
-    """How many of gate and up stay for the backward pass. Who takes a 4-bit base is short of memory: up costs 2% there.
+    """How many of gate and up stay for the backward pass. Who takes a quantised base is short of memory: up costs 2% there.
 
     One linear with both side by side is kept whole."""
     if block.recompute != "none":

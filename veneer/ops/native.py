@@ -22,12 +22,12 @@ from veneer.errors import VeneerError
 from veneer.ops.arena import empty
 from veneer.ops.reference import (
     BLOCK,
+    CODE_BOOKS,
     DYNAMIC_MAP,
     NESTED_BLOCK,
-    NF4_CODE,
-    NF4_MIDPOINTS,
     double_quantize_table,
     drop_limit,
+    int8_scale,
 )
 
 # Beside the package; with an editable install the package is the source tree and the library is in site-packages.
@@ -40,10 +40,11 @@ ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAX_TERMS = 16  # of one product
 MAX_WIDTH = 512  # of an attention head
 FEW_ROWS = 32  # below it, packing a 16-bit weight costs more than the product
+WHOLE = {"nf4": 8005.0, "fp4": 41 * 192.0}  # times it, values of a code-book are whole numbers: csrc/few_rows.h
 
 _ARGUMENTS: dict[str, list[Any]] = {
-    "nf4_quantize": [c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
-    "nf4_dequantize": [c_void_p, c_int64, c_void_p, c_int, c_int],
+    "quantize_4bit": [c_void_p, c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int],
+    "dequantize_4bit": [c_void_p, c_int64, c_void_p, c_int, c_int],
     "double_quantize": [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int],
     "product": [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64,
                 c_int],
@@ -62,17 +63,22 @@ _ARGUMENTS: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
-class _Nf4(ctypes.Structure):
+class _FourBit(ctypes.Structure):
     _fields_ = [
         ("packed", c_void_p), ("absmax", c_void_p), ("absmax_code", c_void_p), ("nested", c_void_p),
         ("dynamic_map", c_void_p), ("code", c_void_p), ("offset", c_void_p),
+        ("whole", c_float),
     ]  # fmt: skip
+
+
+class _Int8(ctypes.Structure):
+    _fields_ = [("codes", c_void_p), ("scale", c_void_p)]
 
 
 class _Term(ctypes.Structure):
     _fields_ = [
         ("a", c_void_p), ("lda", c_int64), ("depth", c_int64), ("weight", c_void_p), ("ldw", c_int64),
-        ("nf4", ctypes.POINTER(_Nf4)), ("kind", c_int64),
+        ("four_bit", ctypes.POINTER(_FourBit)), ("int8", ctypes.POINTER(_Int8)), ("kind", c_int64),
     ]  # fmt: skip
 
 
@@ -139,17 +145,20 @@ def _run(name: str, *arguments: Any) -> None:
     _kernels(isa())[name](*arguments, torch.get_num_threads())
 
 
-def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_4bit(weight: Tensor, kind: str = "nf4") -> tuple[Tensor, Tensor]:
     flat = weight.detach().contiguous().view(-1)
     assert flat.device.type == "cpu" and flat.dtype in DTYPES, (flat.device, flat.dtype)
-    n = flat.numel()
+    n, book = flat.numel(), CODE_BOOKS[kind]
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
     absmax = torch.empty(-(-n // BLOCK), dtype=torch.float32)
-    _run("nf4_quantize", flat.data_ptr(), DTYPES[flat.dtype], n, NF4_MIDPOINTS.data_ptr(), packed.data_ptr(), absmax.data_ptr())  # fmt: skip
+    _run(
+        "quantize_4bit", flat.data_ptr(), DTYPES[flat.dtype], n, book.midpoints.data_ptr(), book.order.data_ptr(),
+        packed.data_ptr(), absmax.data_ptr(),
+    )  # fmt: skip
     return packed, absmax
 
 
-def nf4_dequantize(
+def dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     shape: tuple[int, ...] | torch.Size,
@@ -157,17 +166,18 @@ def nf4_dequantize(
     nested: Tensor | None = None,
     offset: Tensor | None = None,
     out: Tensor | None = None,
+    kind: str = "nf4",
 ) -> Tensor:
     out = empty(tuple(shape), dtype) if out is None else out
     assert out.is_contiguous() and out.shape == torch.Size(shape) and out.dtype == dtype and dtype in DTYPES
-    weight, _keep = _nf4(packed, absmax, nested, offset, out.numel())
-    _run("nf4_dequantize", ctypes.byref(weight), out.numel(), out.data_ptr(), DTYPES[dtype])
+    weight, _keep = _four_bit(packed, absmax, nested, offset, out.numel(), kind)
+    _run("dequantize_4bit", ctypes.byref(weight), out.numel(), out.data_ptr(), DTYPES[dtype])
     return out
 
 
-def _nf4(
-    packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, n: int
-) -> tuple[_Nf4, list[Tensor]]:
+def _four_bit(
+    packed: Tensor, absmax: Tensor, nested: Tensor | None, offset: Tensor | None, n: int, kind: str
+) -> tuple[_FourBit, list[Tensor]]:
     """The C view of a 4-bit weight of n elements, and what must stay alive as long."""
     keep = [packed.contiguous(), absmax.contiguous()]
     blocks = -(-n // BLOCK)
@@ -180,16 +190,29 @@ def _nf4(
         keep += [nested.contiguous(), offset.float()]
         scales = [None, keep[1].data_ptr(), keep[2].data_ptr()]
     at = keep[3].data_ptr() if nested is not None else None
-    return _Nf4(keep[0].data_ptr(), *scales, DYNAMIC_MAP.data_ptr(), NF4_CODE.data_ptr(), at), keep
+    code = CODE_BOOKS[kind].values.data_ptr()
+    return _FourBit(keep[0].data_ptr(), *scales, DYNAMIC_MAP.data_ptr(), code, at, WHOLE[kind]), keep
 
 
-def _view(weight: Any) -> tuple[Any, Any, list[Tensor]]:
-    """The C view of a `quant.nf4.Nf4Tensor`, made once and kept on it: it is what one token's products wait for."""
+def _int8(weight: Any) -> tuple[_Int8, list[Tensor]]:
+    codes, scale = weight.codes.contiguous(), int8_scale(weight.absmax)
+    assert codes.dtype == torch.int8 and codes.shape == weight.shape and scale.shape == codes.shape[:1]
+    assert scale.dtype == torch.float32
+    return _Int8(codes.data_ptr(), scale.data_ptr()), [codes, scale]
+
+
+def _view(weight: Any) -> Any:
+    """A pointer to the C view of a quantised weight (`veneer.quant`), made once and kept on it: one token waits for it."""
     view = weight.__dict__.get("_view")
     if view is None:
-        made, keep = _nf4(weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.shape.numel())
+        if weight.kind == "int8":
+            made: Any
+            made, keep = _int8(weight)
+        else:
+            nested = (weight.nested_absmax, weight.offset)
+            made, keep = _four_bit(weight.packed, weight.absmax, *nested, weight.shape.numel(), weight.kind)
         view = weight.__dict__["_view"] = (ctypes.pointer(made), made, keep)
-    return view  # type: ignore[no-any-return]
+    return view[0]
 
 
 def double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +265,8 @@ def product(
             weight = _rows(weight)
             term.weight, term.ldw, term.kind = weight.data_ptr(), weight.stride(0), 0 if by_row else 1
         else:
-            term.nf4, term.ldw, term.kind = _view(weight)[0], columns, 2 if by_row else 3
+            setattr(term, "int8" if weight.kind == "int8" else "four_bit", _view(weight))
+            term.ldw, term.kind = columns, 2 if by_row else 3
         keep += [a, weight]
     if bias is not None:
         bias = bias.contiguous()

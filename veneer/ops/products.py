@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 def dense(weight: Any, like: Tensor) -> Tensor:
-    """A weight as a tensor of the type of `like`; a 4-bit one is decoded anew."""
+    """A weight as a tensor of the type of `like`; a quantised one is decoded anew."""
     if isinstance(weight, Tensor):
         return weight.to(like.dtype)
     return weight.dequantize(like.dtype)  # type: ignore[no-any-return]

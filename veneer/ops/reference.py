@@ -1,6 +1,7 @@
-"""The definition of every operation in plain torch. The only NF4 code-book is here.
+"""The definition of every operation in plain torch. The only code-books are here.
 
-NF4 (Dettmers et al. 2023, QLoRA, arXiv 2305.14314) as bitsandbytes writes it: docs/formats.md.
+NF4 and FP4 (Dettmers et al. 2023, QLoRA, arXiv 2305.14314) and int8 (Dettmers et al. 2022, LLM.int8(), arXiv 2208.07339)
+as bitsandbytes writes them: docs/formats.md.
 Arithmetic is spelled out where rounding depends on it, because codes and constants must equal bitsandbytes' bit for bit.
 """
 
@@ -10,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +19,34 @@ from torch.nn import functional as F
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one second-level absmax
-NF4_CODE = torch.tensor(
-    [
+INT8_STEPS = 127  # from 0 to a row's absmax
+
+
+class CodeBook(NamedTuple):
+    """The 16 values of a 4-bit type by code, fp32; the codes in the order of their values, int32; the 15 midpoints."""
+
+    values: Tensor
+    order: Tensor
+    midpoints: Tensor
+
+
+def _code_book(values: Tensor) -> CodeBook:
+    ordered, order = values.sort(stable=True)
+    return CodeBook(values, order.to(torch.int32), (ordered[:-1] + ordered[1:]) / 2)
+
+
+CODE_BOOKS = {
+    # quantiles of the normal distribution, one of them 0
+    "nf4": _code_book(torch.tensor([
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
         0.7229568362236023, 1.0,
-    ],
-    dtype=torch.float32,
-)  # fmt: skip
-NF4_MIDPOINTS = (NF4_CODE[:-1] + NF4_CODE[1:]) / 2
+    ])),
+    # sign, two bits of exponent, one of mantissa; there are two zeros, and 1/192 in the place of 1/24
+    # a sign, two bits of exponent, one of mantissa, all over 12; code 8 is a second zero
+    "fp4": _code_book(torch.tensor([s * v for s in (1.0, -1.0) for v in (0.0, 0.0625, 8, 12, 4, 6, 2, 3)]) / 12 + 0.0),
+}  # fmt: skip
 _TINY = 1e-38  # smallest absmax divided by: a block of zeros must not give NaN
 
 
@@ -48,35 +67,39 @@ DYNAMIC_MAP = _dynamic_map()
 
 
 @functools.cache
-def _on(device: torch.device, table: str) -> Tensor:
-    """One of the tables above on a device: copied once, as a GPU is waited for at every copy."""
-    return globals()[table].to(device)  # type: ignore[no-any-return]
+def _code_book_on(kind: str, device: torch.device) -> CodeBook:
+    """Copied once: a GPU is waited for at every copy."""
+    return CodeBook(*(part.to(device) for part in CODE_BOOKS[kind]))
 
 
-def nf4_quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+@functools.cache
+def _dynamic_map_on(device: torch.device) -> Tensor:
+    return DYNAMIC_MAP.to(device)
+
+
+def quantize_4bit(weight: Tensor, kind: str = "nf4") -> tuple[Tensor, Tensor]:
     """Codes and scales of a weight of any shape (n elements, fp32/bf16/fp16), taken flat in blocks of 64.
 
+    kind: "nf4" or "fp4". A value goes to the nearest of the code-book; one in the middle to the smaller.
     Returns: packed uint8 (ceil(n/2),), the earlier weight in the high nibble; absmax fp32 (ceil(n/64),).
     """
     flat = weight.detach().reshape(-1).float()
     n = flat.numel()
     whole = n // BLOCK * BLOCK
-    code = torch.full(
-        (n + n % 2,), 7, dtype=torch.uint8, device=flat.device
-    )  # 7 is zero: what an odd end is padded with
-    midpoints = _on(flat.device, "NF4_MIDPOINTS")
+    book = _code_book_on(kind, flat.device)
     blocks = flat[:whole].view(-1, BLOCK)
     absmax = blocks.abs().amax(1) if whole else flat.new_empty(0)
-    scaled = (blocks * (1 / absmax.clamp(min=_TINY)).unsqueeze(1)).clamp(-1, 1)
-    code[:whole] = torch.bucketize(scaled.reshape(-1), midpoints).to(torch.uint8)
+    scaled = flat.new_zeros(n + n % 2)  # an odd end is padded with zero
+    scaled[:whole] = (blocks * (1 / absmax.clamp(min=_TINY)).unsqueeze(1)).clamp(-1, 1).view(-1)
     if whole < n:  # a short last block: bitsandbytes divides here, and keeps the clamped absmax
         rest = flat[whole:].abs().amax().clamp(min=_TINY)
-        code[whole:n] = torch.bucketize((flat[whole:] / rest).clamp(-1, 1), midpoints).to(torch.uint8)
+        scaled[whole:n] = (flat[whole:] / rest).clamp(-1, 1)
         absmax = torch.cat([absmax, rest.view(1)])
+    code = book.order[torch.bucketize(scaled, book.midpoints)].to(torch.uint8)
     return (code[0::2] << 4) | code[1::2], absmax
 
 
-def nf4_dequantize(
+def dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     shape: tuple[int, ...] | torch.Size,
@@ -84,8 +107,9 @@ def nf4_dequantize(
     nested: Tensor | None = None,
     offset: Tensor | None = None,
     out: Tensor | None = None,
+    kind: str = "nf4",
 ) -> Tensor:
-    """code * absmax in fp32, rounded once to `dtype`; shape as given, written into `out` when there is one.
+    """value of the code * absmax in fp32, rounded once to `dtype`; shape as given, written into `out` when there is one.
 
     With `nested` and `offset`, absmax holds the codes of `double_quantize`.
     """
@@ -93,7 +117,7 @@ def nf4_dequantize(
         absmax = double_dequantize(absmax, nested, offset)
     n = int(torch.Size(shape).numel())
     code = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:n]
-    value = _on(packed.device, "NF4_CODE")[code.long()]
+    value = _code_book_on(kind, packed.device).values[code.long()]
     weight = (value * absmax.repeat_interleave(BLOCK)[:n]).to(dtype).view(shape)
     return weight if out is None else out.copy_(weight)
 
@@ -124,8 +148,49 @@ def double_quantize_table() -> Tensor:
 
 def double_dequantize(code: Tensor, nested: Tensor, offset: Tensor) -> Tensor:
     """absmax (m,) fp32 = map[code] * nested absmax + offset."""
-    value = _on(code.device, "DYNAMIC_MAP")[code.long()]
+    value = _dynamic_map_on(code.device)[code.long()]
     return value * nested.repeat_interleave(NESTED_BLOCK)[: code.numel()] + offset
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (out, in) -> codes int8 (out, in), absmax fp32 (out,): w * 127 / absmax of its row, to nearest even.
+
+    As bitsandbytes does, of the weight in fp16. A row of zeros has codes 0 and absmax 0.
+    """
+    half = weight.detach().half().float()
+    absmax = half.abs().amax(1)
+    factor = torch.where(absmax == 0, 0.0, INT8_STEPS / absmax)
+    return half.mul_(factor[:, None]).round_().to(torch.int8), absmax
+
+
+def int8_scale(absmax: Tensor) -> Tensor:
+    """What the codes of a row are multiplied with: absmax / 127, as bitsandbytes rounds it."""
+    return absmax * (1.0 / INT8_STEPS)
+
+
+def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """code * (absmax / 127) in fp32, rounded once to `dtype`; (out, in)."""
+    return (codes * int8_scale(absmax)[:, None]).to(dtype)
+
+
+def mixed_int8_product(
+    x: Tensor, codes: Tensor, absmax: Tensor, bias: Tensor | None = None, threshold: float = 6.0
+) -> Tensor:
+    """LLM.int8() (Dettmers et al. 2022): y (m, out) of x (m, in) and an int8 weight (out, in), both sides in 8 bits.
+
+    Columns of x with an element of at least `threshold` are outliers: multiplied as they are, with the decoded weight.
+    The others are rounded to int8 by the absmax of their row, outlier elements left out, and summed in whole numbers.
+    """
+    large = x.abs() >= threshold
+    outliers = large.any(0)
+    rounded, scale = quantize_int8(x.masked_fill(large, 0))
+    rounded[:, outliers] = 0
+    pieces = zip(rounded.float().split(1024, 1), codes.float().split(1024, 1), strict=True)
+    whole = torch.stack([(a @ b.T).double() for a, b in pieces]).sum(0)  # exact: below 2^24 each
+    y = whole.float() * (int8_scale(scale)[:, None] * int8_scale(absmax)[None])
+    y = y if bias is None else y + bias.float()
+    columns = x[:, outliers].float() @ dequantize_int8(codes[:, outliers], absmax, x.dtype).float().T
+    return (y + columns).to(x.dtype)
 
 
 # ---- the parts of a transformer layer -------------------------------------------------------------------------------

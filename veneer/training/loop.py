@@ -26,7 +26,7 @@ from veneer.models.fuse import set_recompute
 from veneer.ops import arena
 from veneer.ops.blocks import Recompute
 from veneer.optim.schedule import default_learning_rate, lr_factor
-from veneer.quant.linear import Nf4Linear
+from veneer.quant.linear import quantized_layers
 from veneer.storage import atomic_file, require_disk_space, require_empty_folder
 from veneer.training.checkpoint import checkpoint_bytes, newest_checkpoint, restore, save_checkpoint
 from veneer.training.data import IGNORED, Sample, prepare_data
@@ -268,10 +268,10 @@ class _Run:
     def _settings(self) -> dict[str, Any]:
         """All that changes the numbers of a run, by the name the user knows; equal again after JSON."""
         train = self.config.model_dump(mode="json", exclude=MAY_CHANGE)
-        layers = [module for module in self.model.modules() if isinstance(module, Nf4Linear)]
+        layers = list(quantized_layers(self.model).values())
         return {
             "model": self.model.name_or_path,
-            "quantize": "nf4" if layers else None,
+            "quantize": layers[0].kind if layers else None,
             "double_quant": layers[0].double_quant if layers else None,
             "dtype": str(self.model.dtype),
             "device": self.device.type,

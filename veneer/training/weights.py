@@ -21,7 +21,7 @@ from veneer.config import Method, TrainConfig
 from veneer.errors import VeneerError
 from veneer.models.load import save_model
 from veneer.optim.groups import parameter_groups
-from veneer.quant.linear import Nf4Linear
+from veneer.quant.linear import QuantizedLinear
 
 
 def trained_weights(method: Method, model: nn.Module, tokenizer: Any) -> AdapterWeights | FullWeights:
@@ -115,7 +115,7 @@ class FullWeights(_Masters):
         problems = []
         if there := adapters(model):
             problems.append(f"the model carries adapters ({', '.join(there)}): merge or remove them first")
-        if layers := [name for name, module in model.named_modules() if isinstance(module, Nf4Linear)]:
+        if layers := [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
             problems.append(f"{len(layers)} layers are 4-bit ({layers[0]}, ...): load the base without quantize")
         weights = dict(model.named_parameters())  # a tied one has one name
         kinds = {str(p.dtype).removeprefix("torch.") for p in weights.values()} - {"bfloat16", "float32"}

@@ -1,16 +1,19 @@
-// Reading NF4: a block of 64 weights is 32 bytes and one scale. Its 16 possible values are made once, already in the
-// wanted type, and every weight is one lookup: code * scale in fp32, rounded once, as veneer/ops/reference.py says.
+// Reading quantised weights, as veneer/ops/reference.py says: a value times a scale in fp32, rounded once.
+//
+// 4 bits (NF4, FP4): a block of 64 weights is 32 bytes and one scale. Its 16 possible values are made once, already in
+// the wanted type, and every weight is one lookup. 8 bits: a row has one scale.
 #pragma once
 
 #include "simd.h"
 
 namespace {
 
-constexpr int64_t kNf4Block = 64, kNestedBlock = 256;
+constexpr int64_t kBlock = 64, kNestedBlock = 256;
 enum Dtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// The scales of a weight: fp32, or 8-bit codes when `nested` is there (double quantisation).
-struct Nf4 {
+// A weight in 4 bits. code: its 16 values; whole: what makes them whole numbers, nearly (few_rows.h). The scales are
+// fp32, or 8-bit codes when `nested` is there (double quantisation).
+struct FourBit {
   const uint8_t* packed;
   const float* absmax;
   const uint8_t* absmax_code;
@@ -18,10 +21,17 @@ struct Nf4 {
   const float* dynamic_map;
   const float* code;
   const float* offset;
+  float whole;
 
   float Scale(int64_t block) const {
     return nested ? dynamic_map[absmax_code[block]] * nested[block / kNestedBlock] + *offset : absmax[block];
   }
+};
+
+// A weight in 8 bits, (rows, ld): codes times the scale of their row.
+struct Int8 {
+  const int8_t* codes;
+  const float* scale;
 };
 
 inline uint16_t ToFloat16(float value) {
@@ -136,17 +146,17 @@ struct Stored<kFloat32> {
 
 // `count` weights from flat position `first` on.
 template <int kType>
-inline void Decode(const Nf4& w, int64_t first, int64_t count, typename Stored<kType>::Type* out) {
+inline void Decode(const FourBit& w, int64_t first, int64_t count, typename Stored<kType>::Type* out) {
   const int64_t end = first + count;
   while (first < end) {
-    const int64_t block = first / kNf4Block, stop = (block + 1) * kNf4Block < end ? (block + 1) * kNf4Block : end;
+    const int64_t block = first / kBlock, stop = (block + 1) * kBlock < end ? (block + 1) * kBlock : end;
     const float scale = w.Scale(block);
-    if (stop - first == kNf4Block) {
+    if (stop - first == kBlock) {
       if constexpr (kType == kFloat32)
         DecodeBlock32(w.packed + first / 2, w.code, scale, out);
       else
         DecodeBlock16<kType>(w.packed + first / 2, w.code, scale, out);
-      out += kNf4Block;
+      out += kBlock;
       first = stop;
       continue;
     }
@@ -158,6 +168,25 @@ inline void Decode(const Nf4& w, int64_t first, int64_t count, typename Stored<k
         *out++ = kType == kBFloat16 ? ToBFloat16(value) : ToFloat16(value);
     }
   }
+}
+
+inline Vec LoadInt8(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
+// `count` codes of one row as bf16.
+inline void DecodeInt8(const int8_t* codes, float scale, int64_t count, uint16_t* out) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) StoreBFloat16(out + i, LoadInt8(codes + i) * Set(scale));
+  for (; i < count; ++i) out[i] = ToBFloat16(codes[i] * scale);
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
-// NF4: quantise, dequantise, and the scales of the scales. Contract and formulas: veneer/ops/reference.py; results
-// equal it bit for bit. Blocks are independent, so they are split over threads.
+// NF4 and FP4: quantise, dequantise, and the scales of the scales. Contract and formulas: veneer/ops/reference.py;
+// results equal it bit for bit. Blocks are independent, so they are split over threads.
 
-#include "nf4.h"
+#include "quantized.h"
 
 namespace {
 
@@ -46,47 +46,55 @@ inline void LoadBlock(const void* w, int64_t first, int64_t count, float* x) {
   for (; i < count; ++i) x[i] = kType == kBFloat16 ? FromBFloat16(half[i]) : FromFloat16(half[i]);
 }
 
-// A short last block: it divides, and keeps the clamped absmax, as bitsandbytes does.
-void QuantizeEnd(const float* x, int64_t count, const float* midpoints, uint8_t* packed, float* absmax) {
+// How to find a code: how many of the 15 midpoints lie below a value is its place among the sorted values of the
+// code-book, and order[place] its code.
+struct Book {
+  const float* midpoints;
+  const int32_t* order;
+};
+
+// A short last block: it divides, and keeps the clamped absmax, as bitsandbytes does. An odd end is padded with zero.
+void QuantizeEnd(const float* x, int64_t count, const Book& book, uint8_t* packed, float* absmax) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) largest = Magnitude(x[i]) > largest ? Magnitude(x[i]) : largest;
   float top;
   std::memcpy(&top, &largest, 4);
   *absmax = top < 1e-38f ? 1e-38f : top;
   for (int64_t i = 0; i < count; i += 2) {
-    int code[2] = {0, 7};  // 7 is zero: what an odd end is padded with
-    for (int64_t j = i; j < i + 2 && j < count; ++j) {
-      float scaled = x[j] / *absmax;
+    int32_t code[2];
+    for (int64_t j = i; j < i + 2; ++j) {
+      float scaled = j < count ? x[j] / *absmax : 0.f;
       scaled = scaled < -1.f ? -1.f : scaled > 1.f ? 1.f : scaled;
-      code[j - i] = 0;
-      for (int n = 0; n < 15; ++n) code[j - i] += !(scaled <= midpoints[n]);  // NaN counts as larger than all
+      int place = 0;
+      for (int n = 0; n < 15; ++n) place += !(scaled <= book.midpoints[n]);  // NaN counts as larger than all
+      code[j - i] = book.order[place];
     }
     packed[i / 2] = static_cast<uint8_t>(code[0] << 4 | code[1]);
   }
 }
 
-// The code of each lane: how many midpoints lie below it.
-inline Ints Codes(Vec scaled, const float* midpoints) {
+// The code of each lane; without AVX-512 its place among the sorted values.
+inline Ints Codes(Vec scaled, const Book& book) {
 #if defined(__AVX512F__)
   // four steps of a binary search, the table of midpoints in one register
-  const __m512 table = _mm512_mask_loadu_ps(_mm512_setzero_ps(), 0x7fff, midpoints);
+  const __m512 table = _mm512_mask_loadu_ps(_mm512_setzero_ps(), 0x7fff, book.midpoints);
   __m512i code = _mm512_setzero_si512();
   for (int step = 8; step; step /= 2) {
     const __m512 middle = _mm512_permutexvar_ps(_mm512_add_epi32(code, _mm512_set1_epi32(step - 1)), table);
     const __mmask16 above = _mm512_cmp_ps_mask((__m512)scaled, middle, _CMP_NLE_UQ);
     code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(step));
   }
-  return (Ints)code;
+  return (Ints)_mm512_permutexvar_epi32(code, _mm512_loadu_si512(book.order));
 #else
   Ints code = Ints{};
-  for (int n = 0; n < 15; ++n) code += (scaled <= Set(midpoints[n])) + 1;  // a true lane is -1
+  for (int n = 0; n < 15; ++n) code += (scaled <= Set(book.midpoints[n])) + 1;  // a true lane is -1
   return code;
 #endif
 }
 
-void QuantizeBlock(const float* x, const float* midpoints, uint8_t* packed, float* absmax) {
+void QuantizeBlock(const float* x, const Book& book, uint8_t* packed, float* absmax) {
   Bits most = Bits{};
-  for (int i = 0; i < kNf4Block; i += kWidth) {
+  for (int i = 0; i < kBlock; i += kWidth) {
     const Bits size = (Bits)Load(x + i) & 0x7fffffffu;
     most = size > most ? size : most;
   }
@@ -95,13 +103,13 @@ void QuantizeBlock(const float* x, const float* midpoints, uint8_t* packed, floa
   std::memcpy(absmax, &largest, 4);
   const Vec inverse = Set(1.f / (*absmax < 1e-38f ? 1e-38f : *absmax)), one = Set(1.f);
 #if !defined(__AVX512F__)
-  alignas(64) int32_t codes[kNf4Block];
+  alignas(64) int32_t codes[kBlock];
 #endif
-  for (int i = 0; i < kNf4Block; i += kWidth) {
+  for (int i = 0; i < kBlock; i += kWidth) {
     Vec scaled = Load(x + i) * inverse;
     scaled = scaled > one ? one : scaled;  // NaN stays
     scaled = scaled < -one ? -one : scaled;
-    const Ints code = Codes(scaled, midpoints);
+    const Ints code = Codes(scaled, book);
 #if defined(__AVX512F__)
     // as 64-bit lanes: the even weight in bits 0-3, the odd one in bits 32-35
     const __m512i pair = _mm512_or_si512(_mm512_slli_epi64((__m512i)code, 4), _mm512_srli_epi64((__m512i)code, 32));
@@ -111,36 +119,37 @@ void QuantizeBlock(const float* x, const float* midpoints, uint8_t* packed, floa
 #endif
   }
 #if !defined(__AVX512F__)
-  for (int i = 0; i < kNf4Block; i += 2) packed[i / 2] = static_cast<uint8_t>(codes[i] << 4 | codes[i + 1]);
+  for (int i = 0; i < kBlock; i += 2)
+    packed[i / 2] = static_cast<uint8_t>(book.order[codes[i]] << 4 | book.order[codes[i + 1]]);
 #endif
 }
 
 template <int kType>
-void Quantize(const void* w, int64_t n, const float* midpoints, uint8_t* packed, float* absmax, int threads) {
-  const int64_t blocks = (n + kNf4Block - 1) / kNf4Block;
+void Quantize(const void* w, int64_t n, const Book& book, uint8_t* packed, float* absmax, int threads) {
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 1024)
   for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = b * kNf4Block, count = n - first < kNf4Block ? n - first : kNf4Block;
-    alignas(64) float x[kNf4Block];
+    const int64_t first = b * kBlock, count = n - first < kBlock ? n - first : kBlock;
+    alignas(64) float x[kBlock];
     LoadBlock<kType>(w, first, count, x);
-    if (count == kNf4Block)
-      QuantizeBlock(x, midpoints, packed + first / 2, absmax + b);
+    if (count == kBlock)
+      QuantizeBlock(x, book, packed + first / 2, absmax + b);
     else
-      QuantizeEnd(x, count, midpoints, packed + first / 2, absmax + b);
+      QuantizeEnd(x, count, book, packed + first / 2, absmax + b);
   }
 }
 
 // What is written soon is fetched, a block at a time: without it the stores of fp32 wait for each other.
 template <int kType>
-void Dequantize(const Nf4& w, int64_t n, void* out, int threads) {
+void Dequantize(const FourBit& w, int64_t n, void* out, int threads) {
   typedef typename Stored<kType>::Type Type;
-  constexpr int64_t kPiece = 32 * kNf4Block, kLine = 64 / sizeof(Type), kAhead = 2048 / sizeof(Type);
+  constexpr int64_t kPiece = 32 * kBlock, kLine = 64 / sizeof(Type), kAhead = 2048 / sizeof(Type);
 #pragma omp parallel for schedule(static) num_threads(threads) if (n > 65536)
   for (int64_t first = 0; first < n; first += kPiece) {
     const int64_t count = n - first < kPiece ? n - first : kPiece;
     Type* to = static_cast<Type*>(out) + first;
-    for (int64_t at = 0; at < count; at += kNf4Block) {
-      const int64_t some = count - at < kNf4Block ? count - at : kNf4Block;
+    for (int64_t at = 0; at < count; at += kBlock) {
+      const int64_t some = count - at < kBlock ? count - at : kBlock;
       __builtin_prefetch(w.packed + (first + at + kAhead) / 2);
       for (int64_t i = 0; i < some; i += kLine) __builtin_prefetch(to + at + kAhead + i, 1);
       Decode<kType>(w, first + at, some, to + at);
@@ -150,16 +159,18 @@ void Dequantize(const Nf4& w, int64_t n, void* out, int threads) {
 
 }  // namespace
 
-// w: n weights of `dtype`; midpoints: 15; packed: ceil(n/2) bytes; absmax: ceil(n/64).
-EXPORT(nf4_quantize)
-(const void* w, int dtype, int64_t n, const float* midpoints, uint8_t* packed, float* absmax, int threads) {
-  if (dtype == kFloat32) return Quantize<kFloat32>(w, n, midpoints, packed, absmax, threads);
-  if (dtype == kBFloat16) return Quantize<kBFloat16>(w, n, midpoints, packed, absmax, threads);
-  Quantize<kFloat16>(w, n, midpoints, packed, absmax, threads);
+// w: n weights of `dtype`; midpoints: 15; order: 16; packed: ceil(n/2) bytes; absmax: ceil(n/64).
+EXPORT(quantize_4bit)
+(const void* w, int dtype, int64_t n, const float* midpoints, const int32_t* order, uint8_t* packed, float* absmax,
+ int threads) {
+  const Book book{midpoints, order};
+  if (dtype == kFloat32) return Quantize<kFloat32>(w, n, book, packed, absmax, threads);
+  if (dtype == kBFloat16) return Quantize<kBFloat16>(w, n, book, packed, absmax, threads);
+  Quantize<kFloat16>(w, n, book, packed, absmax, threads);
 }
 
 // The reverse: out holds n weights of `dtype`.
-EXPORT(nf4_dequantize)(const Nf4* w, int64_t n, void* out, int dtype, int threads) {
+EXPORT(dequantize_4bit)(const FourBit* w, int64_t n, void* out, int dtype, int threads) {
   if (dtype == kFloat32) return Dequantize<kFloat32>(*w, n, out, threads);
   if (dtype == kBFloat16) return Dequantize<kBFloat16>(*w, n, out, threads);
   Dequantize<kFloat16>(*w, n, out, threads);

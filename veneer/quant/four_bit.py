@@ -1,0 +1,71 @@
+"""A weight in NF4 or FP4, with or without double quantisation: what is stored, how large it is, how it is read back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from veneer import ops
+from veneer.errors import VeneerError
+
+
+@dataclass
+class FourBitTensor:
+    """packed uint8 (ceil(n/2),); absmax: fp32 (ceil(n/64),), or uint8 codes when `nested_absmax` and `offset` are there.
+
+    kind: "nf4" or "fp4" (Dettmers et al. 2023, QLoRA, arXiv 2305.14314).
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    shape: torch.Size
+    nested_absmax: Tensor | None = None
+    offset: Tensor | None = None
+    kind: str = "nf4"
+
+    @classmethod
+    def quantize(cls, weight: Tensor, kind: str = "nf4", *, double_quant: bool = True) -> FourBitTensor:
+        """4.5 bits a weight, 4.127 with double quantisation.
+
+        Raises:
+            VeneerError: the weight is empty, not a floating-point tensor, or holds NaN or Inf.
+        """
+        require_weight(weight, kind)
+        packed, absmax = ops.quantize_4bit(weight, kind)
+        require_finite(absmax, kind)
+        if not double_quant:
+            return cls(packed, absmax, weight.shape, kind=kind)
+        codes, nested, offset = ops.double_quantize(absmax)
+        return cls(packed, codes, weight.shape, nested, offset, kind)
+
+    def scales(self) -> Tensor:
+        """absmax as fp32 (ceil(n/64),)."""
+        if self.nested_absmax is None or self.offset is None:
+            return self.absmax
+        return ops.double_dequantize(self.absmax, self.nested_absmax, self.offset)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        parts = (self.packed, self.absmax, self.shape, dtype, self.nested_absmax, self.offset)
+        return ops.dequantize_4bit(*parts, kind=self.kind)
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self.packed, self.absmax, self.nested_absmax, self.offset)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def require_weight(weight: Tensor, kind: str) -> None:
+    """Raise VeneerError for what cannot be quantised: nothing, or whole numbers."""
+    if weight.numel() == 0 or not weight.is_floating_point():
+        found = f"{weight.dtype} of shape {tuple(weight.shape)}"
+        raise VeneerError(f"{kind}: found {found}, expected floating-point weights, at least one")
+
+
+def require_finite(absmax: Tensor, kind: str) -> None:
+    """Raise VeneerError when the absmax of some weights is not a number or infinite: then a weight is."""
+    if not bool(torch.isfinite(absmax).all()):
+        raise VeneerError(
+            f"{kind}: found NaN or Inf in the weight", hint="the model's file is damaged or its training diverged"
+        )

@@ -56,18 +56,18 @@ def apart(found, wanted):
 # ---- model --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
+@pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradients_are_those_of_the_cpu(name, batch, dtype, four_bit):
+def test_loss_and_gradients_are_those_of_the_cpu(name, batch, dtype, kind):
     batch = BATCHES[batch]()
-    exact_loss, exact = step(build(name, False, torch.float32, four_bit), batch)
-    loss, found = step(build(name, True, dtype, four_bit).to(GPU), {**batch, "skip_logits": True})
+    exact_loss, exact = step(build(name, False, torch.float32, kind), batch)
+    loss, found = step(build(name, True, dtype, kind).to(GPU), {**batch, "skip_logits": True})
     if dtype == torch.float32:
         assert loss == pytest.approx(exact_loss, rel=1e-5) and apart(found, exact) < 1e-4
         return
-    original_loss, original = step(build(name, False, dtype, four_bit), batch)
+    original_loss, original = step(build(name, False, dtype, kind), batch)
     assert apart(found, exact) < 1.5 * apart(original, exact) + 0.02
     assert abs(loss - exact_loss) < 1.5 * abs(original_loss - exact_loss) + 0.01
 
@@ -99,10 +99,10 @@ def test_recompute_gives_the_same_gradients(dtype, dropout):
     assert apart(found[1], found[0]) < 1e-3 and apart(found[2], found[0]) < 1e-3  # with other masks: above 0.1
 
 
-@pytest.mark.parametrize("four_bit", [False, True])
-def test_autocast_over_an_fp32_base(four_bit):
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_autocast_over_an_fp32_base(kind):
     batch = {**collate_padded(samples(12, 7, 21), 0), "skip_logits": True}
-    model = build("Llama", True, torch.float32, four_bit).to(GPU)
+    model = build("Llama", True, torch.float32, kind).to(GPU)
     exact_loss, exact = step(model, batch)
     model.zero_grad()
     with torch.autocast(GPU, torch.bfloat16):
@@ -162,7 +162,7 @@ def test_a_quantised_layer_moved_there_decodes_to_the_same_bits(kind, double):
 def test_qlora_steps_follow_those_of_the_cpu(dtype):
     found = {}
     for device in ("cpu", GPU):
-        model, losses = build("Llama", True, dtype, four_bit=True).to(device), []
+        model, losses = build("Llama", True, dtype, "nf4").to(device), []
         optimizer = torch.optim.AdamW(adapter_parameters(model, "default").values(), lr=3e-3)
         for _ in range(10):
             optimizer.zero_grad()

@@ -70,7 +70,8 @@ CELLS = (
     *(lora(f"LoRA r{r}", r=r) for r in (1, 4, 8, 64)),
     lora("LoRA r64, alpha 32", r=64, alpha=32),
     lora("rsLoRA r64, alpha 32", r=64, alpha=32, rslora=True),
-    lora("DoRA r16", dora=True),  # left out as long as LoraConfig does not know it; LoRA+ and AdaLoRA: a line each
+    lora("DoRA r16", dora=True),
+    replace(lora("LoRA+ r16"), train={"lora_plus": 16}),
     lora("qv", targets=QV),
     lora("attention", targets="attention"),
     lora("mlp", targets="mlp"),
@@ -343,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one seed: the figures mean nothing")
     parser.add_argument(
-        "--report", type=Path, help="write quality.md and plots there from what is measured; run nothing"
+        "--report", type=Path, help="write methods.md and plots there from what is measured; run nothing"
     )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)

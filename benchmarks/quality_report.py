@@ -105,7 +105,7 @@ def verdict(apart: float, error: float, bound: float) -> str:
 
 
 def write_report(out: Path, where: Path) -> list[Path]:
-    """quality.md and, where matplotlib is installed, quality-<task>.png in `where`."""
+    """methods.md and, where matplotlib is installed, methods-<task>.png in `where`."""
     where.mkdir(parents=True, exist_ok=True)
     lines, written = [*HEAD], []
     for file in sorted(out.glob("*/task.json"), key=lambda f: f.parent.name != "home"):
@@ -115,12 +115,12 @@ def write_report(out: Path, where: Path) -> list[Path]:
         if not results:
             continue
         lines += ["", f"## {task['title']}", "", *_how(task, results)]
-        picture = where / f"quality-{name}.png"
+        picture = where / f"methods-{name}.png"
         if usable and _plot(usable, task["title"], picture):
             written.append(picture)
             lines += ["", f"![{task['title']}]({picture.name})"]
         lines += ["", *_table(results, usable), "", *_course_table(usable), "", *_claims(usable), "", *_costs(usable)]
-    page = where / "quality.md"
+    page = where / "methods.md"
     page.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return [page, *written]
 

@@ -105,13 +105,13 @@ def test_from_the_command_line(options, tmp_path, monkeypatch):
     assert quality.main([*arguments, "--data", str(bank)]) == 0
     files = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").glob("*/*-s0.json"))
     assert files == [f"{task}/{cell}-s0.json" for task in ("banking77", "home") for cell in ("full", "lora-r16")]
-    page = (tmp_path / "out/quality.md").read_text()
+    page = (tmp_path / "out/methods.md").read_text()
     assert "A quick run: the figures mean nothing" in page and page.index("## lamps") < page.index("## BANKING77")
     assert len(json.loads((tmp_path / "out/banking77/full-s0.json").read_text())["asked"]["messages"]["correct"]) == 6
     train = [json.loads(line) for line in (tmp_path / "out/banking77/data/train.jsonl").read_text().splitlines()]
     assert len(train) == 16 and all(row["completion"].startswith("card_") for row in train)
     assert quality.main([*arguments[1:3], "--out", str(tmp_path / "out"), "--report", str(tmp_path / "docs")]) == 0
-    assert (tmp_path / "docs/quality.md").read_text() == page
+    assert (tmp_path / "docs/methods.md").read_text() == page
 
 
 def test_other_folders_are_refused_and_clinc_is_read(tmp_path):

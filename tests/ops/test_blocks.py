@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from veneer.ops import blocks, reference
+from veneer.ops import blocks, native, reference
 from veneer.ops.blocks import AdaptedLinear, Attention, Mlp, Norm
 from veneer.quant.linear import QuantizedTensor, quantize
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason="no compiler built the kernels")
 
 
 def generator(seed=0):

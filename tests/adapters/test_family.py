@@ -122,6 +122,17 @@ def test_dora_gradients_are_those_of_its_formula_with_a_constant_norm(kind):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
+def test_dora_follows_a_model_that_moves():
+    """Its kept norms are of the weight on the device where that was; `.to` moves a weight's data under the same name."""
+    model = make_model(fused=False)
+    veneer.attach(model, veneer.LoraConfig(r=2, targets=["q_proj"], dora=True))
+    model(input_ids=IDS)
+    layer = lora_layers(model)["model.layers.0.self_attn.q_proj"]
+    assert layer._square_norms() is layer._square_norms()
+    model.to("meta")
+    assert layer._square_norms().device.type == "meta"
+
+
 def test_convolutions_with_groups_are_trained_but_not_merged():
     model = nn.Sequential(nn.Conv2d(8, 12, 3, groups=4, padding=1))
     veneer.attach(model, veneer.LoraConfig(r=4, targets=["0"]))

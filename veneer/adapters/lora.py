@@ -227,7 +227,8 @@ class LoraLinear(LoraLayer):
     def _square_norms(self) -> Tensor:
         """|W|^2 by row (out,), fp32, kept as long as the weight is the same."""
         known = self.__dict__.get("_squares")
-        if known is None or known[0] is not self.weight or known[1] != self.weight._version:
+        same = known is not None and known[0] is self.weight and known[1] == self.weight._version
+        if known is None or not same or known[2].device != self.weight.device:
             squares = self._row_norms(self.dense()).reshape(-1).square()
             known = self.__dict__["_squares"] = (self.weight, self.weight._version, squares)
         return known[2]  # type: ignore[no-any-return]

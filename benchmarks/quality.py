@@ -72,6 +72,7 @@ CELLS = (
     lora("rsLoRA r64, alpha 32", r=64, alpha=32, rslora=True),
     lora("DoRA r16", dora=True),
     replace(lora("LoRA+ r16"), train={"lora_plus": 16}),
+    lora("AdaLoRA r16", adalora=True),
     lora("qv", targets=QV),
     lora("attention", targets="attention"),
     lora("mlp", targets="mlp"),

@@ -184,7 +184,11 @@ def test_an_optimizer_of_other_parameters_moves_nothing():
     model, other = attached(), nn.Linear(3, 3)
     other.weight.grad = torch.ones(3, 3)
     torch.optim.SGD(other.parameters(), lr=1.0).step()
-    assert int(allocator(model).done) == 0
+    found = allocator(model)
+    assert int(found.done) == 0
+    veneer.remove_adapter(model, "default")
+    steps(veneer.attach(model, veneer.LoraConfig(r=2)), 1)
+    assert int(found.done) == 0
 
 
 @pytest.mark.parametrize("kind", ["Conv1d", "Embedding"])

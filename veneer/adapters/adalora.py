@@ -147,8 +147,11 @@ class Allocator:
         return layer.a(self.name).detach()[alive], layer.lora_B[self.name].detach()[:, alive]
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        first = next(iter(self.layers.values())).lora_E[self.name]
-        return first.grad is not None and any(first is p for g in optimizer.param_groups for p in g["params"])
+        diagonals = next(iter(self.layers.values())).lora_E
+        first = diagonals[self.name] if self.name in diagonals else None  # None: the adapter was removed
+        if first is None or first.grad is None:
+            return False
+        return any(first is p for g in optimizer.param_groups for p in g["params"])
 
 
 def start(layer: LoraLayer, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -151,9 +151,16 @@ class LoraLayer(nn.Module):
         return int(self.lora_A[name].shape[0])
 
     def a(self, name: str) -> Tensor:
-        """A as it is multiplied: AdaLoRA's rows are scaled by its diagonal."""
+        """A as it is multiplied: AdaLoRA's rows are scaled by its diagonal, which is counted in units of sqrt(out / 3).
+
+        Adam moves every number alike. LoRA's update grows by rate x sqrt(out) x the length of a row of A, 1/sqrt(3); a
+        singular value by the rate alone: in these units both learn at the same rate (docs/numerics.md has the figures).
+        """
         a = self.lora_A[name]
-        return a if name not in self.lora_E else a * self.lora_E[name].view(-1, *[1] * (a.dim() - 1))
+        if name not in self.lora_E:
+            return a
+        diagonal = self.lora_E[name] * math.sqrt(self.out_features / 3)
+        return a * diagonal.view(-1, *[1] * (a.dim() - 1))
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by the end of their names in PEFT's files."""

@@ -7,10 +7,13 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM,
+)  # fmt: skip
 
 import veneer
 from veneer.adapters.attach import adapter_parameters
+from veneer.adapters.files import file_keys
 
 peft = pytest.importorskip("peft")
 
@@ -49,6 +52,19 @@ def qwen2():
     return model
 
 
+def mixture(kind):
+    own = {"qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16}}.get(kind, {"num_local_experts": 4})
+    config = AutoConfig.for_model(
+        kind, vocab_size=100, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts_per_tok=2, pad_token_id=1, bos_token_id=2, eos_token_id=1, **own,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 or name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 KINDS = {
     "linear": (qwen2, ["q_proj", "down_proj"]),
     "conv1d of transformers": (gpt2, ["c_attn", "c_fc"]),
@@ -58,7 +74,14 @@ KINDS = {
     "embedding, tied": (lambda: make_model(fused=False), ["embed_tokens", "v_proj"]),
     "head": (qwen2, ["lm_head", "v_proj"]),
     "head, tied": (lambda: make_model(fused=False), ["lm_head", "v_proj"]),
+    "experts, mixtral": (lambda: mixture("mixtral"), ["v_proj"]),
+    "experts, qwen3_moe": (lambda: mixture("qwen3_moe"), ["v_proj"]),
+    "experts, gpt_oss": (lambda: mixture("gpt_oss"), []),  # (E, in, out), biases, another gate
+    "tokens": (qwen2, ["v_proj"]),
+    "tokens, tied": (lambda: make_model(fused=False), ["v_proj"]),
 }
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+TOKENS = [int(IDS[0, 2]), 99, int(IDS[1, 4]), 7]
 FIRST = {
     "linear": "q_proj",
     "conv1d of transformers": "c_attn",
@@ -74,13 +97,39 @@ METHODS = {
     "bias all": {"bias": "all"},
     "bias lora_only": {"bias": "lora_only"},
     "modules_to_save": {"modules_to_save": "some"},
+    "lora_bias": {"lora_bias": True},
+}
+# Kinds that have methods of their own. PEFT refuses dropout, DoRA and lora_bias for parameters, and cannot put the rows of
+# tokens and LoRA on one layer.
+OWN = {
+    "experts": {
+        "LoRA": {},
+        "rsLoRA": {"use_rslora": True},
+        "patterns": {"rank_pattern": {"experts.gate_up_proj": 3}, "alpha_pattern": {r"layers\.1\..*down_proj": 3}},
+        "patterns, rsLoRA": {"rank_pattern": {"experts.down_proj": 3}, "use_rslora": True},
+        "one parameter": {"target_parameters": PARAMETERS[1:]},
+        "one in one block": {"target_parameters": [f"model.layers.1.mlp.{PARAMETERS[0]}", PARAMETERS[1]]},
+        "modules_to_save": {"modules_to_save": ["norm"]},
+    },
+    "tokens": {
+        "LoRA": {},
+        "DoRA": {"use_dora": True},
+        "by name": {"trainable_token_indices": {"embed_tokens": TOKENS}},
+        "head too": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}},
+        "head, its own": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [3, 50]}},
+    },
 }
 SAVED = {Pictures: ["head"], gpt2: ["ln_f"], qwen2: ["norm"]}
 
 
 def settings(kind, method):
     build, targets = KINDS[kind]
-    found = {"r": 4, "lora_alpha": 6, "target_modules": targets, **METHODS[method]}
+    found = {"r": 4, "lora_alpha": 6, "target_modules": targets}
+    if kind.startswith("experts"):
+        return found | {"target_parameters": PARAMETERS} | OWN["experts"][method]
+    if kind.startswith("tokens"):
+        return found | {"trainable_token_indices": TOKENS} | OWN["tokens"][method]
+    found |= METHODS[method]
     first = FIRST.get(kind, targets[0])
     if "rank_pattern" in found:
         found |= {"rank_pattern": {first: 8}, "alpha_pattern": {first: 3}}
@@ -115,11 +164,10 @@ def theirs(kind, method):
     return model
 
 
-def their_name(name):
-    """Of a parameter in PEFT's model -> ours."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-    name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
-    return name.replace(".default", "")
+def file_key(name):
+    """Of a parameter in PEFT's model."""
+    name = name.replace(".modules_to_save.default.", ".").replace(".original_module.", ".")
+    return name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default", "")
 
 
 def gradients(model, kind, parameters):
@@ -132,7 +180,12 @@ def gradients(model, kind, parameters):
 
 def cells():
     for kind in KINDS:
+        if (own := kind.split(",")[0]) in OWN:
+            yield from ((kind, method) for method in OWN[own] if (kind, method) != ("tokens, tied", "head, its own"))
+            continue
         for method in METHODS:
+            if method == "lora_bias" and kind not in ("linear", "conv1d of transformers", "convolution", "head"):
+                continue
             if method.startswith("bias") and kind in ("embedding, tied", "head, tied"):
                 continue  # no biases there
             if method == "DoRA" and kind == "grouped convolution":
@@ -148,9 +201,11 @@ def test_their_file_is_the_same_adapter_here(tmp_path, kind, method):
     wanted, their_gradients = gradients(model, kind, {n: p for n, p in model.named_parameters() if p.requires_grad})
     found, our_gradients = gradients(ours, kind, adapter_parameters(ours, "default"))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert our_gradients.keys() == {their_name(name) for name in their_gradients}
+    keys = file_keys(ours, "default")
+    our_gradients = {keys[name]: gradient for name, gradient in our_gradients.items()}
+    assert our_gradients.keys() == {file_key(name) for name in their_gradients}
     for name, gradient in their_gradients.items():
-        mine = our_gradients[their_name(name)]
+        mine = our_gradients[file_key(name)]
         torch.testing.assert_close(mine, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
     veneer.set_adapter(ours, None)
     assert torch.equal(run(ours, kind), run(built(kind), kind))
@@ -180,7 +235,8 @@ def test_our_own_adapter_is_read_there(tmp_path, kind, method):
             r=4, alpha=6, targets=asked["target_modules"], rslora=asked.get("use_rslora", False),
             dora=asked.get("use_dora", False), rank_pattern=asked.get("rank_pattern", {}),
             alpha_pattern=asked.get("alpha_pattern", {}), bias=asked.get("bias", "none"),
-            modules_to_save=asked.get("modules_to_save", []),
+            modules_to_save=asked.get("modules_to_save", []), parameters=asked.get("target_parameters", []),
+            tokens=asked.get("trainable_token_indices", []), lora_bias=asked.get("lora_bias", False),
         ),
     )  # fmt: skip
     torch.testing.assert_close(run(ours, kind), plain, rtol=1e-5, atol=1e-5)
@@ -190,6 +246,12 @@ def test_our_own_adapter_is_read_there(tmp_path, kind, method):
     torch.testing.assert_close(run(back, kind), run(ours, kind), rtol=1e-5, atol=1e-5)
     wanted = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (wanted["r"], wanted["lora_alpha"]) == (4, 6)
-    merged = veneer.merge(ours) if "convolution" not in kind else None
-    if merged is not None:
+    if method == "lora_bias" and kind in ("linear", "head"):  # down_proj and the head have no bias
+        with pytest.raises(RuntimeError, match="no bias"):
+            back.merge_and_unload()
+        with pytest.raises(veneer.VeneerError, match="layer without one"):
+            veneer.merge(ours)
+    elif "convolution" not in kind:
+        merged = veneer.merge(ours)
         torch.testing.assert_close(run(merged, kind), run(back, kind), rtol=1e-4, atol=1e-5)
+        assert not [name for name, _ in merged.named_parameters() if "lora" in name or "token_rows" in name]

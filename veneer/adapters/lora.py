@@ -88,6 +88,7 @@ class LoraLayer(nn.Module):
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.magnitude = nn.ParameterDict()  # DoRA's m, shaped to multiply the weight
+        self.lora_bias = nn.ParameterDict()  # of B (out,): y + scaling * bias
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
@@ -115,34 +116,40 @@ class LoraLayer(nn.Module):
         return initial_factor(a, r, init, generator), torch.zeros(b)
 
     def add(
-        self, name: str, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0, magnitude: Tensor | None = None
-    ) -> None:
+        self, name: str, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0, magnitude: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Add an adapter: A and B shaped as `shapes` says, kept in fp32 on the base's device; with a magnitude it is DoRA."""
-        expected = self.shapes(a.shape[0])
+        expected = self.shapes(self.rank_of(a))
         if (tuple(a.shape), tuple(b.shape)) != expected:
             raise VeneerError(
                 f"adapter {name!r}: found A {tuple(a.shape)} and B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
             )
-        for factors, value in ((self.lora_A, a), (self.lora_B, b), (self.magnitude, magnitude)):
+        for factors, value in ((self.lora_A, a), (self.lora_B, b), (self.magnitude, magnitude), (self.lora_bias, bias)):
             if value is not None:
                 factors[name] = nn.Parameter(value.to(device=self.weight.device, dtype=torch.float32))
         self.scaling[name], self.dropout[name] = scaling, dropout
 
     def remove(self, name: str) -> None:
-        for factors in (self.lora_A, self.lora_B, self.magnitude, self.scaling, self.dropout):
+        for factors in (self.lora_A, self.lora_B, self.magnitude, self.lora_bias, self.scaling, self.dropout):
             if name in factors:
                 del factors[name]  # type: ignore[attr-defined]
         if self.active == name:
             self.active = None
 
     def rank(self, name: str) -> int:
-        return int(self.lora_A[name].shape[0])
+        return self.rank_of(self.lora_A[name])
+
+    def rank_of(self, a: Tensor) -> int:
+        return int(a.shape[0])
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by the end of their names in PEFT's files."""
         found = {self.KEYS[0]: self.lora_A[name], self.KEYS[1]: self.lora_B[name]}
         if name in self.magnitude:
             found["lora_magnitude_vector"] = self.magnitude[name]
+        if name in self.lora_bias:
+            found["lora_B.bias"] = self.lora_bias[name]
         return found
 
     def delta(self, name: str) -> Tensor:
@@ -164,6 +171,24 @@ class LoraLayer(nn.Module):
         if name not in self.magnitude:
             return weight
         return weight * (self._over_rows(self.magnitude[name].detach()) / self._row_norms(weight).clamp_(min=_TINY))
+
+    def merged_bias(self, name: str) -> Tensor | None:
+        """The bias with this adapter's in it, fp32; None: it has none.
+
+        Raises:
+            VeneerError: the base has no bias to take it, as its class and config say.
+        """
+        if name not in self.lora_bias:
+            return None
+        if self.bias is None:
+            raise VeneerError("the adapter has a bias (lora_bias), which a layer without one cannot hold")
+        return self.bias.detach().float() + self.scaling[name] * self.lora_bias[name].detach()
+
+    def _with_bias(self, y: Tensor, across: tuple[int, ...] = (-1,)) -> Tensor:
+        """y and the active adapter's bias, where it has one."""
+        if self.active is None or self.active not in self.lora_bias:
+            return y
+        return y + (self.scaling[self.active] * self.lora_bias[self.active]).to(y.dtype).view(across)
 
     # What DoRA scales: the rows (out) of W as (out, ...). A layout where `out` is not the first dimension overrides both.
     def _row_norms(self, weight: Tensor) -> Tensor:
@@ -249,7 +274,7 @@ class LoraLinear(LoraLayer):
             y = y if later is None else y - later.to(x.dtype)
         if dora:
             y = y * self.row_scale(name).to(x.dtype)
-        return y if later is None else y + later.to(x.dtype)  # type: ignore[no-any-return]
+        return self._with_bias(y if later is None else y + later.to(x.dtype))
 
     def frozen(self) -> AdaptedLinear:
         """This layer as the fused halves of a transformer layer take it; with dropout at work, with a mask of its own.
@@ -309,9 +334,9 @@ class LoraConv(LoraLayer):
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
         h = convolve(self.dropped(x), a, None, base.stride, base.padding, base.dilation)
         low = scaling * convolve(h, b, groups=base.groups)
-        if name not in self.magnitude:
-            return base(x) + low  # type: ignore[no-any-return]
         across = (1, -1, *[1] * (self.weight.dim() - 2))
+        if name not in self.magnitude:
+            return self._with_bias(base(x) + low, across)
         y = (base._conv_forward(x, base.weight, None) + low) * self.row_scale(name).to(x.dtype).view(across)
         return y if self.bias is None else y + self.bias.view(across)  # type: ignore[no-any-return]
 

@@ -89,7 +89,8 @@ class LoraConfig(Settings):
         "the presets mlp and all-linear take all experts by themselves",
     )
     tokens: list[int] | dict[str, list[int]] = Field(
-        [], description="ids of tokens whose embeddings are trained in full, or lists of them by embedding's name suffix"
+        [],
+        description="ids of tokens whose embeddings are trained in full, or lists of them by embedding's name suffix",
     )
 
     @property

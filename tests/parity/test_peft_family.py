@@ -8,7 +8,12 @@ from conftest import make_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
-    AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
 )  # fmt: skip
 
 import veneer

@@ -106,9 +106,7 @@ def attach(
     return model
 
 
-def _plan(
-    model: nn.Module, config: LoraConfig
-) -> tuple[list[Place], dict[str, nn.Parameter], dict[str, list[int]]]:
+def _plan(model: nn.Module, config: LoraConfig) -> tuple[list[Place], dict[str, nn.Parameter], dict[str, list[int]]]:
     """All that a configuration changes: layers and parameters, what is trained in full, tokens by embedding."""
     places: list[Place] = []
     replaced: dict[str, nn.Parameter] = {}
@@ -138,11 +136,8 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
     Raises:
         VeneerError: a name matches nothing, a rank is larger than a layer allows; all at once.
     """
-    paths, problems = _asked(model, config)
-    if problems:
-        raise VeneerError(problems)
-    paths = excluded(paths, config.exclude)
-    found = []
+    paths = excluded(resolve_all(model, config), config.exclude)
+    problems, found = [], []
     if config.layers is not None or config.depth is not None:
         blocks = [block_number(path) for path in paths]
         last = max((n for n in blocks if n is not None), default=None)
@@ -165,9 +160,7 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
         r = int(by_pattern(config.rank_pattern, path, r))
         found.append(Place(path, r, config.scaling_at(r, by_pattern(config.alpha_pattern, path, alpha))))
     too_large = {  # layers of one name and shape, as there is one in each block, are one problem
-        (path.rsplit(".", 1)[-1], r, *_sides(model, path)): None
-        for path, r, _ in found
-        if r > min(_sides(model, path))
+        (path.rsplit(".", 1)[-1], r, *_sides(model, path)): None for path, r, _ in found if r > min(_sides(model, path))
     }
     no_bias = sorted({p.rsplit(".", 1)[-1] for p, _, _ in found if isinstance(layer_at(model, p), LoraEmbedding)})
     if config.lora_bias and no_bias:
@@ -186,9 +179,15 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
     return found
 
 
-def _asked(model: nn.Module, config: LoraConfig) -> tuple[list[str], list[str]]:
-    """The layers and parameters that `targets` and `parameters` mean, and what is wrong with the words."""
-    found, problems = [], []
+def resolve_all(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The full names of the layers and parameters that `targets` and `parameters` mean together.
+
+    Raises:
+        VeneerError: a part matches nothing, or not what it should; all at once.
+    """
+    layers: list[str] = []
+    found: list[str] = []
+    problems, hint = [], None
     if config.parameters:
         try:
             found = resolve_parameters(model, config.parameters)
@@ -199,12 +198,11 @@ def _asked(model: nn.Module, config: LoraConfig) -> tuple[list[str], list[str]]:
     try:
         layers = resolve_targets(model, config.targets)
     except VeneerError as error:
-        if found and config.targets == "mlp" and not problems:  # every MLP is a mixture
-            return found, []
-        if not problems:
-            raise
-        return [], problems + error.problems
-    return layers + found, problems
+        if not found or config.targets != "mlp":  # every MLP of a model can be a mixture
+            problems, hint = problems + error.problems, error.hint
+    if problems:
+        raise VeneerError(problems, hint=hint)
+    return layers + found
 
 
 def _no_parameters(config: LoraConfig) -> list[str]:

@@ -64,7 +64,15 @@ class ExpertsFunction(torch.autograd.Function):
                     db.view(b.shape[0], -1, experts)[..., e] = ops.outer_sum(h[rows], dy[rows], transposed=True)
             if dx is not None:
                 dx[rows] = ops.product(terms)
-        return dx, None if da is None else da.to(a.dtype), None if db is None else db.to(b.dtype), None, None, None, None
+        return (
+            dx,
+            None if da is None else da.to(a.dtype),
+            None if db is None else db.to(b.dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _rows(ends: list[int]) -> list[tuple[int, slice]]:
@@ -134,6 +142,11 @@ class LoraParameter(LoraLayer):
         zero = torch.zeros(self.weight.shape, device=a.device)
         return _added(zero, a, b, 1.0, self.transposed)
 
+    def active_factors(self) -> tuple[Tensor, Tensor, float]:
+        """A, B and the scaling of the active adapter."""
+        assert self.active is not None
+        return self.lora_A[self.active], self.lora_B[self.active], self.scaling[self.active]
+
     def merged(self, name: str) -> Tensor:
         """As every layer's, but in the weight's own dtype: all experts in fp32 at once would be a lot."""
         a, b = self.lora_A[name].detach(), self.lora_B[name].detach()
@@ -181,12 +194,9 @@ class LoraExperts(nn.Module):
 
     def _on_merged(self, active: dict[str, LoraParameter], args: Any, kwargs: Any) -> Any:
         weights = {
-            key: ExpertsWeight.apply(
-                part.weight, part.lora_A[part.active], part.lora_B[part.active], part.scaling[part.active],
-                part.transposed,
-            )
+            key: ExpertsWeight.apply(part.weight, *part.active_factors(), part.transposed)
             for key, part in active.items()
-        }  # fmt: skip
+        }
         return functional_call(self.base_layer, weights, args, kwargs)
 
 
@@ -208,9 +218,7 @@ def _forward(
 
     def linear(x: Tensor, key: str) -> Tensor:
         part, weight = active.get(key), getattr(base, key)
-        a, b, scaling = None, None, 1.0
-        if part is not None and part.active is not None:
-            a, b, scaling = part.lora_A[part.active], part.lora_B[part.active], part.scaling[part.active]
+        a, b, scaling = (None, None, 1.0) if part is None else part.active_factors()
         y = ExpertsFunction.apply(x.to(weight.dtype), a, b, weight, ends, scaling, base.is_transposed)
         return y + getattr(base, f"{key}_bias")[expert] if base.has_bias else y
 

@@ -211,9 +211,9 @@ def file_keys(model: nn.Module, name: str) -> dict[str, str]:
     found = {}
     for ours in adapter_parameters(model, name):
         parent, _, last = ours.rpartition(".")
-        path = next((p for p in (parent.rpartition(".")[0], parent) if p in wrapped), None)
-        if path is not None:
-            key = wrapped[path] + ours.removeprefix(path)
+        layer_path = parent.rpartition(".")[0]
+        if layer_path in wrapped:
+            key = wrapped[layer_path] + ours.removeprefix(layer_path)
         elif last == "bias" and not parent.endswith(".lora_B") and isinstance(model.get_submodule(parent), LoraLayer):
             key = f"{parent}.base_layer.bias"
         else:
@@ -378,7 +378,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
 
 def _token_problems(base: dict[str, nn.Parameter], wanted: dict[str, list[int]], found: dict[str, Tensor]) -> list[str]:
     problems = [
-        f"{path}: found in the adapter, but trainable_token_indices does not mean it" for path in found.keys() - wanted.keys()
+        f"{path}: found in the adapter, but trainable_token_indices does not mean it"
+        for path in found.keys() - wanted.keys()
     ]
     for path, ids in wanted.items():
         shape = (len(ids), base[f"{path}.weight"].shape[1])
@@ -534,7 +535,8 @@ def _parameters_by_wrapper(
             owner = owner.removesuffix(".base_layer")
         if owner != layer or not _names_module(owner, config.targets):
             depths.setdefault(owner, []).append(layer)
-    found, problems = {}, []
+    found: dict[str, str] = {}
+    problems = []
     for owner, wrappers in depths.items():
         keys = _parameters_of(owner, config, model)
         if len(keys) != len(wrappers):

@@ -168,7 +168,8 @@ def token_layers(
         if isinstance(layer := _plain_layer(module), nn.Embedding | nn.Linear)
     }
     embeddings = _plain_layer(model.get_input_embeddings()) if hasattr(model, "get_input_embeddings") else None
-    problems, found = [], {}
+    problems: list[str] = []
+    found: dict[str, list[int]] = {}
     if isinstance(tokens, dict):
         for suffix, ids in tokens.items():
             named = [name for name in layers if name.endswith(suffix)]  # PEFT's rule

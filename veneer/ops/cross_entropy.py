@@ -92,7 +92,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor, kernels: bool,
         ids: Tensor | None, rows: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        want_hidden, want_weight, want_rows = *ctx.needs_input_grad[:2], ctx.needs_input_grad[6]
+        want_hidden, want_weight, *_, want_rows = ctx.needs_input_grad
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = list(ctx.saved_tensors)
         scale: Any = (float(d_loss) if d_loss.device.type == "cpu" else d_loss) * ctx.left  # a GPU is not waited for
         as_it_is = isinstance(scale, float) and scale == 1
-        want_hidden, want_weight, want_rows = *ctx.needs_input_grad[:2], ctx.needs_input_grad[6]
+        want_hidden, want_weight, *_, want_rows = ctx.needs_input_grad
         d_hidden = gradients.pop(0) if want_hidden else None
         d_weight = gradients.pop(0) if want_weight else None
         d_rows = gradients.pop(0) if want_rows else None

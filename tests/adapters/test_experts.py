@@ -2,14 +2,17 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_mixture as mixture
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import veneer
+from veneer.adapters import experts
 from veneer.adapters.attach import adapter_parameters, expert_parameters, lora_layers
 from veneer.adapters.experts import LoraExperts, LoraParameter
 from veneer.quant.linear import quantize_model
@@ -86,10 +89,8 @@ class Own(nn.Module):
         self.is_transposed = transposed
 
     def forward(self, x, *, scale=1.0):
-        first, second = (self.first, self.second) if self.is_transposed else (self.second, self.first)
-        x = torch.einsum("ti,eio->teo", x, first) if self.is_transposed else torch.einsum("ti,eoi->teo", x, first)
-        weights = second if self.is_transposed else second.mT
-        return torch.einsum("teo,eod->td", x.tanh(), weights) * scale
+        first, second = (self.first, self.second) if self.is_transposed else (self.second.mT, self.first.mT)
+        return torch.bmm(torch.bmm(x.expand(3, *x.shape), first).tanh(), second).sum(0) * scale
 
 
 class Holder(nn.Module):
@@ -286,3 +287,99 @@ def test_a_convolutions_weight_is_no_parameter_of_experts():
     assert expert_parameters(model) == []
     with pytest.raises(veneer.VeneerError, match=r"layers are named in lora\.targets"):
         veneer.attach(model, veneer.LoraConfig(r=2, targets=["0"], parameters=["0.weight"]))
+
+
+def test_the_weight_that_other_modules_run_on_is_not_kept(monkeypatch):
+    """Of W' nothing lives from the forward to the backward pass, where it is made once more for each parameter."""
+    made = []
+
+    def added(*parts):
+        made.append(original(*parts))
+        refs.append(StorageWeakRef(made[-1].untyped_storage()))
+        return made.pop()
+
+    original, refs = experts._added, []
+    monkeypatch.setattr(experts, "_added", added)
+    model = Holder(False)
+    veneer.attach(model, veneer.LoraConfig(r=2, targets=[], parameters=["experts.first", "second"]))
+    loss = randomised(model)(torch.randn(2, 8, requires_grad=True)).sum()
+    assert len(refs) == 2 and all(ref.expired() for ref in refs)
+    loss.backward()
+    assert len(refs) == 4 and all(ref.expired() for ref in refs)
+
+
+def test_the_base_called_between_forward_and_backward_changes_no_gradient():
+    """As DPO does; the weights made again in the backward pass are the adapter's."""
+    gradients = []
+    for off in (False, True):
+        torch.manual_seed(0)
+        model = Holder(False)
+        veneer.attach(model, veneer.LoraConfig(r=2, targets=[], parameters=["experts.first", "second"]), seed=0)
+        loss = randomised(model)(torch.ones(2, 8)).square().sum()
+        if off:
+            with torch.no_grad(), veneer.adapter_off(model):
+                model(torch.ones(2, 8))
+        loss.backward()
+        gradients.append([p.grad for p in adapter_parameters(model, "default").values()])
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(*gradients, strict=True))
+
+
+def test_a_run_resumed_from_its_checkpoint_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, commands):
+    def run(out, steps, resume=False):
+        model = built("qwen3_moe")
+        lora = veneer.LoraConfig(r=2, targets="all-linear", tokens=[5, 257])
+        veneer.attach(model, lora, seed=1)
+        config = veneer.TrainConfig(
+            batch_size=4, learning_rate=0.01, max_steps=steps, schedule="constant", warmup_steps=0, save_every=2
+        )
+        veneer.train(model, tokenizer, commands, config, out=out, resume=resume, progress=False)
+        return model
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "cut", 2)
+    resumed = run(tmp_path / "cut", 4, resume=True)
+    start = adapter_parameters(
+        veneer.attach(built("qwen3_moe"), veneer.LoraConfig(r=2, tokens=[5, 257]), seed=1), "default"
+    )
+    found, wanted = (adapter_parameters(model, "default") for model in (resumed, whole))
+    assert found.keys() == wanted.keys() == start.keys()
+    for key, parameter in wanted.items():
+        assert torch.equal(found[key], parameter) and not torch.equal(parameter, start[key]), key
+    written = veneer.load_adapter(built("qwen3_moe"), tmp_path / "cut/adapter")
+    torch.testing.assert_close(written(input_ids=IDS).logits, whole(input_ids=IDS).logits, rtol=0, atol=0)
+
+
+def test_a_trainers_checkpoint_of_experts_and_tokens_is_read_back(tmp_path):
+    model = built()
+    veneer.attach(model, veneer.LoraConfig(r=2, targets="all-linear", tokens=[5]))
+    randomised(model)
+    wanted = {key: p.detach().clone() for key, p in adapter_parameters(model, "default").items()}
+    model.save_pretrained(tmp_path / "checkpoint")
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, "default").values():
+            parameter.zero_()
+    trainer = veneer.adapter_checkpoints(SimpleNamespace(model=model))
+    trainer._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    for key, parameter in adapter_parameters(model, "default").items():
+        assert torch.equal(parameter, wanted[key]), key
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_inspect_compares_with_the_base_however_its_experts_are_stored(tmp_path, tokenizer, one_by_one):
+    model = built("qwen3_moe")
+    norms = {path: float(model.get_parameter(path).norm()) for path in EXPERTS}
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if one_by_one:
+        for path in EXPERTS:
+            stacked, owner = state.pop(path), path.rpartition(".")[0]
+            for e, weight in enumerate(stacked):
+                names = ("gate_proj", "up_proj") if "gate" in path else ("down_proj",)
+                for name, part in zip(names, weight.chunk(len(names)), strict=True):
+                    state[f"{owner}.{e}.{name}.weight"] = part.contiguous()
+    model.config.save_pretrained(tmp_path / "base")
+    save_file(state, tmp_path / "base/model.safetensors")
+    veneer.attach(model, veneer.LoraConfig(r=2, targets="mlp"))
+    veneer.save_adapter(randomised(model), tmp_path / "a")
+    found = inspect_adapter(tmp_path / "a", model=str(tmp_path / "base"))
+    assert {row["layer"]: row["base_norm"] for row in found["by_layer"]} == pytest.approx(norms, rel=1e-5)
+    assert found["relative_norm"] > 0

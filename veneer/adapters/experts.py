@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.checkpoint import checkpoint
 
 from veneer import ops
 from veneer.adapters.lora import LoraLayer
@@ -89,9 +88,11 @@ class ExpertsWeight(torch.autograd.Function):
     """W + scaling * B A of all experts at once, in W's dtype; the gradients of A and B come from W's, one expert at a time."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool, again: _Again
+    ) -> Tensor:
         ctx.save_for_backward(a, b)
-        ctx.scaling, ctx.transposed = scaling, transposed
+        ctx.scaling, ctx.transposed, ctx.again = scaling, transposed, again
         return _added(weight, a, b, scaling, transposed)
 
     @staticmethod
@@ -99,13 +100,28 @@ class ExpertsWeight(torch.autograd.Function):
     def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         experts = dw.shape[0]
+        ctx.again.weight = None  # all that used it have had their turn
         da, db = torch.empty_like(a), torch.empty_like(b)
         for e in range(experts):
             a_e, b_e = _factors(a, b, e, experts, a.dtype)
             dw_e = (dw[e].T if ctx.transposed else dw[e]).to(a.dtype)
             da.view(experts, -1, a.shape[1])[e] = ctx.scaling * (b_e.T @ dw_e)
             db.view(b.shape[0], -1, experts)[..., e] = ctx.scaling * (dw_e @ a_e.T)
-        return None, da, db, None, None
+        return None, da, db, None, None, None
+
+
+class _Again:
+    """W' for the backward pass of what used it, which keeps this instead: made at the first use, let go after the last."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts
+        self.weight: Tensor | None = None
+
+    @torch.no_grad()
+    def view(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
+        if self.weight is None:
+            self.weight = _added(*self.parts)
+        return self.weight.as_strided(size, stride, offset)
 
 
 def _added(weight: Tensor, a: Tensor, b: Tensor, scaling: float, transposed: bool) -> Tensor:
@@ -188,16 +204,25 @@ class LoraExperts(nn.Module):
             return self.base_layer(*args, **kwargs)
         if len(args) == 3 and not kwargs and _is_known(self.base_layer, active):
             return _forward(self.base_layer, active, *args)
-        if torch.is_grad_enabled():
-            return checkpoint(self._on_merged, active, args, kwargs, use_reentrant=False)
         return self._on_merged(active, args, kwargs)
 
     def _on_merged(self, active: dict[str, LoraParameter], args: Any, kwargs: Any) -> Any:
-        weights = {
-            key: ExpertsWeight.apply(part.weight, *part.active_factors(), part.transposed)
-            for key, part in active.items()
-        }
-        return functional_call(self.base_layer, weights, args, kwargs)
+        weights, again = {}, {}
+        for key, part in active.items():
+            parts = (part.weight, *part.active_factors(), part.transposed)
+            made = _Again(*parts)
+            weights[key] = ExpertsWeight.apply(*parts, made)
+            again[weights[key].untyped_storage().data_ptr()] = made
+
+        def keep(t: Tensor) -> Any:
+            made = again.get(t.untyped_storage().data_ptr())
+            return t if made is None else (made, t.size(), t.stride(), t.storage_offset())
+
+        def give(kept: Any) -> Tensor:
+            return kept[0].view(*kept[1:]) if isinstance(kept, tuple) else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, give):
+            return functional_call(self.base_layer, weights, args, kwargs)
 
 
 def _is_known(base: Any, active: dict[str, LoraParameter]) -> bool:

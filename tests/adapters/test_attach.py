@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import pytest
@@ -22,6 +23,14 @@ def test_presets_reach_the_experts_and_not_the_router(kind, targets):
     assert not [
         name for name, p in model.named_parameters() if p.requires_grad and ("gate.w" in name or "router" in name)
     ]
+
+
+def test_presets_leave_out_the_gate_of_a_shared_expert_but_not_its_layers():
+    model = veneer.attach(mixture("qwen2_moe"), veneer.LoraConfig(r=2, targets="mlp"))
+    assert {path.split(".", 3)[3] for path in lora_layers(model)} == {
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj",
+        *(f"mlp.shared_expert.{kind}_proj" for kind in ("gate", "up", "down")),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "width"), [("mixtral", 64), ("qwen3_moe", 16)])
@@ -57,6 +66,19 @@ def test_targets_in_the_experts_alone_say_how_to_name_them(targets):
     with pytest.raises(VeneerError, match=r"model\.layers\.0\.mlp\.experts.*in lora.parameters") as caught:
         veneer.attach(model, veneer.LoraConfig(r=2, targets=targets))
     assert len(caught.value.problems) == 1 and not lora_layers(model)
+
+
+def test_parameters_that_have_adapters_are_no_layers_to_another_one(tmp_path):
+    model = veneer.attach(mixture("qwen2_moe"), veneer.LoraConfig(r=2, targets="mlp"), name="all")
+    with pytest.warns(UserWarning, match="reaches layers only"):
+        veneer.attach(model, veneer.LoraConfig(r=2, targets=["down_proj"]))
+    assert sorted(path for path, layer in lora_layers(model).items() if "default" in layer.lora_A) == [
+        f"model.layers.{n}.mlp.shared_expert.down_proj" for n in (0, 1)
+    ]
+    veneer.save_adapter(model, tmp_path / "a", "all")
+    config = json.loads((tmp_path / "a/adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+    assert config["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
 
 
 def test_exclusions_and_layers_hold_for_experts_too():

@@ -17,7 +17,7 @@ from transformers import (
 )  # fmt: skip
 
 import veneer
-from veneer.adapters.attach import adapter_parameters
+from veneer.adapters.attach import adapter_parameters, lora_layers
 from veneer.adapters.files import file_keys
 
 peft = pytest.importorskip("peft")
@@ -260,3 +260,59 @@ def test_our_own_adapter_is_read_there(tmp_path, kind, method):
         merged = veneer.merge(ours)
         torch.testing.assert_close(run(merged, kind), run(back, kind), rtol=1e-4, atol=1e-5)
         assert not [name for name, _ in merged.named_parameters() if "lora" in name or "token_rows" in name]
+
+
+@pytest.mark.parametrize("kind", ["experts, mixtral", "experts, qwen3_moe"])
+def test_experts_that_peft_was_asked_for_by_the_names_of_linears_are_read(tmp_path, kind):
+    """It turns names that transformers 4 had into parameters, with the rank doubled for those that became one."""
+    names = {"experts, mixtral": ["w1", "w2", "w3"], "experts, qwen3_moe": ["gate_proj", "up_proj", "down_proj"]}[kind]
+    model = peft.get_peft_model(
+        built(kind), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj", *names])
+    ).eval()
+    randomised(p for _, p in sorted(model.named_parameters()) if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    ours = veneer.load_adapter(built(kind), tmp_path)
+    torch.testing.assert_close(run(ours, kind), run(model, kind), rtol=1e-5, atol=1e-5)
+    ranks = {path.rsplit(".", 1)[-1]: layer.rank("default") for path, layer in lora_layers(ours).items()}
+    assert ranks == {"v_proj": 3, "gate_up_proj": 6, "down_proj": 3}
+
+
+def test_a_dense_block_among_mixtures_which_peft_leaves_out_without_a_word(tmp_path):
+    """It takes gate_proj, up_proj and down_proj of such a model for the experts', so it adapts no linear of these names."""
+
+    def model():
+        torch.manual_seed(0)
+        config = mixture("qwen3_moe").config
+        config.mlp_only_layers = [0]
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    ours = veneer.attach(model(), veneer.LoraConfig(r=2, targets="mlp"))
+    adapted = {path.removeprefix("model.layers.") for path in lora_layers(ours)}
+    assert adapted == {f"0.mlp.{n}_proj" for n in ("gate", "up", "down")} | {f"1.mlp.{name}" for name in PARAMETERS}
+    randomised(adapter_parameters(ours, "default").values())
+    veneer.save_adapter(ours, tmp_path / "a")
+    again = veneer.load_adapter(model(), tmp_path / "a")
+    assert torch.equal(again(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    asked = peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"], target_parameters=PARAMETERS)
+    theirs = peft.get_peft_model(model(), asked)
+    assert not [name for name, _ in theirs.named_parameters() if "lora" in name and "layers.0" in name]
+
+
+def test_what_peft_refuses_for_parameters_tokens_and_biases_is_refused_here():
+    for wrong in ({"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}):
+        with pytest.raises(ValueError, match="does not work with"):
+            peft.get_peft_model(
+                built("experts, mixtral"), peft.LoraConfig(target_modules=[], target_parameters=PARAMETERS, **wrong)
+            )
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], trainable_token_indices=TOKENS)
+    with pytest.raises((ValueError, TypeError, AttributeError)):  # in its forward, or before it
+        run(peft.get_peft_model(built("tokens"), config), "tokens")
+    for wrong in ({"dropout": 0.1}, {"dora": True}, {"lora_bias": True}):
+        with pytest.raises(veneer.VeneerError):
+            veneer.LoraConfig(targets=[], parameters=PARAMETERS, **wrong)
+    with pytest.raises(veneer.VeneerError, match=r"is also in lora\.targets"):
+        veneer.attach(built("tokens"), veneer.LoraConfig(r=2, targets=["embed_tokens"], tokens=TOKENS))
+    with pytest.raises(ValueError, match="not supported for DoRA"):
+        peft.LoraConfig(lora_bias=True, use_dora=True)
+    with pytest.raises(ValueError, match="lora_bias=True is not supported for Embedding"):
+        peft.get_peft_model(built("embedding"), peft.LoraConfig(target_modules=["embed_tokens"], lora_bias=True))

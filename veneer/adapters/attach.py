@@ -25,6 +25,7 @@ _PRESET_PARENT = {
     "attention": re.compile(r"(^|_)(attn|attention)", re.I),
     "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
 }
+_ROUTER = re.compile(r"router|(.*_)?gate")
 _OF_EXPERTS = re.compile(r"expert|moe|mlp|feed_?forward|ffn", re.I)
 _ENDS_IN = r"(.*\.)?({})$"
 _LAYER_INDEX = re.compile(r".*?\.(\d+)\.")
@@ -387,7 +388,7 @@ def _left_out(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | N
 def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """The full names of the layers meant by `targets`, in model order.
 
-    A preset (attention, qv, mlp, all-linear: linears, never the output head), a list of name suffixes, or a regex that
+    A preset (attention, qv, mlp, all-linear: linears, never the output head nor what routes to experts), a list of name suffixes, or a regex that
     must match a layer's whole name; the last two mean what PEFT's `target_modules` means, and also reach convolutions and
     embeddings.
 
@@ -396,7 +397,13 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = dict(_adaptable(model))
-    hidden = [name for name, module in layers.items() if isinstance(module, LINEAR) and module is not head]
+    mixtures = {name.rsplit(".", 2)[0] for name in expert_parameters(model)}
+    hidden = [
+        name
+        for name, module in layers.items()
+        if isinstance(module, LINEAR) and module is not head
+        if not (name.rpartition(".")[0] in mixtures and _ROUTER.fullmatch(name.rpartition(".")[2]))
+    ]
     if isinstance(targets, str):
         if targets == "all-linear":
             found = hidden
@@ -608,6 +615,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside = set()
     for name, module in model.named_modules():
+        if isinstance(module, LoraParameter):
+            continue
         if isinstance(module, LoraLayer):
             inside.add(f"{name}.base_layer")
             yield name, module

@@ -10,6 +10,7 @@ from conftest import make_mixture as mixture
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import veneer
 from veneer.adapters import experts
@@ -197,14 +198,16 @@ def test_all_that_adapters_do_works_with_experts(tmp_path, kind):
     assert torch.equal(model(input_ids=IDS).logits, logits[None])
 
 
-def test_what_is_restricted_to_blocks_is_written_so_that_peft_reads_the_same(tmp_path):
+@pytest.mark.parametrize("where", [{"layers": [1]}, {"depth": [0, 2]}])
+def test_what_is_restricted_to_blocks_is_written_so_that_peft_reads_the_same(tmp_path, where):
     peft = pytest.importorskip("peft")
     model = built()
-    veneer.attach(model, veneer.LoraConfig(r=2, targets="all-linear", layers=[1], exclude=["experts.down_proj"]))
+    veneer.attach(model, veneer.LoraConfig(r=4, targets="all-linear", exclude=["experts.down_proj"], **where))
     randomised(model)
     veneer.save_adapter(model, tmp_path / "a")
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
-    assert config["target_parameters"] == [EXPERTS[2]] and config["layers_to_transform"] == [1]
+    assert config["target_parameters"] == [EXPERTS[2]]
+    assert {layer.rank("default") for layer in lora_layers(model).values()} == ({4} if "layers" in where else {2})
     back = peft.PeftModel.from_pretrained(built(), tmp_path / "a").eval()
     torch.testing.assert_close(back(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
 
@@ -306,6 +309,30 @@ def test_the_weight_that_other_modules_run_on_is_not_kept(monkeypatch):
     assert len(refs) == 2 and all(ref.expired() for ref in refs)
     loss.backward()
     assert len(refs) == 4 and all(ref.expired() for ref in refs)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_under_gradient_checkpointing_the_gradients_are_the_same(known):
+    gradients = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = built() if known else Holder(True)
+        parameters = [] if known else ["experts.first", "second"]
+        veneer.attach(
+            model, veneer.LoraConfig(r=2, targets="mlp" if known else ["embed"], parameters=parameters), seed=0
+        )
+        randomised(model).train()
+        if known:
+            if again:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            model(input_ids=IDS, labels=IDS).loss.backward()
+        else:
+            x = torch.ones(2, 8)
+            (checkpoint(model, x, use_reentrant=False) if again else model(x)).square().sum().backward()
+        gradients.append([p.grad for p in adapter_parameters(model, "default").values()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert a.any()
 
 
 def test_the_base_called_between_forward_and_backward_changes_no_gradient():

@@ -148,6 +148,9 @@ class LoraParameter(LoraLayer):
     def weight(self) -> Tensor:
         return getattr(self.owner, self.key)  # type: ignore[no-any-return]
 
+    def dense(self) -> Tensor:
+        return self.weight.detach().float()
+
     def rank_of(self, a: Tensor) -> int:
         return int(a.shape[0]) // self.experts
 

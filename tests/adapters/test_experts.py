@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from transformers.integrations import use_experts_implementation
 
 import veneer
 from veneer.adapters import experts
@@ -410,3 +411,35 @@ def test_inspect_compares_with_the_base_however_its_experts_are_stored(tmp_path,
     found = inspect_adapter(tmp_path / "a", model=str(tmp_path / "base"))
     assert {row["layer"]: row["base_norm"] for row in found["by_layer"]} == pytest.approx(norms, rel=1e-5)
     assert found["relative_norm"] > 0
+
+
+@use_experts_implementation(has_gate=False, is_transposed=True, has_post_expert_norm=True)
+class Ungated(nn.Module):
+    """What NemotronH, Aria and others have and the three above have not: no gate, (E, in, out), a norm of each output."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.num_experts, self.act_fn, self.post_expert_norm = 5, nn.ReLU(), nn.LayerNorm(8)
+        self.up_proj = nn.Parameter(torch.randn(5, 8, 12))
+        self.down_proj = nn.Parameter(torch.randn(5, 12, 8))
+
+
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_every_shape_that_transformers_marks_as_experts(implementation):
+    torch.manual_seed(0)
+    model, plain = (nn.Sequential(Ungated(SimpleNamespace(_experts_implementation=implementation))) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    x, scores = torch.randn(7, 8), torch.rand(7, 2)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(7)])  # nobody asks the fifth
+    veneer.attach(model, veneer.LoraConfig(r=2, alpha=3, targets=[], parameters=["up_proj", "0.down_proj"]))
+    randomised(model)
+    found = model[0](x, chosen, scores)
+    expected = torch.func.functional_call(plain[0], {k[2:]: w for k, w in dense(model).items()}, (x, chosen, scores))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    parameters = list(adapter_parameters(model, "default").values())
+    for a, b in zip(
+        torch.autograd.grad(found.square().sum(), parameters),
+        torch.autograd.grad(expected.square().sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))

@@ -105,7 +105,7 @@ METHODS = {
     "lora_bias": {"lora_bias": True},
 }
 # Kinds that have methods of their own. PEFT refuses dropout, DoRA and lora_bias for parameters, and cannot put the rows of
-# tokens and LoRA on one layer.
+# tokens and LoRA on one layer. It says of patterns for parameters that they "were ignored", but goes by them.
 OWN = {
     "experts": {
         "LoRA": {},

@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from veneer.models.fuse import fuse
 
@@ -43,6 +43,20 @@ def make_model(seed=0, dtype=torch.float32, fused=True, **changes):
     if fused:
         fuse(model)
     return model
+
+
+def make_mixture(kind="mixtral"):
+    own = {
+        "mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16},
+        "gpt_oss": {"num_local_experts": 4},
+        "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        kind, vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts_per_tok=2, pad_token_id=256, bos_token_id=257,
+        eos_token_id=256, **own[kind],
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -18,6 +19,8 @@ from veneer.errors import VeneerError
 RECIPE_LIMIT = 1 << 20  # bytes; a recipe is a page of text
 LORA_PLUS = 16.0  # the ratio its paper proposes (Hayou et al. 2024, arXiv 2402.12354)
 TARGET_PRESETS = ("attention", "qv", "mlp", "all-linear")
+
+_NO_TARGET = "expected attention, qv, mlp, all-linear, a list of name suffixes, or a regex; found nothing"
 
 Quantization = Literal["nf4", "fp4", "int8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -102,6 +105,16 @@ class LoraConfig(Settings):
         "kaiming", description="kaiming or gaussian: how A starts; B starts at zero"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+    lora_bias: bool = Field(False, description="train a bias on B as well, added with the update")
+    parameters: list[str] = Field(
+        [],
+        description="name suffixes of 3-D parameters to adapt, as experts.down_proj of a mixture's experts; "
+        "the presets mlp and all-linear take all experts by themselves",
+    )
+    tokens: list[int] | dict[str, list[int]] = Field(
+        [],
+        description="ids of tokens whose embeddings are trained in full, or lists of them by embedding's name suffix",
+    )
 
     @property
     def scaling(self) -> float:
@@ -113,10 +126,19 @@ class LoraConfig(Settings):
     @field_validator("targets")
     @classmethod
     def _some_target(cls, value: str | list[str]) -> str | list[str]:
-        if not value or any(not part for part in value):
-            raise ValueError(
-                "expected attention, qv, mlp, all-linear, a list of name suffixes, or a regex; found nothing"
-            )
+        if value == "" or any(not part for part in value):
+            raise ValueError(_NO_TARGET)
+        return value
+
+    @field_validator("tokens")
+    @classmethod
+    def _token_ids(cls, value: list[int] | dict[str, list[int]]) -> list[int] | dict[str, list[int]]:
+        for where, ids in value.items() if isinstance(value, dict) else [("", value)]:
+            twice = sorted(i for i, times in Counter(ids).items() if times > 1)
+            if twice:
+                raise ValueError(f"found {twice} more than once, expected each id once")
+            if (isinstance(value, dict) and not (where and ids)) or min(ids, default=0) < 0:
+                raise ValueError(f"found {value}, expected ids from 0, some for each name")
         return value
 
     @field_validator("rank_pattern", "alpha_pattern")
@@ -132,18 +154,38 @@ class LoraConfig(Settings):
     def _usual_budget(cls, value: Any) -> Any:
         return ({} if value else None) if isinstance(value, bool) else value
 
-    @model_validator(mode="after")
-    def _one_form(self) -> LoraConfig:
-        if self.adalora is not None and self.dora:
-            raise ValueError("adalora: found dora too, which has another form: choose one")
-        return self
-
     @field_validator("depth")
     @classmethod
     def _ranks(cls, value: list[int] | None) -> list[int] | None:
         if value is not None and (not any(value) or min(value) < 0):
             raise ValueError(f"found {value}, expected ranks from 0, not all 0")
         return value
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> LoraConfig:
+        problems = []
+        if not self.targets and not self.parameters:
+            problems.append(f"lora.targets: {_NO_TARGET}")
+        if any(not name for name in self.parameters):
+            problems.append("lora.parameters: expected name suffixes; found an empty one")
+        if self.lora_bias and self.dora:
+            problems.append("lora.lora_bias: found true, but with dora there is none: its lengths would not cover it")
+        if self.lora_bias and self.init != "kaiming":
+            problems.append(f"lora.lora_bias: found true with init {self.init}; other tools read it with kaiming only")
+        if self.adalora is not None and self.dora:
+            problems.append("lora.adalora: found dora too, which has another form: choose one")
+        if self.adalora is not None and self.lora_bias:
+            problems.append("lora.adalora: found lora_bias too, which a layer left without a rank cannot have")
+        for key in ("dropout", "dora", "lora_bias", "adalora"):
+            if self.parameters and getattr(self, key):
+                problems.append(
+                    f"lora.parameters: found {key}, which adapters of parameters do not have: no input of theirs is seen"
+                    if key == "dropout"
+                    else f"lora.parameters: found {key}, which adapters of parameters do not have"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class DataConfig(Settings):
@@ -384,5 +426,8 @@ def _explain(root: type[BaseModel], error: ValidationError) -> list[str]:
             if name in ("quantize",):
                 message = f"expected one of {', '.join(get_args(Quantization))}, or nothing for 16-bit"
             for line in message.splitlines():
-                problems.setdefault(name or line, f"{name + ': ' if name else ''}{line}{found}")
+                if name and line.startswith(f"{name}."):  # a problem of a part as a whole names its settings itself
+                    problems.setdefault(line, line)
+                else:
+                    problems.setdefault(name or line, f"{name + ': ' if name else ''}{line}{found}")
     return list(problems.values())

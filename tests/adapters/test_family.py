@@ -218,3 +218,48 @@ def test_lora_plus_gives_b_a_rate_of_its_own():
     assert [len(group["params"]) for group in parameter_groups(parameters)] == [7]
     assert veneer.TrainConfig(lora_plus=True).lora_plus == 16 and veneer.TrainConfig(lora_plus=False).lora_plus is None
     assert isinstance(lora_layers(model)["model.layers.0.self_attn.q_proj"], LoraLinear)
+
+
+@pytest.mark.parametrize("kind", ["fused", "4-bit", "dropout"])
+def test_the_bias_of_b_is_trained_in_every_path(kind):
+    """y + scaling * (B A x + bias): the plain definition on dense weights says what comes out, and every gradient."""
+    model = make_model(dtype=torch.bfloat16 if kind == "fused" else torch.float32, attention_bias=True)
+    if kind == "4-bit":
+        quantize_model(model, compute_dtype=torch.float32)
+    before = model(input_ids=IDS).logits.detach()
+    config = veneer.LoraConfig(
+        r=2, alpha=3, targets=["q_proj", "o_proj"], lora_bias=True, dropout=0.5 * (kind == "dropout")
+    )
+    veneer.attach(model, config)
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    biases = {k: p for k, p in adapter_parameters(model, "default").items() if k.endswith("lora_B.bias")}
+    assert len(biases) == 4 and all(not p.any() for p in biases.values())
+    randomised(model)
+    layer = lora_layers(model)["model.layers.1.self_attn.q_proj"]
+    x = torch.randn(7, 48).to(before.dtype)
+    a, b, bias = layer.parameters_of("default").values()
+    expected = layer.base_layer(x).float() + 1.5 * (x.float() @ a.T @ b.T + bias)
+    close = {"rtol": 0.02, "atol": 0.02} if kind == "fused" else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(layer(x).float(), expected, **close)
+    (found,) = torch.autograd.grad(layer.train()(x).float().sum(), [bias])
+    torch.testing.assert_close(found, torch.full_like(bias, 1.5 * 7))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in biases.values())
+    adapted = model.eval()(input_ids=IDS).logits.detach()
+    merged = veneer.merge(model)(input_ids=IDS).logits
+    limit = {"rtol": 0.05, "atol": 0.05} if kind == "fused" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(merged, adapted, **limit)
+
+
+def test_a_bias_of_b_goes_with_neither_dora_nor_embeddings_nor_a_layer_without_bias_when_merged(tmp_path):
+    for more in ({"dora": True}, {"init": "gaussian"}):
+        with pytest.raises(veneer.VeneerError, match="lora_bias"):
+            veneer.LoraConfig(lora_bias=True, **more)
+    with pytest.raises(veneer.VeneerError, match="embed_tokens are embeddings"):
+        veneer.attach(make_model(), veneer.LoraConfig(r=2, targets=["embed_tokens", "q_proj"], lora_bias=True))
+    model = make_model()
+    veneer.attach(model, veneer.LoraConfig(r=2, targets=["q_proj"], lora_bias=True))
+    before = randomised(model)(input_ids=IDS).logits
+    with pytest.raises(veneer.VeneerError) as caught:
+        veneer.merge(model)
+    assert len(caught.value.problems) == 2 and torch.equal(model(input_ids=IDS).logits, before)

@@ -7,10 +7,18 @@ import torch
 from conftest import make_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)  # fmt: skip
 
 import veneer
-from veneer.adapters.attach import adapter_parameters
+from veneer.adapters.attach import adapter_parameters, lora_layers
+from veneer.adapters.files import file_keys
 
 peft = pytest.importorskip("peft")
 
@@ -49,6 +57,19 @@ def qwen2():
     return model
 
 
+def mixture(kind):
+    own = {"qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16}}.get(kind, {"num_local_experts": 4})
+    config = AutoConfig.for_model(
+        kind, vocab_size=100, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_experts_per_tok=2, pad_token_id=1, bos_token_id=2, eos_token_id=1, **own,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 or name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 KINDS = {
     "linear": (qwen2, ["q_proj", "down_proj"]),
     "conv1d of transformers": (gpt2, ["c_attn", "c_fc"]),
@@ -58,7 +79,14 @@ KINDS = {
     "embedding, tied": (lambda: make_model(fused=False), ["embed_tokens", "v_proj"]),
     "head": (qwen2, ["lm_head", "v_proj"]),
     "head, tied": (lambda: make_model(fused=False), ["lm_head", "v_proj"]),
+    "experts, mixtral": (lambda: mixture("mixtral"), ["v_proj"]),
+    "experts, qwen3_moe": (lambda: mixture("qwen3_moe"), ["v_proj"]),
+    "experts, gpt_oss": (lambda: mixture("gpt_oss"), []),  # (E, in, out), biases, another gate
+    "tokens": (qwen2, ["v_proj"]),
+    "tokens, tied": (lambda: make_model(fused=False), ["v_proj"]),
 }
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
+TOKENS = [int(IDS[0, 2]), 99, int(IDS[1, 4]), 7]
 FIRST = {
     "linear": "q_proj",
     "conv1d of transformers": "c_attn",
@@ -74,13 +102,39 @@ METHODS = {
     "bias all": {"bias": "all"},
     "bias lora_only": {"bias": "lora_only"},
     "modules_to_save": {"modules_to_save": "some"},
+    "lora_bias": {"lora_bias": True},
+}
+# Kinds that have methods of their own. PEFT refuses dropout, DoRA and lora_bias for parameters, and cannot put the rows of
+# tokens and LoRA on one layer. It says of patterns for parameters that they "were ignored", but goes by them.
+OWN = {
+    "experts": {
+        "LoRA": {},
+        "rsLoRA": {"use_rslora": True},
+        "patterns": {"rank_pattern": {"experts.gate_up_proj": 3}, "alpha_pattern": {r"layers\.1\..*down_proj": 3}},
+        "patterns, rsLoRA": {"rank_pattern": {"experts.down_proj": 3}, "use_rslora": True},
+        "one parameter": {"target_parameters": PARAMETERS[1:]},
+        "one in one block": {"target_parameters": [f"model.layers.1.mlp.{PARAMETERS[0]}", PARAMETERS[1]]},
+        "modules_to_save": {"modules_to_save": ["norm"]},
+    },
+    "tokens": {
+        "LoRA": {},
+        "DoRA": {"use_dora": True},
+        "by name": {"trainable_token_indices": {"embed_tokens": TOKENS}},
+        "head too": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": TOKENS}},
+        "head, its own": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [3, 50]}},
+    },
 }
 SAVED = {Pictures: ["head"], gpt2: ["ln_f"], qwen2: ["norm"]}
 
 
 def settings(kind, method):
     build, targets = KINDS[kind]
-    found = {"r": 4, "lora_alpha": 6, "target_modules": targets, **METHODS[method]}
+    found = {"r": 4, "lora_alpha": 6, "target_modules": targets}
+    if kind.startswith("experts"):
+        return found | {"target_parameters": PARAMETERS} | OWN["experts"][method]
+    if kind.startswith("tokens"):
+        return found | {"trainable_token_indices": TOKENS} | OWN["tokens"][method]
+    found |= METHODS[method]
     first = FIRST.get(kind, targets[0])
     if "rank_pattern" in found:
         found |= {"rank_pattern": {first: 8}, "alpha_pattern": {first: 3}}
@@ -115,11 +169,10 @@ def theirs(kind, method):
     return model
 
 
-def their_name(name):
-    """Of a parameter in PEFT's model -> ours."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-    name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
-    return name.replace(".default", "")
+def file_key(name):
+    """Of a parameter in PEFT's model."""
+    name = name.replace(".modules_to_save.default.", ".").replace(".original_module.", ".")
+    return name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector").replace(".default", "")
 
 
 def gradients(model, kind, parameters):
@@ -132,7 +185,12 @@ def gradients(model, kind, parameters):
 
 def cells():
     for kind in KINDS:
+        if (own := kind.split(",")[0]) in OWN:
+            yield from ((kind, method) for method in OWN[own] if (kind, method) != ("tokens, tied", "head, its own"))
+            continue
         for method in METHODS:
+            if method == "lora_bias" and kind not in ("linear", "conv1d of transformers", "convolution", "head"):
+                continue
             if method.startswith("bias") and kind in ("embedding, tied", "head, tied"):
                 continue  # no biases there
             if method == "DoRA" and kind == "grouped convolution":
@@ -148,9 +206,11 @@ def test_their_file_is_the_same_adapter_here(tmp_path, kind, method):
     wanted, their_gradients = gradients(model, kind, {n: p for n, p in model.named_parameters() if p.requires_grad})
     found, our_gradients = gradients(ours, kind, adapter_parameters(ours, "default"))
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    assert our_gradients.keys() == {their_name(name) for name in their_gradients}
+    keys = file_keys(ours, "default")
+    our_gradients = {keys[name]: gradient for name, gradient in our_gradients.items()}
+    assert our_gradients.keys() == {file_key(name) for name in their_gradients}
     for name, gradient in their_gradients.items():
-        mine = our_gradients[their_name(name)]
+        mine = our_gradients[file_key(name)]
         torch.testing.assert_close(mine, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
     veneer.set_adapter(ours, None)
     assert torch.equal(run(ours, kind), run(built(kind), kind))
@@ -180,7 +240,8 @@ def test_our_own_adapter_is_read_there(tmp_path, kind, method):
             r=4, alpha=6, targets=asked["target_modules"], rslora=asked.get("use_rslora", False),
             dora=asked.get("use_dora", False), rank_pattern=asked.get("rank_pattern", {}),
             alpha_pattern=asked.get("alpha_pattern", {}), bias=asked.get("bias", "none"),
-            modules_to_save=asked.get("modules_to_save", []),
+            modules_to_save=asked.get("modules_to_save", []), parameters=asked.get("target_parameters", []),
+            tokens=asked.get("trainable_token_indices", []), lora_bias=asked.get("lora_bias", False),
         ),
     )  # fmt: skip
     torch.testing.assert_close(run(ours, kind), plain, rtol=1e-5, atol=1e-5)
@@ -190,6 +251,68 @@ def test_our_own_adapter_is_read_there(tmp_path, kind, method):
     torch.testing.assert_close(run(back, kind), run(ours, kind), rtol=1e-5, atol=1e-5)
     wanted = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (wanted["r"], wanted["lora_alpha"]) == (4, 6)
-    merged = veneer.merge(ours) if "convolution" not in kind else None
-    if merged is not None:
+    if method == "lora_bias" and kind in ("linear", "head"):  # down_proj and the head have no bias
+        with pytest.raises(RuntimeError, match="no bias"):
+            back.merge_and_unload()
+        with pytest.raises(veneer.VeneerError, match="layer without one"):
+            veneer.merge(ours)
+    elif "convolution" not in kind:
+        merged = veneer.merge(ours)
         torch.testing.assert_close(run(merged, kind), run(back, kind), rtol=1e-4, atol=1e-5)
+        assert not [name for name, _ in merged.named_parameters() if "lora" in name or "token_rows" in name]
+
+
+@pytest.mark.parametrize("kind", ["experts, mixtral", "experts, qwen3_moe"])
+def test_experts_that_peft_was_asked_for_by_the_names_of_linears_are_read(tmp_path, kind):
+    """It turns names that transformers 4 had into parameters, with the rank doubled for those that became one."""
+    names = {"experts, mixtral": ["w1", "w2", "w3"], "experts, qwen3_moe": ["gate_proj", "up_proj", "down_proj"]}[kind]
+    model = peft.get_peft_model(
+        built(kind), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["v_proj", *names])
+    ).eval()
+    randomised(p for _, p in sorted(model.named_parameters()) if p.requires_grad)
+    model.save_pretrained(tmp_path)
+    ours = veneer.load_adapter(built(kind), tmp_path)
+    torch.testing.assert_close(run(ours, kind), run(model, kind), rtol=1e-5, atol=1e-5)
+    ranks = {path.rsplit(".", 1)[-1]: layer.rank("default") for path, layer in lora_layers(ours).items()}
+    assert ranks == {"v_proj": 3, "gate_up_proj": 6, "down_proj": 3}
+
+
+def test_a_dense_block_among_mixtures_which_peft_leaves_out_without_a_word(tmp_path):
+    """It takes gate_proj, up_proj and down_proj of such a model for the experts', so it adapts no linear of these names."""
+
+    def model():
+        torch.manual_seed(0)
+        config = mixture("qwen3_moe").config
+        config.mlp_only_layers = [0]
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+    ours = veneer.attach(model(), veneer.LoraConfig(r=2, targets="mlp"))
+    adapted = {path.removeprefix("model.layers.") for path in lora_layers(ours)}
+    assert adapted == {f"0.mlp.{n}_proj" for n in ("gate", "up", "down")} | {f"1.mlp.{name}" for name in PARAMETERS}
+    randomised(adapter_parameters(ours, "default").values())
+    veneer.save_adapter(ours, tmp_path / "a")
+    again = veneer.load_adapter(model(), tmp_path / "a")
+    assert torch.equal(again(input_ids=IDS).logits, ours(input_ids=IDS).logits)
+    asked = peft.LoraConfig(r=2, target_modules=["gate_proj", "up_proj", "down_proj"], target_parameters=PARAMETERS)
+    theirs = peft.get_peft_model(model(), asked)
+    assert not [name for name, _ in theirs.named_parameters() if "lora" in name and "layers.0" in name]
+
+
+def test_what_peft_refuses_for_parameters_tokens_and_biases_is_refused_here():
+    for wrong in ({"lora_dropout": 0.1}, {"use_dora": True}, {"lora_bias": True}):
+        with pytest.raises(ValueError, match="does not work with"):
+            peft.get_peft_model(
+                built("experts, mixtral"), peft.LoraConfig(target_modules=[], target_parameters=PARAMETERS, **wrong)
+            )
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], trainable_token_indices=TOKENS)
+    with pytest.raises((ValueError, TypeError, AttributeError)):  # in its forward, or before it
+        run(peft.get_peft_model(built("tokens"), config), "tokens")
+    for wrong in ({"dropout": 0.1}, {"dora": True}, {"lora_bias": True}):
+        with pytest.raises(veneer.VeneerError):
+            veneer.LoraConfig(targets=[], parameters=PARAMETERS, **wrong)
+    with pytest.raises(veneer.VeneerError, match=r"is also in lora\.targets"):
+        veneer.attach(built("tokens"), veneer.LoraConfig(r=2, targets=["embed_tokens"], tokens=TOKENS))
+    with pytest.raises(ValueError, match="not supported for DoRA"):
+        peft.LoraConfig(lora_bias=True, use_dora=True)
+    with pytest.raises(ValueError, match="lora_bias=True is not supported for Embedding"):
+        peft.get_peft_model(built("embedding"), peft.LoraConfig(target_modules=["embed_tokens"], lora_bias=True))

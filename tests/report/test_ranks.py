@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import make_model
+from conftest import make_mixture, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import veneer
@@ -53,6 +53,15 @@ def test_the_table_is_what_attaching_gives(tmp_path, tokenizer, target):
     veneer.attach(model, veneer.LoraConfig(r=4, targets=target))
     count = veneer.count_parameters(model)
     assert (row["parameters"], row["share"]) == (count.trainable, pytest.approx(count.ratio))
+
+
+@pytest.mark.parametrize("target", ["attention", "mlp", "all-linear"])
+def test_the_experts_of_a_mixture_are_counted(tmp_path, target):
+    model = make_mixture("qwen3_moe")
+    model.config.save_pretrained(tmp_path)
+    row = cells(ranks.rank_table(str(tmp_path), ranks=(4,)))[target, 4]
+    veneer.attach(model, veneer.LoraConfig(r=4, targets=target))
+    assert row["parameters"] == veneer.count_parameters(model).trainable
 
 
 def test_a_rank_above_a_width_has_no_figure(tmp_path, tokenizer):

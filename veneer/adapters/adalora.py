@@ -148,7 +148,7 @@ class Allocator:
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
         diagonals = next(iter(self.layers.values())).lora_E
-        first = diagonals[self.name] if self.name in diagonals else None  # None: the adapter was removed
+        first = diagonals.get(self.name)  # None: the adapter was removed
         if first is None or first.grad is None:
             return False
         return any(first is p for g in optimizer.param_groups for p in g["params"])

@@ -14,7 +14,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapters import adalora
-from veneer.adapters.lora import CONVOLUTIONS, LoraLayer, LoraLinear, check_adapter_name, lora_layer
+from veneer.adapters.experts import LoraExperts, LoraParameter
+from veneer.adapters.lora import CONVOLUTIONS, LoraEmbedding, LoraLayer, LoraLinear, check_adapter_name, lora_layer
+from veneer.adapters.tokens import TokenRows, set_token_rows, token_layers, token_rows
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
 from veneer.quant.linear import QuantizedLinear
@@ -24,6 +26,8 @@ _PRESET_PARENT = {
     "attention": re.compile(r"(^|_)(attn|attention)", re.I),
     "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
 }
+_ROUTER = re.compile(r"router|(.*_)?gate")
+_OF_EXPERTS = re.compile(r"expert|moe|mlp|feed_?forward|ffn", re.I)
 _ENDS_IN = r"(.*\.)?({})$"
 _LAYER_INDEX = re.compile(r".*?\.(\d+)\.")
 # The query and the value projection by the names architectures give them, and layers that are both and the key in one.
@@ -71,7 +75,7 @@ def attach(
 ) -> nn.Module:
     """Freeze `model` and put a new, active, trainable adapter on it, in place. The model's output does not change.
 
-    Warns when a preset leaves out a mixture's experts.
+    Warns when words of `targets` also fit parameters, as a mixture's experts are, that are left out.
 
     Args:
         seed: of A's random start; left out, torch's global generator is used.
@@ -83,8 +87,8 @@ def attach(
     check_adapter_name(name)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
-    places = plan_places(model, config)
-    replaced = _to_replace(model, config, [place.path for place in places])
+    places, replaced, tokens = _plan(model, config)
+    left_out = _left_out(model, config, [place.path for place in places])
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     freeze_base(model)
     for path, r, scaling in places:
@@ -95,7 +99,11 @@ def attach(
         else:
             a, b, diagonal = adalora.start(layer, min(round(r * config.adalora.start), *layer.sides), generator)
         magnitude = layer.first_magnitude() if config.dora else None
-        layer.add(name, a, b, scaling=scaling, dropout=config.dropout, magnitude=magnitude, diagonal=diagonal)
+        bias = torch.zeros(layer.out_features) if config.lora_bias else None
+        more = {"magnitude": magnitude, "diagonal": diagonal, "bias": bias}
+        layer.add(name, a, b, scaling=scaling, dropout=config.dropout, **more)
+    for path, ids in tokens.items():
+        TokenRows.of(model, path).add(name, ids)
     copies = {path: nn.Parameter(base.detach().clone()) for path, base in replaced.items()}
     adapters(model)[name] = adapter = Adapter(config, replaced=copies)
     if config.adalora is not None:
@@ -105,19 +113,43 @@ def attach(
     from veneer.adapters.reference import answer_save_pretrained  # here: it imports this module
 
     answer_save_pretrained(model)
-    if config.targets in ("all-linear", "mlp"):
-        _warn_of_experts(model, config.targets)
+    if left_out:
+        warnings.warn(left_out, stacklevel=2)
     return model
 
 
+def _plan(model: nn.Module, config: LoraConfig) -> tuple[list[Place], dict[str, nn.Parameter], dict[str, list[int]]]:
+    """All that a configuration changes: layers and parameters, what is trained in full, tokens by embedding."""
+    places: list[Place] = []
+    replaced: dict[str, nn.Parameter] = {}
+    tokens: dict[str, list[int]] = {}
+    problems, hint = [], None
+    try:
+        places = plan_places(model, config)
+    except VeneerError as error:
+        problems, hint = error.problems, error.hint
+    paths = [place.path for place in places]
+    try:
+        replaced = _to_replace(model, config, paths)
+    except VeneerError as error:
+        problems += error.problems
+    try:
+        tokens = token_layers(model, config.tokens, paths, replaced)
+    except VeneerError as error:
+        problems += error.problems
+    if problems:
+        raise VeneerError(problems, hint=hint)
+    return places, replaced, tokens
+
+
 def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
-    """The layers that a configuration adapts, each with its rank and scaling, in model order.
+    """The layers that a configuration adapts, each with its rank and scaling, in model order; parameters after layers.
 
     Raises:
         VeneerError: a name matches nothing, a rank is larger than a layer allows; all at once.
     """
-    paths = excluded(resolve_targets(model, config.targets), config.exclude)
-    modules, problems, found = dict(model.named_modules()), [], []
+    paths = excluded(resolve_all(model, config), config.exclude)
+    problems, found = [], []
     if config.layers is not None or config.depth is not None:
         blocks = [block_number(path) for path in paths]
         last = max((n for n in blocks if n is not None), default=None)
@@ -140,10 +172,11 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
         r = int(by_pattern(config.rank_pattern, path, r))
         found.append(Place(path, r, config.scaling_at(r, by_pattern(config.alpha_pattern, path, alpha))))
     too_large = {  # layers of one name and shape, as there is one in each block, are one problem
-        (path.rsplit(".", 1)[-1], r, *_sides(modules[path])): None
-        for path, r, _ in found
-        if r > min(_sides(modules[path]))
+        (path.rsplit(".", 1)[-1], r, *_sides(model, path)): None for path, r, _ in found if r > min(_sides(model, path))
     }
+    no_bias = sorted({p.rsplit(".", 1)[-1] for p, _, _ in found if isinstance(layer_at(model, p), LoraEmbedding)})
+    if config.lora_bias and no_bias:
+        problems.append(f"lora.lora_bias: {', '.join(no_bias)} are embeddings, whose adapters have no bias")
     problems += [
         f"lora.r: found {r}, expected at most {min(rows, width)} for {kind} ({rows} x {width})"
         for kind, r, rows, width in too_large
@@ -158,10 +191,57 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
     return found
 
 
-def _sides(module: nn.Module) -> tuple[int, int]:
-    layer = module if isinstance(module, LoraLayer) else lora_layer(module)
+def resolve_all(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The full names of the layers and parameters that `targets` and `parameters` mean together.
+
+    Raises:
+        VeneerError: a part matches nothing, or not what it should; all at once.
+    """
+    layers: list[str] = []
+    found: list[str] = []
+    problems, hint = [], None
+    if config.parameters:
+        try:
+            found = resolve_parameters(model, config.parameters)
+        except VeneerError as error:
+            problems += error.problems
+    elif config.targets in ("mlp", "all-linear") and not _no_parameters(config):
+        found = expert_parameters(model)
+    try:
+        layers = resolve_targets(model, config.targets)
+    except VeneerError as error:
+        if not found or config.targets != "mlp":  # every MLP of a model can be a mixture
+            problems, hint = problems + error.problems, error.hint
+    if problems:
+        raise VeneerError(problems, hint=hint)
+    return layers + found
+
+
+def _no_parameters(config: LoraConfig) -> list[str]:
+    """The settings with which no adapter of a parameter goes."""
+    return [key for key in ("dropout", "dora", "lora_bias", "adalora") if getattr(config, key)]
+
+
+def _sides(model: nn.Module, path: str) -> tuple[int, int]:
+    layer = layer_at(model, path)
     assert layer is not None
     return layer.sides
+
+
+def layer_at(model: nn.Module, path: str) -> LoraLayer | None:
+    """The adapted layer of this name in the plain model; where there is none yet, one of its kind that is not put there.
+
+    None: nothing of this name can be adapted.
+    """
+    parent, _, key = path.rpartition(".")
+    try:
+        module: Any = model.get_submodule(path)
+        return module if isinstance(module, LoraLayer) else lora_layer(module)
+    except AttributeError:  # a parameter, or nothing
+        if path not in _stacked(model):
+            return None
+    owner: Any = model.get_submodule(parent)
+    return LoraParameter(owner.base_layer if isinstance(owner, LoraExperts) else owner, key)
 
 
 def depth_rank(anchors: list[int], block: int, last: int) -> int:
@@ -236,37 +316,92 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 
 def _is_factor(name: str) -> bool:
-    return any(part in ("lora_A", "lora_B", "lora_E", "magnitude") for part in name.split("."))
+    return any(
+        part in ("lora_A", "lora_B", "lora_E", "magnitude", "lora_bias", "token_rows") for part in name.split(".")
+    )
 
 
-def _experts(model: nn.Module) -> tuple[str, int]:
-    """Where a mixture keeps its experts, all of a layer in one 3-D parameter, which no adapter reaches; and their size."""
+def _stacked(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D parameters that are no layer's weight, by their names in the plain model: matrices, one upon the other."""
     modules = dict(model.named_modules())
-    found = {
-        name: parameter.numel()
+    return {
+        plain_name(model, name): parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and len(parameter) > 1
+        if parameter.ndim == 3 and "." in name and not _is_factor(name)
         if not isinstance(modules[name.rpartition(".")[0]], nn.modules.conv._ConvNd)
     }
-    owners = list(dict.fromkeys(name.rpartition(".")[0] for name in found))
-    more = f" and {len(owners) - 3} more" if len(owners) > 3 else ""
-    return ", ".join(owners[:3]) + more, sum(found.values())
 
 
-def _warn_of_experts(model: nn.Module, targets: str | list[str]) -> None:
-    where, size = _experts(model)
-    if size:
-        warnings.warn(
-            f"lora.targets: {targets} does not reach the experts of this mixture, which are no linear layers: "
-            f"{size:,} parameters stay frozen in {where}",
-            stacklevel=3,
-        )
+def expert_parameters(model: nn.Module) -> list[str]:
+    """Where a mixture keeps its experts, which the presets mlp and all-linear reach: 3-D parameters of modules so called.
+
+    Not biases, and not routers, which have two dimensions.
+    """
+    return [
+        name
+        for name, parameter in _stacked(model).items()
+        if min(parameter.shape) > 1 and parameter.is_floating_point() and "bias" not in name.rsplit(".", 1)[-1]
+        if _OF_EXPERTS.search(name.rpartition(".")[0])
+    ]
+
+
+def resolve_parameters(model: nn.Module, names: list[str]) -> list[str]:
+    """The full names of the 3-D parameters meant by a list of name suffixes, in model order; PEFT's `target_parameters`.
+
+    Raises:
+        VeneerError: a name matches nothing, or a parameter of other dimensions, or a layer's weight; all at once.
+    """
+    stacked = _stacked(model)
+    others = {plain_name(model, n): p for n, p in model.named_parameters() if not _is_factor(n)}
+    problems = []
+    for suffix in names:
+        if any(_is_suffix(name, suffix) for name in stacked):
+            continue
+        wrong = next((name for name in others if _is_suffix(name, suffix)), None)
+        if wrong is None:
+            kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in stacked})
+            there = nearest(suffix, kinds) if kinds else "this model has no 3-D parameters, as a mixture's experts are"
+            problems.append(f"lora.parameters: {suffix!r} matches no parameter; {there}")
+        else:
+            problems.append(
+                f"lora.parameters: {suffix!r} is {wrong} {tuple(others[wrong].shape)}, expected a parameter (experts, rows, "
+                "columns) that is no layer's weight; layers are named in lora.targets"
+            )
+    if problems:
+        raise VeneerError(problems)
+    return [name for name in stacked if any(_is_suffix(name, suffix) for suffix in names)]
+
+
+def _left_out(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | None:
+    """What to warn of: parameters that the words of `targets` fit, or a preset means, and that no adapter reaches."""
+    stacked = {name: p for name, p in _stacked(model).items() if name not in paths and len(p) > 1}
+    if config.targets in ("mlp", "all-linear"):
+        experts = expert_parameters(model)
+        if config.parameters or _no_parameters(config):  # else what is missing was left out by layers, exclude or depth
+            stacked = {name: p for name, p in stacked.items() if name in experts or config.targets == "all-linear"}
+        else:
+            stacked = {name: p for name, p in stacked.items() if name not in experts and config.targets == "all-linear"}
+        why = f"with {' and '.join(_no_parameters(config))}, " if _no_parameters(config) else ""
+        words = f"{config.targets} {why}does not reach"
+    elif isinstance(config.targets, list):
+        stacked = {n: p for n, p in stacked.items() if any(_is_suffix(n, suffix) for suffix in config.targets)}
+        words = f"{config.targets} reaches layers only, not"
+    else:
+        return None
+    if not stacked:
+        return None
+    where = list(dict.fromkeys(name.rpartition(".")[0] for name in stacked))
+    more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+    return (
+        f"lora.targets: {words} these parameters, as a mixture's experts are: {sum(p.numel() for p in stacked.values()):,} "
+        f"parameters stay frozen in {', '.join(where[:3])}{more}"
+    )
 
 
 def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """The full names of the layers meant by `targets`, in model order.
 
-    A preset (attention, qv, mlp, all-linear: linears, never the output head), a list of name suffixes, or a regex that
+    A preset (attention, qv, mlp, all-linear: linears, never the output head nor what routes to experts), a list of name suffixes, or a regex that
     must match a layer's whole name; the last two mean what PEFT's `target_modules` means, and also reach convolutions and
     embeddings.
 
@@ -275,7 +410,13 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = dict(_adaptable(model))
-    hidden = [name for name, module in layers.items() if isinstance(module, LINEAR) and module is not head]
+    mixtures = {name.rsplit(".", 2)[0] for name in expert_parameters(model)}
+    hidden = [
+        name
+        for name, module in layers.items()
+        if isinstance(module, LINEAR) and module is not head
+        if not (name.rpartition(".")[0] in mixtures and _ROUTER.fullmatch(name.rpartition(".")[2]))
+    ]
     if isinstance(targets, str):
         if targets == "all-linear":
             found = hidden
@@ -301,9 +442,11 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
             + ("" if part in TARGET_PRESETS else f"; {nearest(part, kinds)}")
             for part in missing
         ]
-        where, size = _experts(model)
-        if size:
-            problems[-1] += f" (the experts of this mixture, in {where}, are parameters, not linears: not adapted yet)"
+        if experts := expert_parameters(model):
+            problems[-1] += (
+                f" (the experts of this mixture, as {experts[0]}, are parameters, not linears: "
+                "name them in lora.parameters)"
+            )
         raise VeneerError(
             problems, hint=f"layers of this model: {', '.join(kinds)}; presets: {', '.join(TARGET_PRESETS)}"
         )
@@ -331,6 +474,7 @@ def freeze_base(model: nn.Module) -> None:
         for p in layer.parameters_of(name).values()
     }
     own |= {id(p) for adapter in adapters(model).values() for p in adapter.replaced.values()}
+    own |= {id(p) for rows in token_rows(model).values() for p in rows.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in own:
             parameter.requires_grad_(False)
@@ -358,15 +502,33 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 def adapted(model: nn.Module, path: str) -> LoraLayer:
     """The adapted layer at `path`; a plain layer there is wrapped first."""
-    layer = model.get_submodule(path)
-    if isinstance(layer, LoraLayer):
-        return layer
-    wrapped = lora_layer(layer)
+    wrapped = layer_at(model, path)
     assert wrapped is not None, path
-    wrapped.train(layer.training)
     parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, wrapped)
+    owner: Any = model.get_submodule(parent)
+    if isinstance(wrapped, LoraParameter):
+        if not isinstance(owner, LoraExperts):
+            above, _, key = parent.rpartition(".")
+            owner = LoraExperts(owner).train(owner.training)
+            setattr(model.get_submodule(above), key, owner)
+        return owner.part(child)
+    if model.get_submodule(path) is not wrapped:
+        wrapped.train(model.get_submodule(path).training)
+        setattr(owner, child, wrapped)
     return wrapped
+
+
+def unwrap(model: nn.Module, path: str, layer: LoraLayer) -> None:
+    """Put the plain layer or parameter back where an adapted one is."""
+    parent, _, child = path.rpartition(".")
+    owner: Any = model.get_submodule(parent)
+    if not isinstance(layer, LoraParameter):
+        setattr(owner, child, layer.base_layer)
+        return
+    del owner._modules[child]
+    if not owner.parts():
+        above, _, key = parent.rpartition(".")
+        setattr(model.get_submodule(above), key, owner.base_layer)
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -378,9 +540,10 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     require_adapter(model, name)
     for layer in lora_layers(model).values():
         layer.active = name if name in layer.lora_A else None
-        for factors in (layer.lora_A, layer.lora_B, layer.lora_E, layer.magnitude):
+        for factors in layer.factors():
             for key, parameter in factors.items():
                 parameter.requires_grad_(key == name)
+    set_token_rows(model, name)
     _replace(model, {} if name is None else adapters(model)[name].replaced)
     model.__dict__["veneer_active"] = name
 
@@ -411,7 +574,7 @@ def _put(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     parent, _, key = path.rpartition(".")
     module = model.get_submodule(parent)
-    return (module.base_layer if isinstance(module, LoraLayer) else module), key
+    return (module.base_layer if isinstance(module, LoraLayer | LoraExperts) else module), key
 
 
 def active_adapter(model: nn.Module) -> str | None:
@@ -434,8 +597,9 @@ def remove_adapter(model: nn.Module, name: str) -> None:
         if name in layer.lora_A:
             layer.remove(name)
         if not layer.lora_A:
-            parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            unwrap(model, path, layer)
+    for rows in token_rows(model).values():
+        rows.remove(name)
     del adapters(model)[name]
 
 
@@ -447,6 +611,9 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         for path, layer in lora_layers(model).items()
         if name in layer.lora_A
         for key, parameter in layer.parameters_of(name).items()
+    }
+    found |= {
+        f"{path}.{TokenRows.KEY}": rows.rows[name] for path, rows in token_rows(model).items() if name in rows.rows
     }
     return found | adapters(model)[name].replaced if name in adapters(model) else found
 
@@ -461,6 +628,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside = set()
     for name, module in model.named_modules():
+        if isinstance(module, LoraParameter):
+            continue
         if isinstance(module, LoraLayer):
             inside.add(f"{name}.base_layer")
             yield name, module

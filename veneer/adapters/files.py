@@ -27,14 +27,18 @@ from veneer.adapters.attach import (
     by_pattern,
     excluded,
     freeze_base,
+    layer_at,
     lora_layers,
     plain_name,
     require_adapter,
+    resolve_parameters,
     resolve_targets,
     set_adapter,
 )
-from veneer.adapters.lora import LoraLayer, check_adapter_name, lora_layer
+from veneer.adapters.experts import LoraParameter
+from veneer.adapters.lora import LoraLayer, check_adapter_name
 from veneer.adapters.reference import answer_save_pretrained
+from veneer.adapters.tokens import TokenRows, token_layers
 from veneer.config import TARGET_PRESETS, LoraConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.storage import (
@@ -51,20 +55,17 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 _ENDS_IN = r"(.*\.)?({})$"
 _FACTOR = re.compile(
-    r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
+    r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(?:(?<=vector)\.weight)?"
 )
 _WHICH = {
     "lora_A.weight": "a", "lora_embedding_A": "a", "lora_B.weight": "b", "lora_embedding_B": "b",
-    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector": "magnitude", "lora_B.bias": "bias",
 }  # fmt: skip
 
 # Fields of PEFT's LoraConfig that change the result and that we do not support yet: field -> values that change nothing.
 _MATHS_FIELDS: dict[str, tuple[Any, ...]] = {
-    "lora_bias": (False, None),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
     "alora_invocation_tokens": (None, []),
@@ -97,9 +98,17 @@ def _is_regex(value: str) -> bool:
         return False
 
 
+def _token_ids(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return all(isinstance(ids, list) and all(_whole(i, 0) for i in ids) and len({*ids}) == len(ids) for ids in lists)
+
+
 # Every other field we read: what it must be. Those of _OPTIONAL may be null.
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "target_modules": ("a list of names or a regex", lambda v: bool(v) and _names_or_regex(v)),
+    "target_parameters": ("a list of names", lambda v: isinstance(v, list) and _names_or_regex(v)),
+    "trainable_token_indices": ("ids of tokens, each once, or lists of them by name", _token_ids),
+    "lora_bias": ("true or false", lambda v: isinstance(v, bool)),
     "r": ("a whole number from 1", _whole),
     "lora_alpha": ("a number above 0", _positive),
     "lora_dropout": ("a number from 0 to below 1", lambda v: v == 0 or (_positive(v) and v < 1)),
@@ -124,7 +133,14 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 _OPTIONAL = (
     "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_dora",
-    "modules_to_save",
+    "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias",
+)  # fmt: skip
+
+
+# Fields that exclude one another, as PEFT has it.
+_NOT_WITH = (
+    ("lora_bias", "use_dora"), ("target_parameters", "lora_dropout"), ("target_parameters", "use_dora"),
+    ("target_parameters", "lora_bias"),
 )  # fmt: skip
 
 
@@ -134,15 +150,18 @@ class Factors(NamedTuple):
     a: Tensor
     b: Tensor
     magnitude: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class AdapterFile(NamedTuple):
-    """An adapter folder: its config as it stands there and as ours, factors by layer, and parameters trained in full."""
+    """An adapter folder: its config as it stands there and as ours, factors by layer (or adapted parameter), parameters
+    trained in full, and rows of tokens by embedding."""
 
     raw: dict[str, Any]
     config: LoraConfig
     factors: dict[str, Factors]
     replaced: dict[str, Tensor]
+    tokens: dict[str, Tensor]
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *, replace: bool = False) -> Path:
@@ -168,7 +187,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
         write_json(folder / CONFIG_FILE, config)
         write_tensors(
             folder / WEIGHTS_FILE,
-            {KEY_PREFIX + _file_key(model, key): value for key, value in factors.items()},
+            {key: factors[ours] for ours, key in file_keys(model, name).items() if ours in factors},
             metadata={"veneer.base_quantization": str(getattr(model, "veneer_quantization", None) or "none")},
         )
         (folder / "README.md").write_text(
@@ -191,30 +210,45 @@ def _plain(model: nn.Module, name: str) -> dict[str, Tensor]:
     return factors
 
 
-def _file_key(model: nn.Module, key: str) -> str:
-    """PEFT calls the bias of an adapted layer `<layer>.base_layer.bias`."""
-    parent, _, last = key.rpartition(".")
-    inside = last == "bias" and isinstance(model.get_submodule(parent), LoraLayer)
-    return f"{parent}.base_layer.bias" if inside else key
+def file_keys(model: nn.Module, name: str) -> dict[str, str]:
+    """What PEFT's files call each of `adapter_parameters`.
 
-
-def plain_key(key: str) -> str:
-    """The name a tensor of a file has among `adapter_parameters`."""
-    return key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+    The bias of an adapted layer is `<layer>.base_layer.bias`. Adapted parameters of one module have no names there, only
+    wrappers one in the other: the last parameter of the module is the outermost.
+    """
+    parameters = {p: m for p, m in lora_layers(model).items() if isinstance(m, LoraParameter) and name in m.lora_A}
+    wrapped = {}
+    for path, layer in parameters.items():
+        owner = path.rpartition(".")[0]
+        order = [key for key in layer.owner._parameters if f"{owner}.{key}" in parameters]
+        wrapped[path] = owner + ".base_layer" * (len(order) - 1 - order.index(layer.key))
+    found = {}
+    for ours in adapter_parameters(model, name):
+        parent, _, last = ours.rpartition(".")
+        layer_path = parent.rpartition(".")[0]
+        if layer_path in wrapped:
+            key = wrapped[layer_path] + ours.removeprefix(layer_path)
+        elif last == "bias" and not parent.endswith(".lora_B") and isinstance(model.get_submodule(parent), LoraLayer):
+            key = f"{parent}.base_layer.bias"
+        else:
+            key = ours
+        found[ours] = KEY_PREFIX + key
+    return found
 
 
 def file_config(model: nn.Module, name: str) -> dict[str, Any]:
     """The adapter_config.json of an adapter; fields read from a file that we do not use are kept."""
-    adapter, layers = adapters(model)[name], {p: m for p, m in lora_layers(model).items() if name in m.lora_A}
+    adapter, everything = adapters(model)[name], {p: m for p, m in lora_layers(model).items() if name in m.lora_A}
+    layers = {path: layer for path, layer in everything.items() if not isinstance(layer, LoraParameter)}
     config, original = adapter.config, adapter.file_config
-    ranks = {path: layer.rank(name) for path, layer in layers.items()}
+    ranks = {path: layer.rank(name) for path, layer in everything.items()}
     if adapter.allocator is not None:
         ranks = {path: int(alive.sum()) for path, alive in adapter.allocator.alive.items() if alive.any()}
     if original:
         targets = original["target_modules"]
-    elif len(ranks) < len(layers):  # some layers were left no rank: only the others are adapted
+    elif len(ranks) < len(everything):  # some layers were left no rank: only the others are adapted
         targets = sorted(ranks)
-        layers = {path: layers[path] for path in ranks}
+        everything = layers = {path: layers[path] for path in ranks}
     elif isinstance(config.targets, list):
         targets = config.targets
     elif config.targets in TARGET_PRESETS:  # presets are ours: write the suffixes they meant
@@ -233,7 +267,8 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "layers_to_transform": config.layers if config.depth is None else _blocks(model, targets, layers),
         "revision": None,
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-        **_patterns(config, layers, ranks, name),
+        **_patterns(config, everything, ranks, name),
+        "target_parameters": _parameter_names(model, config, [path for path in everything if path not in layers]),
         **original,
         "base_model_name_or_path": original.get("base_model_name_or_path") or getattr(model, "name_or_path", None),
         "peft_type": "LORA",
@@ -246,7 +281,20 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "use_dora": config.dora,
         "bias": config.bias,
         "modules_to_save": config.modules_to_save or None,
+        "trainable_token_indices": config.tokens or None,
+        "lora_bias": config.lora_bias,
     }
+
+
+def _parameter_names(model: nn.Module, config: LoraConfig, paths: list[str]) -> list[str] | None:
+    """The shortest names that mean these parameters and no others; layers_to_transform and the like do not apply to them."""
+    if not paths:
+        return None
+    suffixes = sorted({".".join(path.split(".")[-2:]) for path in paths})
+    for names in (config.parameters, suffixes):
+        if names and set(resolve_parameters(model, names)) == set(paths):
+            return names
+    return paths
 
 
 def _blocks(model: nn.Module, targets: str | list[str], layers: dict[str, LoraLayer]) -> list[int] | None:
@@ -280,26 +328,24 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
     check_adapter_name(name)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
-    file = read_adapter(path)
+    file = read_adapter(path, model)
     raw, config = file.raw, file.config
-    modules = {
-        plain_name(model, key): module for key, module in model.named_modules() if not key.endswith("base_layer")
-    }
     problems = []
     for layer, found in file.factors.items():
-        module = modules.get(layer)
-        kind = module if isinstance(module, LoraLayer) else None if module is None else lora_layer(module)
+        kind = layer_at(model, layer)
         if kind is None:
             problems.append(f"{layer}: found in the adapter, but this model has no such layer that can be adapted")
             continue
         try:
-            a, b = kind.shapes(found.a.shape[0])
+            a, b = kind.shapes(rank_of(raw, config, layer))
         except VeneerError as error:
             problems += [f"{layer}: {problem}" for problem in error.problems]
             continue
         expected = {"A": (found.a, a), "B": (found.b, b)}
         if found.magnitude is not None:
             expected["magnitude_vector"] = (found.magnitude, kind.magnitude_shape())
+        if found.bias is not None:
+            expected["B.bias"] = (found.bias, (kind.out_features,))
         problems += [
             f"{layer}.lora_{part}: found {tuple(tensor.shape)}, expected {shape}"
             for part, (tensor, shape) in expected.items()
@@ -313,6 +359,16 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
             problems.append(f"{key}: found {tuple(tensor.shape)}, expected {tuple(base[key].shape)}")
     left_out = sorted(_expected(model, raw) - file.factors.keys())
     problems += [f"{layer}: in target_modules, but not in {WEIGHTS_FILE}" for layer in left_out]
+    left_out = sorted(_expected_parameters(model, config) - file.factors.keys())
+    problems += [f"{layer}: in target_parameters, but not in {WEIGHTS_FILE}" for layer in left_out]
+    replaced_there = {key: base[key] for key in file.replaced if key in base}
+    try:
+        tokens = token_layers(model, config.tokens, list(file.factors), replaced_there)
+    except VeneerError as error:
+        tokens = {}
+        problems += [problem.replace("lora.tokens", "trainable_token_indices", 1) for problem in error.problems]
+    else:
+        problems += _token_problems(base, tokens, file.tokens)
     if problems:
         made_for = raw.get("base_model_name_or_path")
         raise VeneerError(
@@ -322,10 +378,13 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
             else None,
         )
     freeze_base(model)
-    for layer, (a, b, magnitude) in file.factors.items():
+    for layer, (a, b, magnitude, bias) in file.factors.items():
         alpha = float(by_pattern(raw.get("alpha_pattern"), layer, config.alpha))
-        scaling = config.scaling_at(a.shape[0], alpha)
-        adapted(model, layer).add(name, a, b, scaling=scaling, dropout=config.dropout, magnitude=magnitude)
+        scaling = config.scaling_at(rank_of(raw, config, layer), alpha)
+        more = {"magnitude": magnitude, "bias": bias}
+        adapted(model, layer).add(name, a, b, scaling=scaling, dropout=config.dropout, **more)
+    for embedding, ids in tokens.items():
+        TokenRows.of(model, embedding).add(name, ids, file.tokens[embedding])
     replaced = {
         key: nn.Parameter(tensor.to(device=base[key].device, dtype=base[key].dtype))
         for key, tensor in file.replaced.items()
@@ -336,8 +395,31 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
     return model
 
 
-def read_adapter(path: str | Path) -> AdapterFile:
+def _token_problems(base: dict[str, nn.Parameter], wanted: dict[str, list[int]], found: dict[str, Tensor]) -> list[str]:
+    problems = [
+        f"{path}: found in the adapter, but trainable_token_indices does not mean it"
+        for path in found.keys() - wanted.keys()
+    ]
+    for path, ids in wanted.items():
+        shape = (len(ids), base[f"{path}.weight"].shape[1])
+        if path not in found:
+            problems.append(f"{path}: in trainable_token_indices, but not in {WEIGHTS_FILE}")
+        elif tuple(found[path].shape) != shape:
+            problems.append(f"{path}.{TokenRows.KEY}: found {tuple(found[path].shape)}, expected {shape}")
+    return problems
+
+
+def rank_of(raw: dict[str, Any], config: LoraConfig, layer: str) -> int:
+    """The rank of a layer, or of each expert of a parameter."""
+    return int(by_pattern(raw.get("rank_pattern"), layer, config.r))
+
+
+def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
     """An adapter folder in PEFT's format.
+
+    Args:
+        model: the one it is for; it decides which of several adapted parameters of a module is which, as their names are
+            not in the file. Left out, a `down` projection is taken for the last of them, as in all of transformers' mixtures.
 
     Raises:
         VeneerError: all that is wrong without looking at a base: files missing, damaged or pickle; a field that cannot
@@ -355,10 +437,18 @@ def read_adapter(path: str | Path) -> AdapterFile:
     if raw.get("peft_type") != "LORA":
         raise VeneerError(f"{path / CONFIG_FILE}: found peft_type {raw.get('peft_type')!r}, expected 'LORA'")
     raw.setdefault("target_modules", None)
+    if not raw["target_modules"] and raw.get("target_parameters"):
+        raw["target_modules"] = []  # parameters alone
     problems = [
         f"{field}: found {raw[field]!r}, expected {expected}"
         for field, (expected, fits) in _FIELDS.items()
         if field in raw and not (fits(raw[field]) or (raw[field] is None and field in _OPTIONAL))
+        if not (field == "target_modules" and raw[field] == [])
+    ]
+    problems += [
+        f"{field}: found {raw[field]!r}, which does not go with {other}"
+        for field, other in _NOT_WITH
+        if raw.get(field) and raw.get(other)
     ]
     refused = [
         f"{field} is {raw[field]!r}, which changes the result and is not supported"
@@ -383,38 +473,58 @@ def read_adapter(path: str | Path) -> AdapterFile:
         exclude=raw.get("exclude_modules") or [],
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
+        parameters=raw.get("target_parameters") or [],
+        tokens=raw.get("trainable_token_indices") or [],
+        lora_bias=bool(raw.get("lora_bias")),
     )
-    return AdapterFile(raw, config, *_read_tensors(path / WEIGHTS_FILE, raw, config))
+    return AdapterFile(raw, config, *_read_tensors(path / WEIGHTS_FILE, raw, config, model))
 
 
-def _read_tensors(path: Path, raw: dict[str, Any], config: LoraConfig) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+def _read_tensors(
+    path: Path, raw: dict[str, Any], config: LoraConfig, model: nn.Module | None
+) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Tensor]]:
     problems: list[str] = []
     found: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
-    for key, tensor in read_tensors(path).items():
+    tokens: dict[str, Tensor] = {}
+    tensors = read_tensors(path)
+    layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
+    names, unnamed = _parameters_by_wrapper(layers, config, model)
+    problems += unnamed
+    for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor.float()).all()):
             problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
         match = _FACTOR.fullmatch(key)
         if match is None:
             in_full = any(_is_of(key, suffix) for suffix in config.modules_to_save)
-            if in_full or (config.bias != "none" and key.endswith(".bias")):
-                replaced[plain_key(key)] = tensor
+            if config.tokens and key.endswith(f".{TokenRows.KEY}"):
+                tokens[key.removeprefix(KEY_PREFIX).removesuffix(f".{TokenRows.KEY}")] = tensor
+            elif in_full or (config.bias != "none" and key.endswith(".bias")):
+                replaced[key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")] = tensor
             else:
                 problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
             continue
-        part = _WHICH[match[2]]
-        found.setdefault(match[1], {})[part] = tensor
-        if part == "magnitude":
-            if not config.dora:
+        part, layer = _WHICH[match[2]], names.get(match[1], match[1])
+        found.setdefault(layer, {})[part] = tensor
+        if part in ("magnitude", "bias"):
+            if part == "magnitude" and not config.dora:
                 problems.append(f"tensor {key}: found a magnitude, but use_dora is not true")
+            if part == "bias" and not config.lora_bias:
+                problems.append(f"tensor {key}: found a bias, but lora_bias is not true")
             continue
-        rank = int(by_pattern(raw.get("rank_pattern"), match[1], config.r))
+        rank = rank_of(raw, config, layer)
+        if match[1] in names:
+            if tensor.ndim != 2 or tensor.shape[part == "b"] % rank:
+                shape = f"({rank} x experts, in)" if part == "a" else f"(out, {rank} x experts)"
+                problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
+            continue
         fits = tensor.ndim >= 2 and (part == "b" or tensor.shape[0] == rank)
         fits = fits and (part == "a" or (rank % tensor.shape[1] == 0 if tensor.ndim > 2 else tensor.shape[1] == rank))
         if not fits:
             shape = f"({rank}, in)" if part == "a" else f"(out, {rank})"
             problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
     needed = {"a": "lora_A", "b": "lora_B"} | ({"magnitude": "lora_magnitude_vector"} if config.dora else {})
+    needed |= {"bias": "lora_B.bias"} if config.lora_bias else {}
     problems += [
         f"{layer}: found no {name}, expected {', '.join(needed.values())}"
         for layer, parts in found.items()
@@ -430,7 +540,56 @@ def _read_tensors(path: Path, raw: dict[str, Any], config: LoraConfig) -> tuple[
         problems.append("no lora_A and lora_B tensors in it")
     if problems:
         raise VeneerError([f"{path}: {problem}" for problem in problems], hint="the adapter is damaged; copy it again")
-    return {layer: Factors(**parts) for layer, parts in found.items()}, replaced
+    return {layer: Factors(**parts) for layer, parts in found.items()}, replaced, tokens
+
+
+def _parameters_by_wrapper(
+    layers: set[str], config: LoraConfig, model: nn.Module | None
+) -> tuple[dict[str, str], list[str]]:
+    """Which parameter the tensors of `<module>`, `<module>.base_layer` and so on are for, and what cannot be told."""
+    depths: dict[str, list[str]] = {}
+    for layer in layers if config.parameters else ():
+        owner = layer
+        while owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+        if owner != layer or not _names_module(owner, config.targets):
+            depths.setdefault(owner, []).append(layer)
+    found: dict[str, str] = {}
+    problems = []
+    for owner, wrappers in depths.items():
+        keys = _parameters_of(owner, config, model)
+        if len(keys) != len(wrappers):
+            problems.append(
+                f"{owner}: found adapters of {len(wrappers)} parameters, expected one for each of {', '.join(keys) or 'none'}"
+            )
+            continue
+        wrappers.sort(key=len)
+        found |= {wrapper: f"{owner}.{key}" for wrapper, key in zip(wrappers, reversed(keys), strict=True)}
+    return found, problems
+
+
+def _parameters_of(owner: str, config: LoraConfig, model: nn.Module | None) -> list[str]:
+    """The adapted parameters of one module, innermost wrapper first."""
+    if model is not None:
+        with contextlib.suppress(AttributeError):
+            module: Any = model.get_submodule(owner)
+            there = module.base_layer._parameters if hasattr(module, "base_layer") else module._parameters
+            wanted = [key for key in there if any(_ends_in(f"{owner}.{key}", name) for name in config.parameters)]
+            if wanted:
+                return wanted
+    keys = [name.rpartition(".") for name in config.parameters]
+    found = {key: "down" in key or key == "w2" for parent, _, key in keys if not parent or _ends_in(owner, parent)}
+    return sorted(found, key=lambda key: found[key])
+
+
+def _names_module(name: str, targets: str | list[str]) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(_ends_in(name, suffix) for suffix in targets)
+
+
+def _ends_in(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
 
 
 def _is_of(key: str, suffix: str) -> bool:
@@ -461,6 +620,14 @@ def _expected(model: nn.Module, raw: dict[str, Any]) -> set[str]:
     if chosen not in (None, []):
         wanted = {chosen} if isinstance(chosen, int) else set(chosen)
         names = [name for name in names if block_number(name) in wanted]
+    return set(names)
+
+
+def _expected_parameters(model: nn.Module, config: LoraConfig) -> set[str]:
+    names: list[str] = []
+    for name in config.parameters:
+        with contextlib.suppress(VeneerError):
+            names += resolve_parameters(model, [name])
     return set(names)
 
 

@@ -90,6 +90,7 @@ class LoraLayer(nn.Module):
         self.lora_B = nn.ParameterDict()
         self.lora_E = nn.ParameterDict()  # AdaLoRA's diagonal (r,)
         self.magnitude = nn.ParameterDict()  # DoRA's m, shaped to multiply the weight
+        self.lora_bias = nn.ParameterDict()  # of B (out,): y + scaling * bias
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
@@ -126,29 +127,36 @@ class LoraLayer(nn.Module):
         dropout: float = 0.0,
         magnitude: Tensor | None = None,
         diagonal: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         """Add an adapter: A and B shaped as `shapes` says, kept in fp32 on the base's device; with a magnitude it is DoRA,
-        with a diagonal (r,) AdaLoRA."""
-        expected = self.shapes(a.shape[0])
+        with a diagonal (r,) AdaLoRA; bias (out,) is B's."""
+        expected = self.shapes(self.rank_of(a))
         if (tuple(a.shape), tuple(b.shape)) != expected:
             raise VeneerError(
                 f"adapter {name!r}: found A {tuple(a.shape)} and B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
             )
-        found = ((self.lora_A, a), (self.lora_B, b), (self.lora_E, diagonal), (self.magnitude, magnitude))
-        for factors, value in found:
+        for factors, value in zip(self.factors(), (a, b, diagonal, magnitude, bias), strict=True):
             if value is not None:
                 factors[name] = nn.Parameter(value.to(device=self.weight.device, dtype=torch.float32))
         self.scaling[name], self.dropout[name] = scaling, dropout
 
     def remove(self, name: str) -> None:
-        for factors in (self.lora_A, self.lora_B, self.lora_E, self.magnitude, self.scaling, self.dropout):
+        for factors in (*self.factors(), self.scaling, self.dropout):
             if name in factors:
                 del factors[name]  # type: ignore[attr-defined]
         if self.active == name:
             self.active = None
 
+    def factors(self) -> tuple[nn.ParameterDict, ...]:
+        """All that adapters train here, by kind: A, B, AdaLoRA's diagonal, DoRA's magnitude, B's bias; each by adapter."""
+        return self.lora_A, self.lora_B, self.lora_E, self.magnitude, self.lora_bias
+
     def rank(self, name: str) -> int:
-        return int(self.lora_A[name].shape[0])
+        return self.rank_of(self.lora_A[name])
+
+    def rank_of(self, a: Tensor) -> int:
+        return int(a.shape[0])
 
     def a(self, name: str) -> Tensor:
         """A as it is multiplied: AdaLoRA's rows are scaled by its diagonal, which is counted in units of sqrt(out / 3).
@@ -169,6 +177,8 @@ class LoraLayer(nn.Module):
             found["lora_E"] = self.lora_E[name]
         if name in self.magnitude:
             found["lora_magnitude_vector"] = self.magnitude[name]
+        if name in self.lora_bias:
+            found["lora_B.bias"] = self.lora_bias[name]
         return found
 
     def delta(self, name: str) -> Tensor:
@@ -190,6 +200,24 @@ class LoraLayer(nn.Module):
         if name not in self.magnitude:
             return weight
         return weight * (self._over_rows(self.magnitude[name].detach()) / self._row_norms(weight).clamp_(min=_TINY))
+
+    def merged_bias(self, name: str) -> Tensor | None:
+        """The bias with this adapter's in it, fp32; None: it has none.
+
+        Raises:
+            VeneerError: the base has no bias to take it, as its class and config say.
+        """
+        if name not in self.lora_bias:
+            return None
+        if self.bias is None:
+            raise VeneerError("the adapter has a bias (lora_bias), which a layer without one cannot hold")
+        return self.bias.detach().float() + self.scaling[name] * self.lora_bias[name].detach()
+
+    def _with_bias(self, y: Tensor, across: tuple[int, ...] = (-1,)) -> Tensor:
+        """y and the active adapter's bias, where it has one."""
+        if self.active is None or self.active not in self.lora_bias:
+            return y
+        return y + (self.scaling[self.active] * self.lora_bias[self.active]).to(y.dtype).view(across)
 
     # What DoRA scales: the rows (out) of W as (out, ...). A layout where `out` is not the first dimension overrides both.
     def _row_norms(self, weight: Tensor) -> Tensor:
@@ -275,7 +303,7 @@ class LoraLinear(LoraLayer):
             y = y if later is None else y - later.to(x.dtype)
         if dora:
             y = y * self.row_scale(name).to(x.dtype)
-        return y if later is None else y + later.to(x.dtype)  # type: ignore[no-any-return]
+        return self._with_bias(y if later is None else y + later.to(x.dtype))
 
     def frozen(self) -> AdaptedLinear:
         """This layer as the fused halves of a transformer layer take it; with dropout at work, with a mask of its own.
@@ -335,9 +363,9 @@ class LoraConv(LoraLayer):
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
         h = convolve(self.dropped(x), a, None, base.stride, base.padding, base.dilation)
         low = scaling * convolve(h, b, groups=base.groups)
-        if name not in self.magnitude:
-            return base(x) + low  # type: ignore[no-any-return]
         across = (1, -1, *[1] * (self.weight.dim() - 2))
+        if name not in self.magnitude:
+            return self._with_bias(base(x) + low, across)
         y = (base._conv_forward(x, base.weight, None) + low) * self.row_scale(name).to(x.dtype).view(across)
         return y if self.bias is None else y + self.bias.view(across)  # type: ignore[no-any-return]
 

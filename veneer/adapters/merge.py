@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapters.attach import active_adapter, adapters, lora_layers, require_adapter, set_adapter
+from veneer.adapters import attach
+from veneer.adapters.attach import active_adapter, adapters, lora_layers, require_adapter, set_adapter, unwrap
+from veneer.adapters.experts import LoraParameter
+from veneer.adapters.lora import LoraLayer
+from veneer.adapters.tokens import token_rows
 from veneer.errors import VeneerError
 from veneer.quant.linear import QuantizedLinear
 
@@ -21,7 +25,8 @@ def merge(model: Any, name: str | None = None) -> Any:
     embeddings stay what they were. All adapters are gone afterwards: keep the adapter's files, they cannot be taken out of the weights again.
 
     Raises:
-        VeneerError: no such adapter, or the merged weights hold NaN or Inf (the model is unchanged then).
+        VeneerError: no such adapter, the merged weights hold NaN or Inf, or an adapter's bias has no place in the base
+            (the model is unchanged then).
     """
     name = name or active_adapter(model)
     if name is None:
@@ -29,12 +34,27 @@ def merge(model: Any, name: str | None = None) -> Any:
     require_adapter(model, name)
     layers = lora_layers(model)
     bad = [p for p, m in layers.items() if name in m.lora_A and not bool(torch.isfinite(m.merged(name)).all())]
-    if bad:
-        raise VeneerError([f"{path}: the update holds NaN or Inf" for path in bad])
+    tokens = {path: rows for path, rows in token_rows(model).items() if name in rows.rows}
+    bad += [path for path, rows in tokens.items() if not bool(torch.isfinite(rows.rows[name]).all())]
+    problems = [f"{path}: the update holds NaN or Inf" for path in bad]
+    problems += [
+        f"{path}: the adapter's bias (lora_bias) has no place in a layer without one"
+        for path, layer in layers.items()
+        if name in layer.lora_bias and layer.bias is None
+    ]
+    if problems:
+        raise VeneerError(problems)
     tied = _is_tied(model)
     set_adapter(model, name)  # what it trained in full is in its place from here on
     for path, layer in layers.items():
-        _put(model, path, _plain(layer.base_layer, layer.merged(name) if name in layer.lora_A else None))
+        if isinstance(layer, LoraParameter):
+            _fold(model, path, layer, name)
+        else:
+            _put(model, path, _merged(layer, name))
+    for path, rows in token_rows(model).items():
+        if path in tokens:  # wherever the weight is used: ties stay
+            attach._put(model, rows.base.weight, nn.Parameter(rows.merged(name), requires_grad=False))
+        rows.drop()
     for path, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
             _put(model, path, _plain(module, None))
@@ -51,8 +71,22 @@ def merge(model: Any, name: str | None = None) -> Any:
     return model
 
 
-def _plain(base: Any, weight: Tensor | None) -> nn.Module:
-    """The base with another weight, fp32, rounded once to its type; a 4-bit base becomes dense."""
+def _fold(model: nn.Module, path: str, layer: LoraParameter, name: str) -> None:
+    weight = layer.merged(name) if name in layer.lora_A else layer.weight.detach()
+    setattr(layer.owner, layer.key, nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False))
+    unwrap(model, path, layer)
+
+
+def _merged(layer: LoraLayer, name: str) -> nn.Module:
+    if name not in layer.lora_A:
+        return _plain(layer.base_layer, None)
+    return _plain(layer.base_layer, layer.merged(name), layer.merged_bias(name))
+
+
+def _plain(base: Any, weight: Tensor | None, bias: Tensor | None = None) -> nn.Module:
+    """The base with another weight and bias, fp32, rounded once to its type; a 4-bit base becomes dense."""
+    if bias is not None:
+        base.bias = nn.Parameter(bias.to(base.bias.dtype), requires_grad=False)
     if isinstance(base, QuantizedLinear):
         dtype = base.compute_dtype
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta", dtype=dtype)

@@ -83,14 +83,15 @@ def adapter_checkpoints(trainer: T) -> T:
     """
 
     def load(folder: str) -> None:
-        from veneer.adapters.files import WEIGHTS_FILE, plain_key, read_adapter
+        from veneer.adapters.files import WEIGHTS_FILE, file_keys, read_adapter
 
         model = trainer.model  # type: ignore[attr-defined]
         name = active_adapter(model)
         if name is None:
             raise VeneerError("there is no active adapter on this model", hint="attach one before the trainer is made")
-        read_adapter(folder)  # every check there is of a file
-        found = {plain_key(key): t for key, t in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
+        read_adapter(folder, model)  # every check there is of a file
+        ours = {theirs: key for key, theirs in file_keys(model, name).items()}
+        found = {ours.get(key, key): t for key, t in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
         trained = adapter_parameters(model, name)
         wrong = [f"{folder}: {key}: missing or left over" for key in sorted(found.keys() ^ trained.keys())]
         wrong += [

@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from veneer import ops
 from veneer.adapters.lora import LoraLinear, plain_linear
+from veneer.adapters.tokens import changed_rows
 from veneer.ops import native
 from veneer.ops.blocks import AdaptedLinear, Attention, Mlp, Norm, Recompute
 from veneer.quant.linear import QuantizedLinear
@@ -122,12 +123,14 @@ def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwa
     target = labels[:, 1:].reshape(-1)
     keep = (target != -100).nonzero().view(-1)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep]
-    weight = head.weight
+    weight, changed = head.weight, changed_rows(head)
     if head.bias is not None:  # rare: the bias as one more column
         rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
         weight = torch.cat([weight, head.bias[:, None]], 1)
+        if changed is not None:
+            changed = changed[0], torch.cat([changed[1], head.bias[changed[0], None]], 1)
     count = max(1, keep.numel()) if items is None else items
-    return CausalLMOutputWithPast(loss=ops.linear_cross_entropy(rows, weight, target[keep], count))
+    return CausalLMOutputWithPast(loss=ops.linear_cross_entropy(rows, weight, target[keep], count, changed))
 
 
 # ---- layer --------------------------------------------------------------------------------------------------------
@@ -166,6 +169,8 @@ def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
         if base.bias is not None and base.bias.dtype != torch.bfloat16:
             return None
         if isinstance(layer, LoraLinear) and layer.active in layer.magnitude:  # DoRA
+            return None
+        if isinstance(layer, LoraLinear) and layer.active in layer.lora_bias:
             return None
         if base.weight.requires_grad:  # full fine-tuning
             found.append(AdaptedLinear(base.weight, base.bias))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,10 +48,29 @@ class BaseWeights:
             weight = self._weight(layer)
             if weight is not None:
                 found[layer] = (float(torch.linalg.vector_norm(weight, dtype=torch.float32)), tuple(weight.shape))
+            elif experts := self._experts(layer):
+                found[layer] = experts
         return found
+
+    def _experts(self, parameter: str) -> tuple[float, tuple[int, ...]] | None:
+        """The same of a mixture's experts, which transformers has in one parameter and files often one by one."""
+        owner, _, key = parameter.rpartition(".")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj", "w1", "w3"), "down_proj": ("down_proj", "w2")}.get(key, ())
+        for name in (owner, owner.replace(".mlp.", ".block_sparse_moe.")):
+            pattern = re.compile(rf"{re.escape(name)}\.(\d+)\.({'|'.join(parts)})\.weight")
+            files = {file: match for file in self._file if parts and (match := pattern.fullmatch(file))}
+            if files:
+                weights = {file: self._read(file) for file in files}
+                square = sum(float(torch.linalg.vector_norm(w, dtype=torch.float32)) ** 2 for w in weights.values())
+                experts, kinds = ({match[i] for match in files.values()} for i in (1, 2))
+                rows, width = next(iter(weights.values())).shape
+                return square**0.5, (len(experts), rows * len(kinds), width)
+        return None
 
     def _weight(self, layer: str) -> Tensor | None:
         for name in (layer, layer.partition(".")[2], f"model.{layer}", f"transformer.{layer}"):
+            if name in self._file:
+                return self._read(name)
             if f"{name}.weight" in self._file:
                 keys = [key for key in self._file if key.startswith(f"{name}.")]
                 quantised = any(key == f"{name}.{SCALE}" or key.startswith(f"{name}.{STATE}") for key in keys)

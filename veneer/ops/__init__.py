@@ -188,9 +188,18 @@ def mlp_block(x: Tensor, block: blocks.Mlp, rest: Tensor | None = None) -> tuple
     return choose("mlp_block", x.device, x.dtype)[0](x, block, rest)  # type: ignore[no-any-return]
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
-    """Scalar fp32 sum of cross-entropies / items: hidden (N, D), weight (V, D), labels (N,), all supervised."""
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    items: float | Tensor,
+    changed: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Scalar fp32 sum of cross-entropies / items: hidden (N, D), weight (V, D), labels (N,), all supervised.
+
+    changed: ids (n,), each once, and rows (n, D) in the place of the weight's; the gradient goes to these rows.
+    """
     form = choose("linear_cross_entropy", hidden.device, hidden.dtype)[0]
     if weight.dtype != hidden.dtype:
         form = cross_entropy.torch_form
-    return form(hidden, weight, labels, items)  # type: ignore[no-any-return]
+    return form(hidden, weight, labels, items, changed)  # type: ignore[no-any-return]

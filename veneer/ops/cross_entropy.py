@@ -2,7 +2,7 @@
 
     loss = sum_n [ logsumexp(h_n W^T) - (h_n W^T)[label_n] ] / items
 
-h (N, D), W (V, D). The gradient is made in the forward pass, while a piece's logits are at hand: the backward
+h (N, D), W (V, D), some rows of which another tensor may stand in for. The gradient is made in the forward pass, while a piece's logits are at hand: the backward
 pass only scales it. Memory: one piece of logits instead of N x V of them, twice, in fp32.
 """
 
@@ -56,6 +56,8 @@ def _piece(
     kernels: bool,
     d_hidden: Tensor | None,
     d_weight: Tensor | None,
+    changed: tuple[Tensor, Tensor] | None,
+    d_rows: Tensor | None,
 ) -> Tensor:
     """The loss of some rows, and their part of the gradients. Its logits are gone when it returns, before the next ones."""
     ours, softmax = False, _torch_softmax
@@ -64,11 +66,21 @@ def _piece(
     shape = (h.shape[0], weight.shape[0])
     logits = empty(shape, h.dtype) if kernels else h.new_empty(shape)
     _product(h, weight, True, ours, logits)
+    if changed is not None:
+        logits.index_copy_(1, changed[0], h @ changed[1].T)
     loss, d_logits = softmax(logits, labels, factor)
+    d_changed = None
+    if changed is not None and factor:
+        d_changed = d_logits[:, changed[0]]
+        d_logits.index_fill_(1, changed[0], 0)  # of the weight's own rows nothing was used
+        if d_rows is not None:
+            d_rows += (d_changed.T @ h).float()
     if d_hidden is not None:
         back = PIECE if ours else BACK  # ours is slower on fewer rows
         for d, out in zip(d_logits.split(back), d_hidden.split(back), strict=True):
             _product(d, weight, False, ours, out)
+        if changed is not None and d_changed is not None:
+            d_hidden += d_changed @ changed[1]
     if d_weight is not None:
         d_weight += native.outer_sum(h, d_logits, transposed=True) if ours else (d_logits.T @ h).float()
     return loss
@@ -77,20 +89,23 @@ def _piece(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor, kernels: bool
-    ) -> Tensor:
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor, kernels: bool,
+        ids: Tensor | None, rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        want_hidden, want_weight, *_, want_rows = ctx.needs_input_grad
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if want_hidden else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        d_rows = torch.zeros_like(rows, dtype=torch.float32) if rows is not None and want_rows else None
+        changed = None if ids is None or rows is None else (ids, rows)
         # Divided before it is rounded, so only once. fp16 has not the range for that.
-        wanted = want_hidden or want_weight
+        wanted = want_hidden or want_weight or want_rows
         factor = 0.0 if not wanted else 1.0 if hidden.dtype == torch.float16 else 1 / float(items)
         for start in range(0, hidden.shape[0], PIECE):
-            rows = slice(start, start + PIECE)
-            out = None if d_hidden is None else d_hidden[rows]
-            loss += _piece(hidden[rows], weight, labels[rows], factor, kernels, out, d_weight)
-        ctx.save_for_backward(*(g for g in (d_hidden, d_weight) if g is not None))
+            at = slice(start, start + PIECE)
+            out = None if d_hidden is None else d_hidden[at]
+            loss += _piece(hidden[at], weight, labels[at], factor, kernels, out, d_weight, changed, d_rows)
+        ctx.save_for_backward(*(g for g in (d_hidden, d_weight, d_rows) if g is not None))
         ctx.left, ctx.weight_dtype = 1 / float(items) / factor if factor else 1.0, weight.dtype
         return loss / items
 
@@ -100,26 +115,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradients = list(ctx.saved_tensors)
         scale: Any = (float(d_loss) if d_loss.device.type == "cpu" else d_loss) * ctx.left  # a GPU is not waited for
         as_it_is = isinstance(scale, float) and scale == 1
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        want_hidden, want_weight, *_, want_rows = ctx.needs_input_grad
         d_hidden = gradients.pop(0) if want_hidden else None
         d_weight = gradients.pop(0) if want_weight else None
+        d_rows = gradients.pop(0) if want_rows else None
         return (
             d_hidden if d_hidden is None or as_it_is else d_hidden * scale,
             None if d_weight is None else (d_weight * scale).to(ctx.weight_dtype),
             None,
             None,
             None,
+            None,
+            None if d_rows is None else (d_rows * scale).to(ctx.weight_dtype),
         )
 
 
-def torch_form(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+Changed = tuple[Tensor, Tensor]  # ids (n,), and the rows (n, D) in the place of the weight's
+
+
+def torch_form(
+    hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor, changed: Changed | None = None
+) -> Tensor:
     """Scalar fp32 loss of N supervised rows: hidden (N, D), weight (V, D) of the same dtype, labels (N,) in [0, V).
 
     Equals `reference.linear_cross_entropy`, gradients of hidden and weight included. `items`: what to divide by.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, items, False)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, items, False, *(changed or (None, None)))
 
 
-def native_form(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
+def native_form(
+    hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor, changed: Changed | None = None
+) -> Tensor:
     """The same, with softmax and its gradient in one native pass over bf16 logits."""
-    return _LinearCrossEntropy.apply(hidden, weight, labels, items, True)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, items, True, *(changed or (None, None)))

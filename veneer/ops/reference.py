@@ -325,8 +325,16 @@ def _parted(total: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return y, (total - y.float()).detach().to(dtype)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, items: float | Tensor) -> Tensor:
-    """fp32 softmax over logits computed in the dtype of `hidden`; labels (N,), all supervised."""
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    items: float | Tensor,
+    changed: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """fp32 softmax over logits computed in the dtype of `hidden`; labels (N,), all supervised. changed: ids and their rows."""
+    if changed is not None:
+        weight = weight.index_copy(0, *changed)
     return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum") / items
 
 

@@ -15,7 +15,7 @@ import torch
 
 from veneer.adapters import algebra
 from veneer.adapters.attach import by_pattern
-from veneer.adapters.files import base_quantization, read_adapter
+from veneer.adapters.files import base_quantization, rank_of, read_adapter
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError
 from veneer.models.load import resolve
@@ -36,13 +36,21 @@ def inspect_adapter(path: str | Path, model: str | None = None) -> dict[str, Any
     Raises:
         VeneerError: `read_adapter` finds something, or the base that was named is another model than the adapter's.
     """
-    raw, config, factors = read_adapter(path)[:3]
+    raw, config, factors, replaced, tokens = read_adapter(path)
     tensors = [tensor for parts in factors.values() for tensor in parts if tensor is not None]
+    tensors += [*replaced.values(), *tokens.values()]
     layers = [_layer(name, parts[0], parts[1], raw, config) for name, parts in factors.items()]
     base, notes = _base(raw.get("base_model_name_or_path"), model)
     notes += _compare(layers, base, asked=model is not None) if base is not None else []
     if raw.get("use_dora"):
         notes.append("DoRA: the norms are of B A alone, not of the trained lengths")
+    if any(row["experts"] for row in layers):
+        notes.append(
+            "experts: norms over all of a block's, mean effective ranks of one, the largest rank that one needs"
+        )
+    notes += [f"{len(rows)} tokens of {embedding} are trained in full" for embedding, rows in tokens.items()]
+    if replaced:
+        notes.append(f"trained in full: {', '.join(list(replaced)[:3])}{' and more' if len(replaced) > 3 else ''}")
     compared = bool(layers) and all(row["base_norm"] for row in layers)
     square = sum(row["norm"] ** 2 for row in layers)
     return {
@@ -72,21 +80,28 @@ def inspect_adapter(path: str | Path, model: str | None = None) -> dict[str, Any
 
 
 def _layer(name: str, a: Any, b: Any, raw: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
-    r = int(a.shape[0])
+    r = rank_of(raw, config, name)
     alpha = float(by_pattern(raw.get("alpha_pattern"), name, config.alpha))
     scaling = config.scaling_at(r, alpha)
-    s = algebra.singular_values(a.flatten(1), _without_groups(b.flatten(1), r), scaling)
+    experts = int(a.shape[0]) // r  # one update each; of a layer there is one
+    pairs = [(a.flatten(1), _without_groups(b.flatten(1), r))] if experts == 1 else []
+    if experts > 1:
+        pairs = list(zip(a.chunk(experts), b.view(b.shape[0], r, experts).unbind(2), strict=True))
+    values = [algebra.singular_values(a_e, b_e, scaling) for a_e, b_e in pairs]
+    trained = [s for s in values if s[0] > 0] or values[:1]
+    s = torch.linalg.vector_norm(torch.stack(values), dim=0)
     return {
         "layer": name,
-        "shape": [int(b.shape[0]), *(int(size) for size in a.shape[1:])],
+        "shape": [*([experts] if experts > 1 else []), int(b.shape[0]), *(int(size) for size in a.shape[1:])],
+        "experts": experts if experts > 1 else None,
         "r": r,
         "scaling": scaling,
         "norm": algebra.frobenius_norm(s),
         "base_norm": None,
         "relative_norm": None,
-        "effective_rank": algebra.effective_rank(s),
-        "stable_rank": algebra.stable_rank(s),
-        **{key: algebra.rank_keeping(s, share) for key, share in SHARES.items()},
+        "effective_rank": statistics.fmean(algebra.effective_rank(one) for one in trained),
+        "stable_rank": statistics.fmean(algebra.stable_rank(one) for one in trained),
+        **{key: max(algebra.rank_keeping(one, share) for one in trained) for key, share in SHARES.items()},
         "singular_values": s.tolist(),
     }
 

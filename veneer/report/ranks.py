@@ -5,13 +5,14 @@ A matrix (out, in) adapted at rank r has A (r, in) and B (out, r): r * (in + out
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
 from torch import nn
 
-from veneer.adapters.attach import resolve_targets
-from veneer.config import TARGET_PRESETS, nearest
+from veneer.adapters.attach import layer_at, resolve_all
+from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
 from veneer.models.load import skeleton, skeleton_of
 
@@ -67,19 +68,18 @@ def rank_table(name: str | None, preset: str | None = None, ranks: tuple[int, ..
             raise VeneerError(f"preset {preset!r} is not known; {nearest(preset, list(MODELS))}")
         model = skeleton_of(MODELS[preset][0], **MODELS[preset][1]) if preset is not None else skeleton(str(name))
     base = sum(parameter.numel() for parameter in model.parameters())
-    modules = dict(model.named_modules())
     rows, chosen, notes = [], {}, []
     for target in targets:
         try:
-            names = resolve_targets(model, target)
+            names = resolve_all(model, LoraConfig(targets=target))
         except VeneerError as error:
             notes.append(error.problems[0].removeprefix("lora.targets: "))
             continue
         chosen[target] = names
-        shapes = [tuple(modules[path].weight.shape) for path in names]
+        layers = [layer for path in names if (layer := layer_at(model, path)) is not None]
         for r in ranks:
-            fits = all(r <= min(shape) for shape in shapes)
-            parameters = sum(r * sum(shape) for shape in shapes) if fits else None
+            fits = all(r <= min(layer.sides) for layer in layers)
+            parameters = sum(math.prod(s) for layer in layers for s in layer.shapes(r)) if fits else None
             rows.append({
                 "targets": target,
                 "r": r,
@@ -88,11 +88,6 @@ def rank_table(name: str | None, preset: str | None = None, ranks: tuple[int, ..
                 "bytes_fp32": None if parameters is None else 4 * parameters,
                 "bytes_16bit": None if parameters is None else 2 * parameters,
             })  # fmt: skip
-    experts = sum(p.numel() for key, p in model.named_parameters() if p.ndim == 3 and "experts" in key)
-    if experts:
-        notes.append(
-            f"the experts of this mixture ({experts:,} parameters) are not counted: presets reach linears only"
-        )
     return {
         "model": name if preset is None else preset,
         "architecture": type(model).__name__ if len(targets) > 1 else "one matrix",

@@ -192,7 +192,7 @@ BAD_ADAPTERS = {
     "rank_pattern: found {'(?i)q_proj': 4}": adapter(rank_pattern={"(?i)q_proj": 4}),
     "rank_pattern: found {'q_proj': 'x'}": adapter(rank_pattern={"q_proj": "x"}),
     "alpha_pattern: found {'q_proj': 'x'}": adapter(alpha_pattern={"q_proj": "x"}),
-    "2 problems": adapter(alpha_pattern=5, lora_bias=True),
+    "2 problems": adapter(alpha_pattern=5, use_qalora=True),
     "found (4, 48), expected (8, in)": adapter(r=8),
     "found NaN or Inf": tensors(lambda t, k: t[k].fill_(float("nan"))),
     "no lora_A and lora_B tensors": tensors(lambda t, k: (t.clear(), t.update(x=torch.zeros(1)))),
@@ -263,8 +263,8 @@ def test_bad_input_is_one_message(main, arguments, change, words):
 
 
 REFUSED = {
-    "lora_bias is True, which changes the result": adapter(lora_bias=True),
-    "2 problems": adapter(lora_bias=True, layer_replication=[[0, 1]]),
+    "use_qalora is True, which changes the result": adapter(use_qalora=True),
+    "2 problems": adapter(use_qalora=True, layer_replication=[[0, 1]]),
 }
 
 

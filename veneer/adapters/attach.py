@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from veneer.adapters import adalora
 from veneer.adapters.experts import LoraExperts, LoraParameter
 from veneer.adapters.lora import CONVOLUTIONS, LoraEmbedding, LoraLayer, LoraLinear, check_adapter_name, lora_layer
+from veneer.adapters.patterns import by_pattern, is_suffix, matching
 from veneer.adapters.tokens import TokenRows, set_token_rows, token_layers, token_rows
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
@@ -28,7 +29,6 @@ _PRESET_PARENT = {
 }
 _ROUTER = re.compile(r"router|(.*_)?gate")
 _OF_EXPERTS = re.compile(r"expert|moe|mlp|feed_?forward|ffn", re.I)
-_ENDS_IN = r"(.*\.)?({})$"
 _LAYER_INDEX = re.compile(r".*?\.(\d+)\.")
 # The query and the value projection by the names architectures give them, and layers that are both and the key in one.
 _QUERY_VALUE = re.compile(r"(to_|w)?(q|query|v|value)(_proj|_lin)?", re.I)
@@ -159,7 +159,9 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
             problems.append(f"lora.layers: found {unknown}, expected numbers of blocks with targets, 0 to {last}")
     else:
         last = None
-    for path in paths:
+    ranks = by_pattern(config.rank_pattern, paths, 0, "lora.rank_pattern")  # 0: no key is for it
+    alphas = by_pattern(config.alpha_pattern, paths, 0.0, "lora.alpha_pattern")
+    for path, own_rank, own_alpha in zip(paths, ranks, alphas, strict=True):
         block = block_number(path)
         if config.layers is not None and block not in config.layers:
             continue
@@ -169,8 +171,8 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
             alpha *= math.sqrt(r) if config.rslora else r
             if r == 0:
                 continue
-        r = int(by_pattern(config.rank_pattern, path, r))
-        found.append(Place(path, r, config.scaling_at(r, by_pattern(config.alpha_pattern, path, alpha))))
+        r = own_rank or r
+        found.append(Place(path, r, config.scaling_at(r, own_alpha or alpha)))
     too_large = {  # layers of one name and shape, as there is one in each block, are one problem
         (path.rsplit(".", 1)[-1], r, *_sides(model, path)): None for path, r, _ in found if r > min(_sides(model, path))
     }
@@ -259,19 +261,11 @@ def block_number(path: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def by_pattern(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is a suffix of the layer's name, or a regex for its end, decides."""
-    for key, value in (pattern or {}).items():
-        if re.match(_ENDS_IN.format(key), path):
-            return value
-    return default
-
-
 def excluded(paths: list[str], exclude: str | list[str] | None) -> list[str]:
     """`paths` without those that a regex matches whole, or whose ends are in a list."""
     if isinstance(exclude, str):
-        return [path for path in paths if not re.fullmatch(exclude, path)]
-    return [path for path in paths if not any(_is_suffix(path, suffix) for suffix in exclude or [])]
+        return [path for path, hit in zip(paths, matching(exclude, paths, "lora.exclude"), strict=True) if not hit]
+    return [path for path in paths if not any(is_suffix(path, suffix) for suffix in exclude or [])]
 
 
 def _to_replace(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict[str, nn.Parameter]:
@@ -355,9 +349,9 @@ def resolve_parameters(model: nn.Module, names: list[str]) -> list[str]:
     others = {plain_name(model, n): p for n, p in model.named_parameters() if not _is_factor(n)}
     problems = []
     for suffix in names:
-        if any(_is_suffix(name, suffix) for name in stacked):
+        if any(is_suffix(name, suffix) for name in stacked):
             continue
-        wrong = next((name for name in others if _is_suffix(name, suffix)), None)
+        wrong = next((name for name in others if is_suffix(name, suffix)), None)
         if wrong is None:
             kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in stacked})
             there = nearest(suffix, kinds) if kinds else "this model has no 3-D parameters, as a mixture's experts are"
@@ -369,7 +363,7 @@ def resolve_parameters(model: nn.Module, names: list[str]) -> list[str]:
             )
     if problems:
         raise VeneerError(problems)
-    return [name for name in stacked if any(_is_suffix(name, suffix) for suffix in names)]
+    return [name for name in stacked if any(is_suffix(name, suffix) for suffix in names)]
 
 
 def _left_out(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | None:
@@ -384,7 +378,7 @@ def _left_out(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | N
         why = f"with {' and '.join(_no_parameters(config))}, " if _no_parameters(config) else ""
         words = f"{config.targets} {why}does not reach"
     elif isinstance(config.targets, list):
-        stacked = {n: p for n, p in stacked.items() if any(_is_suffix(n, suffix) for suffix in config.targets)}
+        stacked = {n: p for n, p in stacked.items() if any(is_suffix(n, suffix) for suffix in config.targets)}
         words = f"{config.targets} reaches layers only, not"
     else:
         return None
@@ -426,15 +420,13 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
             if targets == "qv":
                 found = _query_value(found)
         else:
-            try:
-                pattern = re.compile(targets)
-            except re.error as error:
-                raise VeneerError(f"lora.targets: {targets!r} is not a valid regex: {error}") from None
-            found = [name for name in layers if pattern.fullmatch(name)]
+            found = [
+                name for name, hit in zip(layers, matching(targets, list(layers), "lora.targets"), strict=True) if hit
+            ]
         missing = [] if found else [targets]
     else:
-        found = [name for name in layers if any(_is_suffix(name, suffix) for suffix in targets)]
-        missing = [suffix for suffix in targets if not any(_is_suffix(name, suffix) for name in layers)]
+        found = [name for name in layers if any(is_suffix(name, suffix) for suffix in targets)]
+        missing = [suffix for suffix in targets if not any(is_suffix(name, suffix) for name in layers)]
     if missing:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
         problems = [
@@ -637,7 +629,3 @@ def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             isinstance(module, (nn.Linear, QuantizedLinear, Conv1D, nn.Embedding, *CONVOLUTIONS)) and name not in inside
         ):
             yield name, module
-
-
-def _is_suffix(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")

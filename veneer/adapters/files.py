@@ -24,7 +24,6 @@ from veneer.adapters.attach import (
     adapter_parameters,
     adapters,
     block_number,
-    by_pattern,
     excluded,
     freeze_base,
     layer_at,
@@ -37,6 +36,7 @@ from veneer.adapters.attach import (
 )
 from veneer.adapters.experts import LoraParameter
 from veneer.adapters.lora import LoraLayer, check_adapter_name
+from veneer.adapters.patterns import by_pattern, ends_in, is_regex, is_suffix, matching
 from veneer.adapters.reference import answer_save_pretrained
 from veneer.adapters.tokens import TokenRows, token_layers
 from veneer.config import TARGET_PRESETS, LoraConfig
@@ -53,7 +53,6 @@ from veneer.storage import (
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
-_ENDS_IN = r"(.*\.)?({})$"
 _FACTOR = re.compile(
     r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector)(?:(?<=vector)\.weight)?"
@@ -88,14 +87,7 @@ def _positive(value: Any) -> bool:
 def _names_or_regex(value: Any) -> bool:
     if isinstance(value, list):
         return all(isinstance(part, str) and part for part in value)
-    return isinstance(value, str) and _is_regex(value)
-
-
-def _is_regex(value: str) -> bool:
-    try:
-        return bool(re.compile(value))
-    except (re.error, RecursionError, OverflowError):
-        return False
+    return isinstance(value, str) and is_regex(value)
 
 
 def _token_ids(value: Any) -> bool:
@@ -123,11 +115,11 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "rank_pattern": (
         "whole numbers from 1 by name or regex",
-        lambda v: isinstance(v, dict) and all(_is_regex(_ENDS_IN.format(k)) and _whole(n) for k, n in v.items()),
+        lambda v: isinstance(v, dict) and all(is_regex(ends_in(k)) and _whole(n) for k, n in v.items()),
     ),
     "alpha_pattern": (
         "numbers above 0 by name or regex",
-        lambda v: isinstance(v, dict) and all(_is_regex(_ENDS_IN.format(k)) and _positive(n) for k, n in v.items()),
+        lambda v: isinstance(v, dict) and all(is_regex(ends_in(k)) and _positive(n) for k, n in v.items()),
     ),
     "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
 }
@@ -145,8 +137,10 @@ _NOT_WITH = (
 
 
 class Factors(NamedTuple):
-    """One layer's tensors in a file."""
+    """One layer's tensors in a file, and what the config says of it: rank (of each expert of a parameter) and scaling."""
 
+    r: int
+    scaling: float
     a: Tensor
     b: Tensor
     magnitude: Tensor | None = None
@@ -337,7 +331,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
             problems.append(f"{layer}: found in the adapter, but this model has no such layer that can be adapted")
             continue
         try:
-            a, b = kind.shapes(rank_of(raw, config, layer))
+            a, b = kind.shapes(found.r)
         except VeneerError as error:
             problems += [f"{layer}: {problem}" for problem in error.problems]
             continue
@@ -378,11 +372,9 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
             else None,
         )
     freeze_base(model)
-    for layer, (a, b, magnitude, bias) in file.factors.items():
-        alpha = float(by_pattern(raw.get("alpha_pattern"), layer, config.alpha))
-        scaling = config.scaling_at(rank_of(raw, config, layer), alpha)
-        more = {"magnitude": magnitude, "bias": bias}
-        adapted(model, layer).add(name, a, b, scaling=scaling, dropout=config.dropout, **more)
+    for layer, found in file.factors.items():
+        more = {"magnitude": found.magnitude, "bias": found.bias}
+        adapted(model, layer).add(name, found.a, found.b, scaling=found.scaling, dropout=config.dropout, **more)
     for embedding, ids in tokens.items():
         TokenRows.of(model, embedding).add(name, ids, file.tokens[embedding])
     replaced = {
@@ -407,11 +399,6 @@ def _token_problems(base: dict[str, nn.Parameter], wanted: dict[str, list[int]],
         elif tuple(found[path].shape) != shape:
             problems.append(f"{path}.{TokenRows.KEY}: found {tuple(found[path].shape)}, expected {shape}")
     return problems
-
-
-def rank_of(raw: dict[str, Any], config: LoraConfig, layer: str) -> int:
-    """The rank of a layer, or of each expert of a parameter."""
-    return int(by_pattern(raw.get("rank_pattern"), layer, config.r))
 
 
 def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
@@ -491,8 +478,13 @@ def _read_tensors(
     layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
     names, unnamed = _parameters_by_wrapper(layers, config, model)
     problems += unnamed
+    paths = sorted({names.get(layer, layer) for layer in layers})
+    ranks = dict(zip(paths, by_pattern(config.rank_pattern, paths, config.r, "rank_pattern"), strict=True))
+    alphas = dict(zip(paths, by_pattern(config.alpha_pattern, paths, config.alpha, "alpha_pattern"), strict=True))
     for key, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor.float()).all()):
+        if not tensor.is_floating_point():
+            problems.append(f"tensor {key}: found {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
+        elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
         match = _FACTOR.fullmatch(key)
         if match is None:
@@ -512,7 +504,7 @@ def _read_tensors(
             if part == "bias" and not config.lora_bias:
                 problems.append(f"tensor {key}: found a bias, but lora_bias is not true")
             continue
-        rank = rank_of(raw, config, layer)
+        rank = ranks[layer]
         if match[1] in names:
             if tensor.ndim != 2 or tensor.shape[part == "b"] % rank:
                 shape = f"({rank} x experts, in)" if part == "a" else f"(out, {rank} x experts)"
@@ -540,7 +532,11 @@ def _read_tensors(
         problems.append("no lora_A and lora_B tensors in it")
     if problems:
         raise VeneerError([f"{path}: {problem}" for problem in problems], hint="the adapter is damaged; copy it again")
-    return {layer: Factors(**parts) for layer, parts in found.items()}, replaced, tokens
+    factors = {
+        layer: Factors(ranks[layer], config.scaling_at(ranks[layer], alphas[layer]), **parts)
+        for layer, parts in found.items()
+    }
+    return factors, replaced, tokens
 
 
 def _parameters_by_wrapper(
@@ -574,22 +570,18 @@ def _parameters_of(owner: str, config: LoraConfig, model: nn.Module | None) -> l
         with contextlib.suppress(AttributeError):
             module: Any = model.get_submodule(owner)
             there = module.base_layer._parameters if hasattr(module, "base_layer") else module._parameters
-            wanted = [key for key in there if any(_ends_in(f"{owner}.{key}", name) for name in config.parameters)]
+            wanted = [key for key in there if any(is_suffix(f"{owner}.{key}", name) for name in config.parameters)]
             if wanted:
                 return wanted
     keys = [name.rpartition(".") for name in config.parameters]
-    found = {key: "down" in key or key == "w2" for parent, _, key in keys if not parent or _ends_in(owner, parent)}
+    found = {key: "down" in key or key == "w2" for parent, _, key in keys if not parent or is_suffix(owner, parent)}
     return sorted(found, key=lambda key: found[key])
 
 
 def _names_module(name: str, targets: str | list[str]) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(_ends_in(name, suffix) for suffix in targets)
-
-
-def _ends_in(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
+        return matching(targets, [name])[0]
+    return any(is_suffix(name, suffix) for suffix in targets)
 
 
 def _is_of(key: str, suffix: str) -> bool:

@@ -41,23 +41,31 @@ def is_regex(pattern: str) -> bool:
         return False
 
 
-def matching(pattern: str, names: Sequence[str]) -> list[bool]:
+def ends_in(key: str) -> str:
+    """The regex for names that end in what the regex `key` matches, as PEFT reads the keys of its patterns."""
+    return rf"(?:.*\.)?(?:{key})"
+
+
+def matching(pattern: str, names: Sequence[str], what: str = "regex") -> list[bool]:
     """Which of the names the regex matches whole.
+
+    Args:
+        what: the setting it is, for errors.
 
     Raises:
         VeneerError: it is no regex, or takes more than SECONDS.
     """
-    return list(_matching(pattern, tuple(names)))
+    return list(_matching(pattern, tuple(names), what))
 
 
 @lru_cache(maxsize=256)
-def _matching(pattern: str, names: tuple[str, ...]) -> tuple[bool, ...]:
+def _matching(pattern: str, names: tuple[str, ...], what: str) -> tuple[bool, ...]:
     try:
         if len(pattern) > LENGTH:
-            raise VeneerError(f"regex of {len(pattern):,} characters: expected at most {LENGTH:,}")
+            raise VeneerError(f"{what}: found {len(pattern):,} characters, expected a regex of at most {LENGTH:,}")
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise VeneerError(f"{pattern!r} is not a valid regex: {error}") from None
+        raise VeneerError(f"{what}: {pattern!r} is not a valid regex: {error}") from None
     plain, runs = _RUN.subn("", pattern)
     if runs <= 3 and _HARMLESS.fullmatch(plain):
         return tuple(bool(compiled.fullmatch(name)) for name in names)
@@ -72,13 +80,15 @@ def _matching(pattern: str, names: tuple[str, ...]) -> tuple[bool, ...]:
         )
     except subprocess.TimeoutExpired:
         raise VeneerError(
-            f"regex {pattern!r}: found no answer in {SECONDS:g} s",
+            f"{what}: {pattern!r} gave no answer in {SECONDS:g} s",
             hint="repeats inside repeats, such as (a+)+, can take for ever: say it more simply, or list the names",
         ) from None
     return tuple(json.loads(child.stdout))
 
 
-def by_pattern(pattern: Mapping[str, Value] | None, names: Sequence[str], default: Value) -> list[Value]:
+def by_pattern(
+    pattern: Mapping[str, Value] | None, names: Sequence[str], default: Value, what: str = "regex"
+) -> list[Value]:
     """The value of each name by PEFT's rule: the first key that is a suffix of it, or a regex for its end, decides.
 
     Raises:
@@ -86,7 +96,7 @@ def by_pattern(pattern: Mapping[str, Value] | None, names: Sequence[str], defaul
     """
     values = [default] * len(names)
     for key, value in reversed(list((pattern or {}).items())):  # an earlier key overrides
-        for at, hit in enumerate(matching(rf"(?:.*\.)?(?:{key})", names)):
+        for at, hit in enumerate(matching(ends_in(key), names, what)):
             if hit:
                 values[at] = value
     return values

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from veneer.adapters import algebra
-from veneer.adapters.attach import by_pattern
-from veneer.adapters.files import base_quantization, rank_of, read_adapter
-from veneer.config import LoraConfig
+from veneer.adapters.files import Factors, base_quantization, read_adapter
 from veneer.errors import VeneerError
 from veneer.models.load import resolve
 from veneer.models.weights import BaseWeights
@@ -37,9 +36,9 @@ def inspect_adapter(path: str | Path, model: str | None = None) -> dict[str, Any
         VeneerError: `read_adapter` finds something, or the base that was named is another model than the adapter's.
     """
     raw, config, factors, replaced, tokens = read_adapter(path)
-    tensors = [tensor for parts in factors.values() for tensor in parts if tensor is not None]
+    tensors = [tensor for parts in factors.values() for tensor in parts if isinstance(tensor, Tensor)]
     tensors += [*replaced.values(), *tokens.values()]
-    layers = [_layer(name, parts[0], parts[1], raw, config) for name, parts in factors.items()]
+    layers = [_layer(name, parts) for name, parts in factors.items()]
     base, notes = _base(raw.get("base_model_name_or_path"), model)
     notes += _compare(layers, base, asked=model is not None) if base is not None else []
     if raw.get("use_dora"):
@@ -79,10 +78,8 @@ def inspect_adapter(path: str | Path, model: str | None = None) -> dict[str, Any
     }
 
 
-def _layer(name: str, a: Any, b: Any, raw: dict[str, Any], config: LoraConfig) -> dict[str, Any]:
-    r = rank_of(raw, config, name)
-    alpha = float(by_pattern(raw.get("alpha_pattern"), name, config.alpha))
-    scaling = config.scaling_at(r, alpha)
+def _layer(name: str, factors: Factors) -> dict[str, Any]:
+    r, scaling, a, b = factors[:4]
     experts = int(a.shape[0]) // r  # one update each; of a layer there is one
     pairs = [(a.flatten(1), _without_groups(b.flatten(1), r))] if experts == 1 else []
     if experts > 1:

@@ -14,7 +14,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0):
+def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0, dora=False):
     w = torch.randn(out, inner, generator=g) / inner**0.5
     weight = quantize(w.bfloat16(), kind) if kind else w.bfloat16()
     b = torch.randn(out, generator=g).bfloat16() if bias else None
@@ -22,7 +22,12 @@ def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0)
         return AdaptedLinear(weight, b)
     factors = (torch.randn(r, inner, generator=g) / inner**0.5, torch.randn(out, r, generator=g) / r**0.5)
     seed = int(torch.randint(2**32, (), generator=g)) if dropout else 0
-    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling, dropout, seed)
+    scale = None
+    if dora:  # any sign, one of them 0, which must not hide its own gradient
+        scale = torch.randn(out, generator=g)
+        scale[out // 2] = 0
+        scale.requires_grad_()
+    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling, dropout, seed, scale)
 
 
 def wide(value):
@@ -37,7 +42,7 @@ def wide(value):
 
 
 def factors(group):
-    return [f for layer in group for f in (layer.a, layer.b, layer.weight, layer.bias) if wants_gradient(f)]
+    return [f for layer in group for f in (layer.a, layer.b, layer.weight, layer.bias, layer.scale) if wants_gradient(f)]
 
 
 def wants_gradient(value):
@@ -83,15 +88,15 @@ def layer(x, a, m):
 
 
 def attention(tokens, *, heads=4, kv_heads=2, width=16, model=48, r=4, kind=None, bias=False, fused=False,
-              rotary=8, qk_norm=False, starts=None, recompute="none", dropout=0.0):  # fmt: skip
+              rotary=8, qk_norm=False, starts=None, recompute="none", dropout=0.0, dora=False):  # fmt: skip
     g = generator()
     sizes = [(heads + 2 * kv_heads) * width] if fused else [heads * width, kv_heads * width, kv_heads * width]
-    ranks, drops = (v if isinstance(v, list) else [v] * (len(sizes) + 1) for v in (r, dropout))
+    ranks, drops, doras = (v if isinstance(v, list) else [v] * (len(sizes) + 1) for v in (r, dropout, dora))
     qkv = [
-        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop)
-        for n, rank, drop in zip(sizes, ranks, drops, strict=False)
+        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop, dora=scaled)
+        for n, rank, drop, scaled in zip(sizes, ranks, drops, doras, strict=False)
     ]
-    out = linear(model, heads * width, ranks[-1], g, kind=kind, dropout=drops[-1])
+    out = linear(model, heads * width, ranks[-1], g, kind=kind, dropout=drops[-1], dora=doras[-1], bias=dora and bias)
     norm = [Norm(1 + 0.1 * torch.randn(n, generator=g).bfloat16(), 1e-5) for n in (model, width, width)]
     angle = torch.rand(tokens, rotary, generator=g) * 6
     places = (angle.cos(), angle.sin()) if rotary else (None, None)
@@ -120,6 +125,15 @@ ATTENTION = {
     "dropout differs": {"tokens": 20, "dropout": [0.0, 0.5, 0.1, 0.2], "qk_norm": True},
     "dropout, 4 bits": {"tokens": 33, "dropout": 0.05, "kind": "nf4", "recompute": "full"},
     "dropout, one linear": {"tokens": 150, "dropout": 0.2, "fused": True, "starts": [0, 1, 66, 150]},
+    "DoRA": {"tokens": 67, "dora": True},
+    "DoRA, one token": {"tokens": 1, "dora": True},
+    "DoRA, bias": {"tokens": 67, "dora": True, "bias": True, "r": [1, 3, 2, 5]},
+    "DoRA, bias, again": {"tokens": 20, "dora": True, "bias": True, "recompute": "full", "dropout": 0.3},
+    "DoRA here and there": {"tokens": 40, "dora": [True, False, True, False], "r": [1, 3, 4, None]},
+    "DoRA, 4 bits": {"tokens": 33, "dora": True, "kind": "nf4", "recompute": "full"},
+    "DoRA, 8 bits": {"tokens": 5, "dora": True, "kind": "int8"},
+    "DoRA, one linear": {"tokens": 150, "dora": True, "fused": True, "bias": True, "starts": [0, 1, 66, 150]},
+    "DoRA, norms on q and k": {"tokens": 67, "dora": True, "qk_norm": True, "dropout": [0.0, 0.5, 0.1, 0.2]},
 }
 
 
@@ -140,14 +154,15 @@ def test_attention_block(isa, nan_empties, case):
 
 
 def mlp(*, inner=96, model=48, r=4, kind=None, fused=False, activation="silu", shift=0.0, recompute="none",
-        dropout=0.0):  # fmt: skip
+        dropout=0.0, bias=False, dora=False):  # fmt: skip
     g = generator()
-    ranks, drops = (v if isinstance(v, list) else [v] * 3 for v in (r, dropout))
+    ranks, drops, doras = (v if isinstance(v, list) else [v] * 3 for v in (r, dropout, dora))
     sizes = [2 * inner] if fused else [inner, inner]
     group = [
-        linear(n, model, rank, g, kind=kind, dropout=drop) for n, rank, drop in zip(sizes, ranks, drops, strict=False)
+        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop, dora=scaled)
+        for n, rank, drop, scaled in zip(sizes, ranks, drops, doras, strict=False)
     ]
-    down = linear(model, inner, ranks[-1], g, kind=kind, dropout=drops[-1])
+    down = linear(model, inner, ranks[-1], g, kind=kind, bias=bias, dropout=drops[-1], dora=doras[-1])
     norm = Norm(1 - shift + 0.1 * torch.randn(model, generator=g).bfloat16(), 1e-5, shift)
     return Mlp(norm, group, down, activation, recompute)
 
@@ -166,6 +181,15 @@ MLP = {
     "dropout, 4 bits": {"dropout": 0.05, "kind": "nf4"},
     "dropout, 8 bits": {"dropout": 0.05, "kind": "int8"},
     "dropout, one linear": {"dropout": 0.2, "fused": True, "activation": "gelu_tanh"},
+    "DoRA": {"dora": True},
+    "DoRA, odd width, again": {"dora": True, "inner": 102, "recompute": "mlp", "r": [3, 4, 5]},
+    "DoRA, bias": {"dora": True, "bias": True, "inner": 102},
+    "DoRA, bias, 4 bits": {"dora": True, "bias": True, "kind": "nf4"},
+    "DoRA, 4 bits": {"dora": True, "kind": "nf4", "dropout": 0.05},
+    "DoRA, 8 bits": {"dora": True, "kind": "int8", "recompute": "full"},
+    "DoRA, one linear": {"dora": True, "fused": True, "activation": "gelu_tanh", "inner": 102, "dropout": 0.2},
+    "DoRA here and there": {"dora": [False, True, False], "r": [None, 4, 4]},
+    "DoRA of down alone": {"dora": [False, False, True], "r": [4, None, 4]},
 }
 
 

@@ -261,6 +261,8 @@ class LoraLinear(LoraLayer):
         linear = plain_linear(self.base_layer)._replace(
             a=self.lora_A[self.active], b=self.lora_B[self.active], scaling=self.scaling[self.active]
         )
+        if self.active in self.magnitude:
+            linear = linear._replace(scale=self.row_scale(self.active))
         dropout = self.dropout[self.active] if self.training else 0.0
         return linear._replace(dropout=dropout, seed=int(torch.randint(2**32, ()))) if dropout else linear
 

@@ -59,17 +59,25 @@ void Gated(const Rows& n, const uint16_t* gate, const uint16_t* up, uint16_t* ou
     }
 }
 
-template <int kKind>
-void GatedBackward(const Rows& n, const uint16_t* d_out, const uint16_t* gate, const uint16_t* up, uint16_t* d_gate,
-                   uint16_t* d_up, uint16_t* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (n.rows * n.width > 65536)
-  for (int64_t r = 0; r < n.rows; ++r)
+// kDots: also sums over the rows, by column, of each gradient times what it is the gradient of, added to `dots`: those
+// of gate, then those of up, each filled up to whole vectors.
+template <int kKind, bool kDots>
+void GatedBackward(const Rows& n, int64_t from, int64_t to, const uint16_t* d_out, const uint16_t* gate,
+                   const uint16_t* up, uint16_t* d_gate, uint16_t* d_up, uint16_t* out, float* dots) {
+  const int64_t padded = (n.width + kWidth - 1) / kWidth * kWidth;
+  for (int64_t r = from; r < to; ++r)
     for (int64_t i = 0; i < n.width; i += kWidth) {
       const int64_t at = r * n.stride + i, dense = r * n.width + i, left = n.width - i;
       Vec value, slope;
-      Activate<kKind>(LoadSome(gate + at, left), &value, &slope);
+      const Vec g = LoadSome(gate + at, left);
+      Activate<kKind>(g, &value, &slope);
       const Vec d = LoadSome(d_out + dense, left), u = LoadSome(up + at, left);
-      StoreSome(d_gate + at, d * u * slope, left);
+      const Vec back = d * u * slope;
+      if constexpr (kDots) {
+        Store(dots + i, Fma(back, g, Load(dots + i)));
+        Store(dots + padded + i, Fma(d * value, u, Load(dots + padded + i)));
+      }
+      StoreSome(d_gate + at, back, left);
       StoreSome(d_up + at, d * value, left);
       StoreSome(out + dense, value * u, left);
     }
@@ -171,13 +179,59 @@ EXPORT(gated)
 }
 
 // The gradients of gate and up, strided like them, from d_out (rows, width); and once more what `gated` gives, which
-// may be written over d_out.
+// may be written over d_out. dots (2, width), or null: sums over the rows of d_gate gate and of d_up up.
 EXPORT(gated_backward)
 (const uint16_t* d_out, const uint16_t* gate, const uint16_t* up, int kind, int64_t rows, int64_t width, int64_t stride,
- uint16_t* d_gate, uint16_t* d_up, uint16_t* out, int threads) {
+ uint16_t* d_gate, uint16_t* d_up, uint16_t* out, float* dots, int threads) {
   const Rows n{rows, width, stride};
-  if (kind == kSilu) return GatedBackward<kSilu>(n, d_out, gate, up, d_gate, d_up, out, threads);
-  GatedBackward<kGeluTanh>(n, d_out, gate, up, d_gate, d_up, out, threads);
+  const int64_t padded = (width + kWidth - 1) / kWidth * kWidth, parts = rows * width > 65536 ? threads : 1;
+  float* part = nullptr;
+  if (dots) {
+    scratch.Reserve(parts * 2 * padded * 4);
+    part = scratch.Take<float>(parts * 2 * padded);
+    std::memset(part, 0, parts * 2 * padded * 4);
+  }
+  const auto run = kind == kSilu ? dots ? GatedBackward<kSilu, true> : GatedBackward<kSilu, false>
+                   : dots        ? GatedBackward<kGeluTanh, true>
+                                 : GatedBackward<kGeluTanh, false>;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parts > 1)
+  for (int64_t p = 0; p < parts; ++p)
+    run(n, rows * p / parts, rows * (p + 1) / parts, d_out, gate, up, d_gate, d_up, out,
+        dots ? part + p * 2 * padded : nullptr);
+  for (int64_t i = 0; dots && i < 2 * width; ++i) {
+    const float* at = part + (i < width ? i : padded + i - width);
+    dots[i] = 0.f;
+    for (int64_t p = 0; p < parts; ++p) dots[i] += at[p * 2 * padded];
+  }
+}
+
+// dots (n) = sum over the rows of x y, both (rows, n) with a row every ldx and ldy elements.
+EXPORT(column_dots)
+(const uint16_t* x, int64_t ldx, const uint16_t* y, int64_t ldy, int64_t rows, int64_t n, float* dots, int threads) {
+  constexpr int64_t kColumns = 64, kAhead = 12;  // a row's part is one or two lines of each; rows fetched ahead
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > 65536)
+  for (int64_t first = 0; first < n; first += kColumns) {
+    const int64_t live = n - first < kColumns ? n - first : kColumns;
+    Vec sum[kColumns / kWidth] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint16_t *a = x + r * ldx + first, *b = y + r * ldy + first;
+      if (r + kAhead < rows) {
+        for (int64_t i = 0; i < live; i += 32) {
+          __builtin_prefetch(a + kAhead * ldx + i);
+          __builtin_prefetch(b + kAhead * ldy + i);
+        }
+      }
+      if (live == kColumns) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kColumns; i += kWidth)
+          sum[i / kWidth] = Fma(LoadBFloat16(a + i), LoadBFloat16(b + i), sum[i / kWidth]);
+      } else {
+        for (int64_t i = 0; i < live; i += kWidth)
+          sum[i / kWidth] = Fma(LoadSome(a + i, live - i), LoadSome(b + i, live - i), sum[i / kWidth]);
+      }
+    }
+    for (int64_t i = 0; i < live; ++i) dots[first + i] = sum[i / kWidth][i % kWidth];
+  }
 }
 
 // out (rows, width) = [residual +] x where a hash of seed, row and column is at least `limit`, else 0; out may be x or

@@ -18,11 +18,6 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
   const int64_t depth = to - from;
   if (t.kind == kByRow) {
     PackByRow(t.weight + column * t.ldw + from, t.ldw, live, depth, b, place);
-  } else if (t.kind == kByColumn) {
-    for (int64_t d = 0; d < depth; d += 2) {
-      const uint16_t* low = t.weight + (from + d) * t.ldw + column;
-      PackPair(low, low + t.ldw, live, b + d / 2 * place.ld, place);
-    }
   } else if (t.kind == kQuantizedByRow) {
     for (int64_t i = 0; i < live; i += 16) {  // 16 rows at a time stay in the first-level cache
       const int64_t count = live - i < 16 ? live - i : 16;
@@ -34,9 +29,9 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
       for (int64_t i = live; i < kPanel; ++i) b[d * place.ld + i / 16 * place.across + i % 16] = 0;
   } else {
     for (int64_t d = 0; d < depth; d += 2) {
-      t.DecodeRow(from + d, column, live, rows);
-      t.DecodeRow(from + d + 1, column, live, rows + kPanel);
-      PackPair(rows, rows + kPanel, live, b + d / 2 * place.ld, place);
+      const uint16_t* low = t.Row(from + d, column, live, rows);
+      const uint16_t* high = t.Row(from + d + 1, column, live, rows + kPanel);
+      PackPair(low, high, live, b + d / 2 * place.ld, place);
     }
   }
 }
@@ -235,6 +230,7 @@ void Strip(const Piece& piece, int64_t row, const uint32_t* b, int64_t across, i
           if (here.residual) __builtin_prefetch(here.residual + fetched * here.ldr);
           if (here.residual_rest) __builtin_prefetch(here.residual_rest + fetched * here.ldr);
           if (here.rest) __builtin_prefetch(here.rest + fetched * here.ldy, 1);
+          if (here.plain) __builtin_prefetch(here.plain + fetched * here.ldy, 1);
         }
         if constexpr (kStays)
           _tile_stream_loadd(6, right, kTile * 4);
@@ -403,12 +399,13 @@ void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
 
 }  // namespace
 
-// y (m, n) bf16 = sum of the terms [+ bias (n)] [+ residual (m, n) [+ its rest]]. Depths and lda are even.
+// y (m, n) bf16 = [scale (n)] sum of the terms [+ bias (n)] [+ residual (m, n) [+ its rest]]. Depths and lda are even.
 EXPORT(product)
 (const Term* terms, int count, int64_t m, int64_t n, const uint16_t* bias, const uint16_t* residual,
- const uint16_t* residual_rest, int64_t ldr, uint16_t* y, uint16_t* rest, int64_t ldy, int threads) {
+ const uint16_t* residual_rest, int64_t ldr, uint16_t* y, uint16_t* rest, int64_t ldy, const float* scale,
+ uint16_t* plain, int threads) {
   if (m == 0 || n == 0) return;
-  const Output out{y, ldy, bias, residual, ldr, n, residual_rest, rest};
+  const Output out{y, ldy, bias, residual, ldr, n, residual_rest, rest, scale, plain};
   Terms sum{terms, count, 0};
   for (int i = 0; i < count; ++i) sum.depth += terms[i].depth;
   bool few = m < kFewRows && terms[0].kind == kQuantizedByRow;

@@ -208,29 +208,35 @@ EXPORT(gated_backward)
 // dots (n) = sum over the rows of x y, both (rows, n) with a row every ldx and ldy elements.
 EXPORT(column_dots)
 (const uint16_t* x, int64_t ldx, const uint16_t* y, int64_t ldy, int64_t rows, int64_t n, float* dots, int threads) {
-  constexpr int64_t kColumns = 64, kAhead = 12;  // a row's part is one or two lines of each; rows fetched ahead
-#pragma omp parallel for schedule(static) num_threads(threads) if (rows * n > 65536)
-  for (int64_t first = 0; first < n; first += kColumns) {
-    const int64_t live = n - first < kColumns ? n - first : kColumns;
-    Vec sum[kColumns / kWidth] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      const uint16_t *a = x + r * ldx + first, *b = y + r * ldy + first;
-      if (r + kAhead < rows) {
-        for (int64_t i = 0; i < live; i += 32) {
-          __builtin_prefetch(a + kAhead * ldx + i);
-          __builtin_prefetch(b + kAhead * ldy + i);
+  constexpr int64_t kTogether = 4;  // rows whose products are added up in registers
+  const int64_t padded = (n + kWidth - 1) / kWidth * kWidth, parts = rows * n > 65536 ? threads : 1;
+  scratch.Reserve(parts * padded * 4);
+  float* sums = scratch.Take<float>(parts * padded);
+#pragma omp parallel for schedule(static) num_threads(threads) if (parts > 1)
+  for (int64_t p = 0; p < parts; ++p) {
+    float* sum = sums + p * padded;
+    std::memset(sum, 0, padded * 4);
+    const int64_t to = rows * (p + 1) / parts;
+    for (int64_t r = rows * p / parts; r < to; r += kTogether) {
+      const int64_t here = to - r < kTogether ? to - r : kTogether;
+      const uint16_t *a = x + r * ldx, *b = y + r * ldy;
+      for (int64_t i = 0; i < n; i += kWidth) {
+        Vec total = Load(sum + i);
+        if (here == kTogether && n - i >= kWidth) {
+#pragma GCC unroll 4
+          for (int64_t k = 0; k < kTogether; ++k)
+            total = Fma(LoadBFloat16(a + k * ldx + i), LoadBFloat16(b + k * ldy + i), total);
+        } else {
+          for (int64_t k = 0; k < here; ++k)
+            total = Fma(LoadSome(a + k * ldx + i, n - i), LoadSome(b + k * ldy + i, n - i), total);
         }
-      }
-      if (live == kColumns) {
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < kColumns; i += kWidth)
-          sum[i / kWidth] = Fma(LoadBFloat16(a + i), LoadBFloat16(b + i), sum[i / kWidth]);
-      } else {
-        for (int64_t i = 0; i < live; i += kWidth)
-          sum[i / kWidth] = Fma(LoadSome(a + i, live - i), LoadSome(b + i, live - i), sum[i / kWidth]);
+        Store(sum + i, total);
       }
     }
-    for (int64_t i = 0; i < live; ++i) dots[first + i] = sum[i / kWidth][i % kWidth];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    dots[i] = 0.f;
+    for (int64_t p = 0; p < parts; ++p) dots[i] += sums[p * padded + i];
   }
 }
 

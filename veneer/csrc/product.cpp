@@ -4,6 +4,8 @@
 // A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel
 // columns side by side. A quantised weight is decoded on the way there, so a dense copy never exists.
 
+#include <cmath>
+
 #include "few_rows.h"
 
 namespace {
@@ -31,7 +33,11 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
     for (int64_t d = 0; d < depth; d += 2) {
       const uint16_t* low = t.Row(from + d, column, live, rows);
       const uint16_t* high = t.Row(from + d + 1, column, live, rows + kPanel);
-      PackPair(low, high, live, b + d / 2 * place.ld, place);
+      uint32_t* to_pair = b + d / 2 * place.ld;
+      if (t.row_scale)
+        PackPair(low, high, live, to_pair, place, Scaled{t.row_scale[from + d], t.row_scale[from + d + 1]});
+      else
+        PackPair(low, high, live, to_pair, place);
     }
   }
 }
@@ -230,7 +236,6 @@ void Strip(const Piece& piece, int64_t row, const uint32_t* b, int64_t across, i
           if (here.residual) __builtin_prefetch(here.residual + fetched * here.ldr);
           if (here.residual_rest) __builtin_prefetch(here.residual_rest + fetched * here.ldr);
           if (here.rest) __builtin_prefetch(here.rest + fetched * here.ldy, 1);
-          if (here.plain) __builtin_prefetch(here.plain + fetched * here.ldy, 1);
         }
         if constexpr (kStays)
           _tile_stream_loadd(6, right, kTile * 4);
@@ -505,4 +510,80 @@ EXPORT(outer_sum)
     }
   }
   std::free(turned);
+}
+
+// norms (rows) = (squares + 2 s <w a^T, b> + s^2 <b, b gram>)^1/2 by row, at least `least`: the lengths of the rows of
+// W + s B A. weight: by row (rows, depth), its a is not used; a (r, depth), b (rows, r), gram = a a^T (r, r), fp32. The
+// weight is read once as the left side of the product; a, packed as bf16, is the right one.
+EXPORT(row_norms)
+(const Term* weight, int64_t rows, const float* a, const float* b, const float* gram, int64_t r, const float* squares,
+ float s, float least, float* norms, int threads) {
+  constexpr int64_t kTall = 2 * kTile;
+  const int64_t depth = weight->depth, ranks = (r + kTile - 1) / kTile * kTile;
+  const int64_t padded = (depth + 2 * kTile - 1) / (2 * kTile) * 2 * kTile, pairs = padded / 2;
+  scratch.Reserve(ranks * pairs * 4 + kTile * padded * 2 + ranks * ranks * 4 + 4096);
+  uint32_t* packed = scratch.Take<uint32_t>(ranks * pairs);  // by 16 ranks: (pairs, 16)
+  uint16_t* some = scratch.Take<uint16_t>(kTile * padded);
+  float* square = scratch.Take<float>(ranks * ranks);  // gram, filled up with zeros
+  for (int64_t k = 0; k < ranks; k += kTile) {
+    std::memset(some, 0, kTile * padded * 2);
+    for (int64_t i = k; i < r && i < k + kTile; ++i) {
+      uint16_t* row = some + (i - k) * padded;
+      int64_t d = 0;
+      for (; d + kWidth <= depth; d += kWidth) StoreBFloat16(row + d, Load(a + i * depth + d));
+      for (; d < depth; ++d) row[d] = ToBFloat16(a[i * depth + d]);
+    }
+    TurnAll(reinterpret_cast<const uint32_t*>(some), pairs, kTile, pairs, packed + k * pairs, kTile);
+  }
+  std::memset(square, 0, ranks * ranks * 4);
+  for (int64_t k = 0; k < r; ++k) std::memcpy(square + k * ranks, gram + k * r, r * 4);
+#pragma omp parallel num_threads(threads) if (rows * depth > 65536)
+  {
+    Tiles tiles;
+    decoded.Reserve(kTall * padded * 2 + kTall * ranks * 4 + ranks * 4 + 4096);
+    uint16_t* left = decoded.Take<uint16_t>(kTall * padded);
+    float* part = decoded.Take<float>(kTall * ranks);
+    float* low = decoded.Take<float>(ranks);
+    std::memset(left, 0, kTall * padded * 2);
+    std::memset(low, 0, ranks * 4);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row += kTall) {
+      const int64_t tall = rows - row < kTall ? rows - row : kTall;
+      Slice slice{reinterpret_cast<const uint32_t*>(left), pairs, pairs};
+      if (weight->kind == kByRow && depth == padded && tall == kTall && weight->ldw % 2 == 0) {
+        slice.a = reinterpret_cast<const uint32_t*>(weight->weight + row * weight->ldw);
+        slice.lda = weight->ldw / 2;
+      } else {
+        for (int64_t i = 0; i < tall; ++i) {
+          if (weight->kind == kByRow)
+            std::memcpy(left + i * padded, weight->weight + (row + i) * weight->ldw, depth * 2);
+          else
+            weight->DecodeRow(row + i, 0, depth, left + i * padded);
+        }
+      }
+      for (int64_t k = 0; k < ranks; k += kTile) {
+#if defined(__AMX_BF16__)
+        TileProduct<2, 1>(&slice, 1, 0, packed + k * pairs, kTile, part + k, ranks, false);
+#else
+        for (int64_t i = 0; i < tall; ++i) std::memset(part + i * ranks + k, 0, kTile * 4);
+        const int64_t most = kWiden ? kWideDepth / 2 : pairs;
+        for (int64_t p = 0; p < pairs; p += most) {
+          const Slice piece{slice.a + p, slice.lda, pairs - p < most ? pairs - p : most};
+          DownPairs<false>(&piece, 1, tall, packed + k * pairs + p * kTile, kTile, kTile, part + k, ranks);
+        }
+#endif
+      }
+      for (int64_t i = 0; i < tall; ++i) {
+        std::memcpy(low, b + (row + i) * r, r * 4);
+        Vec total = Vec{};
+        for (int64_t k = 0; k < ranks; k += kWidth) {
+          Vec through = Vec{};
+          for (int64_t l = 0; l < r; ++l) through = Fma(Set(low[l]), Load(square + l * ranks + k), through);
+          total = Fma(Load(low + k), Set(2.f) * Load(part + i * ranks + k) + Set(s) * through, total);
+        }
+        const float all = squares[row + i] + s * Sum(total), norm = std::sqrt(all < 0.f ? 0.f : all);  // NaN stays
+        norms[row + i] = norm < least ? least : norm;
+      }
+    }
+  }
 }

@@ -30,17 +30,10 @@ struct Term {
     else
       Decode<kBFloat16>(*four_bit, first, count, out);
   }
-  // Elements [from, from + count) of a row of a weight by column: where it lies, or made in `room`.
+  // Elements [from, from + count) of a row of a weight by column: where it lies, or decoded to `room`.
   const uint16_t* Row(int64_t row, int64_t from, int64_t count, uint16_t* room) const {
-    const uint16_t* found = room;
-    if (kind == kByColumn)
-      found = weight + row * ldw + from;
-    else
-      DecodeRow(row, from, count, room);
-    if (!row_scale) return found;
-    int64_t i = 0;
-    for (; i + kWidth <= count; i += kWidth) StoreBFloat16(room + i, LoadBFloat16(found + i) * Set(row_scale[row]));
-    for (; i < count; ++i) room[i] = ToBFloat16(FromBFloat16(found[i]) * row_scale[row]);
+    if (kind == kByColumn) return weight + row * ldw + from;
+    DecodeRow(row, from, count, room);
     return room;
   }
 };
@@ -82,7 +75,7 @@ struct Output {
     if (rest) rest[row * ldy + j] = ToBFloat16(value - FromBFloat16(rounded));
   }
   void Put(int64_t row, int64_t j, Vec value) const {
-    if (plain) StoreBFloat16(plain + row * ldy + j, value);
+    if (plain) StoreForLater(plain + row * ldy + j, value);
     if (scale) value *= Load(scale + j);
     if (bias) value += LoadBFloat16(bias + j);
     if (residual) value += LoadBFloat16(residual + row * ldr + j);

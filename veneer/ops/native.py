@@ -19,12 +19,14 @@ import torch  # before the library: it then shares torch's OpenMP threads
 from torch import Tensor
 
 from veneer.errors import VeneerError
+from veneer.ops import products
 from veneer.ops.arena import empty
 from veneer.ops.reference import (
     BLOCK,
     CODE_BOOKS,
     DYNAMIC_MAP,
     NESTED_BLOCK,
+    TINY,
     double_quantize_table,
     drop_limit,
     int8_scale,
@@ -59,6 +61,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
                        c_void_p, c_int],
     "column_dots": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "row_norms": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_void_p,
+                  c_int],
     "masked": [c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_int, c_void_p, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_int],
 }  # fmt: skip
@@ -310,6 +314,29 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
         *((1, r) if transposed else (n, 1)),
     )  # fmt: skip
     return out
+
+
+def row_norms(
+    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if not by_row or a.shape[1] % 2:
+        return products.row_norms(weight, by_row, a, b, scaling, squares, dtype)
+    (out, r), inner = b.shape, a.shape[1]
+    a, b, gram, norms = a.contiguous(), b.contiguous(), a @ a.T, torch.empty(out, dtype=torch.float32)
+    assert a.shape == (r, inner) and weight.shape == (out, inner) and _is_vector(squares, out)
+    assert a.dtype == b.dtype == gram.dtype == torch.float32
+    term = _Term(depth=inner, ldw=inner, kind=0)
+    if isinstance(weight, Tensor):
+        weight = _rows(weight)
+        term.weight, term.ldw = weight.data_ptr(), weight.stride(0)
+    else:
+        setattr(term, "int8" if weight.kind == "int8" else "four_bit", _view(weight))
+        term.kind = 2
+    _run(
+        "row_norms", ctypes.addressof(term), out, a.data_ptr(), b.data_ptr(), gram.data_ptr(), r, squares.data_ptr(),
+        scaling, TINY, norms.data_ptr(),
+    )  # fmt: skip
+    return norms
 
 
 def attention_forward(

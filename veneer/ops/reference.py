@@ -48,6 +48,7 @@ CODE_BOOKS = {
     "fp4": _code_book(torch.tensor([s * v for s in (1.0, -1.0) for v in (0.0, 0.0625, 8, 12, 4, 6, 2, 3)]) / 12 + 0.0),
 }  # fmt: skip
 _TINY = 1e-38  # smallest absmax divided by: a block of zeros must not give NaN
+TINY = 1e-30  # smallest norm of a weight's row divided by: a row of zeros, as of a padding token, stays one
 
 
 def _dynamic_map() -> Tensor:
@@ -211,6 +212,14 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
     """left (tokens, r), right (tokens, n) -> left^T right (r, n) fp32, or its transpose."""
     total = left.float().T @ right.float()
     return total.T.contiguous() if transposed else total
+
+
+def row_norms(
+    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """|W + scaling B A| of each row (out,) fp32, at least TINY; W (out, in), or (in, out) if not `by_row`."""
+    dense = _dense(weight) if by_row else _dense(weight).T
+    return torch.linalg.vector_norm(dense + scaling * b @ a, dim=1).clamp_(min=TINY)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float = 0.0, rest: Tensor | None = None) -> Tensor:

@@ -42,7 +42,9 @@ def wide(value):
 
 
 def factors(group):
-    return [f for layer in group for f in (layer.a, layer.b, layer.weight, layer.bias, layer.scale) if wants_gradient(f)]
+    return [
+        f for layer in group for f in (layer.a, layer.b, layer.weight, layer.bias, layer.scale) if wants_gradient(f)
+    ]
 
 
 def wants_gradient(value):
@@ -210,13 +212,14 @@ def test_mlp_block(isa, nan_empties, case, tokens):
     )
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("dropout", "dora"), [(0.0, False), (0.2, False), (0.2, True)])
 @pytest.mark.parametrize("recompute", ["mlp", "full"])
-def test_recompute_changes_no_bit_and_keeps_less(recompute, dropout):
+def test_recompute_changes_no_bit_and_keeps_less(recompute, dropout, dora):
     x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
     results, kept = [], []
     for how in ("none", recompute):
-        a, m = attention(70, recompute=how, dropout=dropout), mlp(recompute=how, dropout=dropout)
+        given = {"recompute": how, "dropout": dropout, "dora": dora, "bias": dora}
+        a, m = attention(70, **given), mlp(**given)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             y = layer(x, a, m)
@@ -275,8 +278,8 @@ def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recomp
     watch("attention_backward", slice(0, 3))
     watch("gated", slice(0, 2))
     watch("gated_backward", slice(1, 3))
-    a = attention(75, recompute=recompute, r=[1, 3, None, 5], qk_norm=True, kind=kind, dropout=0.2)
-    m = mlp(recompute=recompute, inner=102, r=[3, None, 4], kind=kind)
+    a = attention(75, recompute=recompute, r=[1, 3, None, 5], qk_norm=True, kind=kind, dropout=0.2, dora=True)
+    m = mlp(recompute=recompute, inner=102, r=[3, None, 4], kind=kind, dora=True)
     x = torch.randn(75, 48, generator=generator(1)).bfloat16().requires_grad_()
     layer(x, a, m).float().square().sum().backward()
     for forth, back in (("attention_forward", "attention_backward"), ("gated", "gated_backward")):
@@ -284,17 +287,35 @@ def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recomp
         assert all(torch.equal(p, q) for p, q in zip(made[forth], made[back], strict=True))
 
 
+@pytest.mark.parametrize(("dora", "bias"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
-def test_a_second_backward_pass_gives_the_same(recompute, fused, kind):
-    a = attention(70, fused=fused, recompute=recompute, kind=kind)
-    m = mlp(fused=fused, recompute=recompute, kind=kind)
+def test_a_second_backward_pass_gives_the_same(recompute, fused, kind, dora, bias):
+    a = attention(70, fused=fused, recompute=recompute, kind=kind, dora=dora, bias=bias)
+    m = mlp(fused=fused, recompute=recompute, kind=kind, dora=dora, bias=bias)
     x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
     loss = layer(x, a, m).float().square().sum()
     wanted = [x, *factors([*a.qkv, a.out, *m.gate_up, m.down])]
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
     assert all(torch.equal(p, q) for p, q in zip(first, torch.autograd.grad(loss, wanted), strict=True))
+
+
+@pytest.mark.parametrize(("trained", "bias", "more"), [(True, False, 2), (True, True, 7), (False, True, 0)])
+def test_of_a_dora_layer_only_hidden_sums_are_kept(trained, bias, more):
+    """In widths of the model (48) a token: o and down; with biases q 64, k and v 32 each, gate and up 96 each as well."""
+    kept = []
+    for dora in (False, True):
+        a, m = attention(70, dora=dora, bias=bias, model=64), mlp(dora=dora, bias=bias, model=64)
+        for linear in (*a.qkv, a.out, *m.gate_up, m.down):
+            if dora:
+                linear.scale.requires_grad_(trained)
+        x = torch.randn(70, 64, generator=generator(1)).bfloat16().requires_grad_()
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            layer(x, a, m)
+        kept.append(sum(n for n in sizes if n >= 70 * 32))
+    assert kept[1] - kept[0] == 70 * 64 * more
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
@@ -373,12 +394,14 @@ TRAINED_ATTENTION = {
     "bias, norms": {"tokens": 33, "r": None, "bias": True, "qk_norm": True},
     "one linear, packed": {"tokens": 150, "r": None, "fused": True, "bias": True, "starts": [0, 1, 66, 150]},
     "adapters too": {"tokens": 40, "r": [1, 3, None, 5], "dropout": 0.3, "recompute": "full"},
+    "DoRA too": {"tokens": 40, "r": [1, 3, None, 5], "dora": True, "bias": True},
 }
 TRAINED_MLP = {
     "plain": {"r": None},
     "odd width, again": {"r": None, "inner": 102, "recompute": "mlp"},
     "one linear, shift": {"r": None, "fused": True, "activation": "gelu_tanh", "shift": 1.0},
     "adapters too": {"r": [3, None, 5], "dropout": 0.3},
+    "DoRA too": {"r": [3, None, 5], "dora": True, "bias": True},
 }
 
 

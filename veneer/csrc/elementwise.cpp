@@ -221,6 +221,11 @@ EXPORT(column_dots)
       const int64_t here = to - r < kTogether ? to - r : kTogether;
       const uint16_t *a = x + r * ldx, *b = y + r * ldy;
       for (int64_t i = 0; i < n; i += kWidth) {
+        if (i % 32 == 0 && r + 2 * kTogether <= to)
+          for (int64_t k = kTogether; k < 2 * kTogether; ++k) {
+            __builtin_prefetch(a + k * ldx + i);
+            __builtin_prefetch(b + k * ldy + i);
+          }
         Vec total = Load(sum + i);
         if (here == kTogether && n - i >= kWidth) {
 #pragma GCC unroll 4

@@ -553,6 +553,9 @@ EXPORT(row_norms)
       if (weight->kind == kByRow && depth == padded && tall == kTall && weight->ldw % 2 == 0) {
         slice.a = reinterpret_cast<const uint32_t*>(weight->weight + row * weight->ldw);
         slice.lda = weight->ldw / 2;
+        for (int64_t i = kTall; i < 2 * kTall && row + i < rows; ++i)  // the next rows, on their way meanwhile
+          for (int64_t d = 0; d < depth; d += 32)
+            __builtin_prefetch(weight->weight + (row + i) * weight->ldw + d, 0, 2);
       } else {
         for (int64_t i = 0; i < tall; ++i) {
           if (weight->kind == kByRow)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from veneer.config import (
+    AdaLoraConfig,
     DataConfig,
     LoraConfig,
     Recipe,
@@ -83,5 +84,7 @@ def settings_rows(settings):
 
 def test_the_page_of_settings_is_true():
     page = (Path(__file__).parent.parent / "docs" / "recipe.md").read_text(encoding="utf-8")
-    expected = [row for part in (Recipe, LoraConfig, DataConfig, TrainConfig) for row in settings_rows(part)]
+    expected = [
+        row for part in (Recipe, LoraConfig, AdaLoraConfig, DataConfig, TrainConfig) for row in settings_rows(part)
+    ]
     assert [line for line in page.splitlines() if line.startswith("| `")] == expected

@@ -47,6 +47,26 @@ class Settings(BaseModel, metaclass=_Strict):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class AdaLoraConfig(Settings):
+    """How AdaLoRA shares its budget of ranks among the layers (Zhang et al. 2023, arXiv 2303.10512)."""
+
+    start: float = Field(1.5, ge=1, le=16, description="ranks a layer starts with, times lora.r")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps before the first rank goes")
+    settle: float = Field(0.3, ge=0, lt=1, description="share of the steps, the last, when none goes any more")
+    every: int = Field(1, ge=1, description="steps between decisions which ranks stay")
+    beta: float = Field(0.85, ge=0, lt=1, description="of the running means of what a rank is worth")
+    orthogonality: float = Field(0.1, ge=0, description="weight of the term that keeps the factors orthogonal")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps in all; left out: veneer's training knows, other loops have to say"
+    )
+
+    @model_validator(mode="after")
+    def _some_time(self) -> AdaLoraConfig:
+        if self.warmup + self.settle >= 1:
+            raise ValueError(f"found warmup {self.warmup:g} and settle {self.settle:g}, expected less than 1 together")
+        return self
+
+
 class LoraConfig(Settings):
     """Which low-rank adapter is put where (LoRA, Hu et al. 2021, arXiv 2106.09685).
 
@@ -71,6 +91,9 @@ class LoraConfig(Settings):
         "[32, 8] is more early, [0, 16, 0] the middle; alpha follows, so that the scaling stays",
     )
     dora: bool = Field(False, description="train the lengths of the weight's rows apart from their directions (DoRA)")
+    adalora: AdaLoraConfig | None = Field(
+        None, description="true, or settings: `r` ranks a layer on average, shared out by what training needs (AdaLoRA)"
+    )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="none, all, or lora_only (of the adapted layers): which biases are trained"
     )
@@ -103,6 +126,17 @@ class LoraConfig(Settings):
         if wrong:
             raise ValueError(f"found {wrong}, expected numbers above 0")
         return value
+
+    @field_validator("adalora", mode="before")
+    @classmethod
+    def _usual_budget(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_form(self) -> LoraConfig:
+        if self.adalora is not None and self.dora:
+            raise ValueError("adalora: found dora too, which has another form: choose one")
+        return self
 
     @field_validator("depth")
     @classmethod
@@ -328,8 +362,9 @@ def _explain(root: type[BaseModel], error: ValidationError) -> list[str]:
                 break
             path.append(part)
             annotation = model.model_fields[part].annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                model = annotation
+            for kind in (annotation, *get_args(annotation)):
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    model = kind
         name = ".".join(path)
         if item["type"] == "extra_forbidden":
             unknown = location[len(path)] if len(path) < len(location) else str(item["loc"][-1])

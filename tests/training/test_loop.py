@@ -8,12 +8,14 @@ import time
 import pytest
 import torch
 from conftest import make_model
+from safetensors.torch import load_file
 
 import veneer
-from veneer.adapters.attach import adapter_parameters
+from veneer.adapters.attach import adapter_parameters, adapters
 from veneer.quant.linear import quantize_model
 from veneer.training import loop
 from veneer.training.checkpoint import newest_checkpoint, restore, save_checkpoint
+from veneer.training.weights import Masters
 
 
 def fresh(quantize=False, model=None, **config):
@@ -86,9 +88,13 @@ def test_gradient_checkpointing_is_another_name_for_recompute():
     assert veneer.TrainConfig(gradient_checkpointing=False).recompute == "none"
 
 
-@pytest.mark.parametrize("model", [{}, {"dtype": torch.bfloat16, "hidden_size": 64}], ids=["as it was", "fused layers"])
-def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, commands, monkeypatch, model):
-    whole = fresh(dropout=0.1, model=model)
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [({}, {}), ({"dtype": torch.bfloat16, "hidden_size": 64}, {}), ({}, {"adalora": True})],
+    ids=["as it was", "fused layers", "adalora"],
+)
+def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, commands, monkeypatch, model, method):
+    whole = fresh(dropout=0.1, model=model, **method)
     run(whole, tokenizer, commands, tmp_path / "whole", epochs=2)
     seen = []
     original = loop.Order.step
@@ -102,15 +108,27 @@ def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, command
 
     monkeypatch.setattr(loop._Run, "_step", dies)
     with pytest.raises(SystemExit):
-        run(fresh(dropout=0.1, model=model), tokenizer, commands, tmp_path / "cut", epochs=2)
+        run(fresh(dropout=0.1, model=model, **method), tokenizer, commands, tmp_path / "cut", epochs=2)
     monkeypatch.setattr(loop._Run, "_step", original_step)
     seen.clear()
-    again = fresh(dropout=0.1, model=model)
+    again = fresh(dropout=0.1, model=model, **method)
     result = run(again, tokenizer, commands, tmp_path / "cut", epochs=2, resume=True)
     assert seen[0] == (6, original(loop.Order(37, 4, 0), 6)) and result["steps"] == 20
     assert [row["step"] for row in lines(tmp_path / "cut")] == list(range(1, 21))
     for name, value in adapter_parameters(whole, "default").items():
         assert torch.equal(value, adapter_parameters(again, "default")[name])
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_adalora_needs_no_calls_and_ends_with_the_ranks_asked_for(tmp_path, tokenizer, commands):
+    model = fresh(adalora={"start": 2})
+    result = run(model, tokenizer, commands, tmp_path / "run", epochs=2)
+    alive = adapters(model)["default"].allocator.alive
+    assert {len(mask) for mask in alive.values()} == {8} and sum(int(mask.sum()) for mask in alive.values()) == 4 * 14
+    other = veneer.load_adapter(make_model(), result["adapter"])
+    ids = torch.arange(1, 30)[None]
+    torch.testing.assert_close(other(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, tokenizer, commands):
@@ -182,9 +200,9 @@ def test_seed_decides_dropout(tmp_path, tokenizer, commands):
 def test_the_gpu_random_state_is_resumed(tmp_path):
     parameters = {"a": torch.nn.Parameter(torch.zeros(2, device="cuda"))}
     optimizer = torch.optim.AdamW(parameters.values())
-    save_checkpoint(tmp_path, 1, parameters, optimizer, {}, 1)
+    save_checkpoint(tmp_path, 1, Masters(parameters), optimizer, {}, 1)
     expected = torch.rand(3, device="cuda")
-    restore(newest_checkpoint(tmp_path)[1], parameters, optimizer)
+    restore(newest_checkpoint(tmp_path)[1], Masters(parameters), optimizer)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 
@@ -192,7 +210,7 @@ def test_a_later_checkpoint_of_a_run_gone_back_is_removed(tmp_path):
     parameters = {"a": torch.nn.Parameter(torch.zeros(2))}
     optimizer = torch.optim.AdamW(parameters.values())
     for step in (2, 4, 9, 6):
-        save_checkpoint(tmp_path, step, parameters, optimizer, {}, 2)
+        save_checkpoint(tmp_path, step, Masters(parameters), optimizer, {}, 2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from veneer.adapters import adalora
 from veneer.adapters.lora import CONVOLUTIONS, LoraLayer, LoraLinear, check_adapter_name, lora_layer
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
@@ -35,11 +36,13 @@ class Adapter:
     """What the model remembers of one adapter: its settings, that of its file's config, and what it replaces.
 
     replaced: parameters of the plain model, by name, that this adapter has trained versions of.
+    allocator: of an AdaLoRA adapter.
     """
 
     config: LoraConfig
     file_config: dict[str, Any] = field(default_factory=dict)
     replaced: dict[str, nn.Parameter] = field(default_factory=dict)
+    allocator: adalora.Allocator | None = None
 
 
 class Place(NamedTuple):
@@ -86,11 +89,18 @@ def attach(
     freeze_base(model)
     for path, r, scaling in places:
         layer = adapted(model, path)
-        a, b = layer.start(r, config.init, generator)
+        diagonal = None
+        if config.adalora is None:
+            a, b = layer.start(r, config.init, generator)
+        else:
+            a, b, diagonal = adalora.start(layer, min(round(r * config.adalora.start), *layer.sides), generator)
         magnitude = layer.first_magnitude() if config.dora else None
-        layer.add(name, a, b, scaling=scaling, dropout=config.dropout, magnitude=magnitude)
+        layer.add(name, a, b, scaling=scaling, dropout=config.dropout, magnitude=magnitude, diagonal=diagonal)
     copies = {path: nn.Parameter(base.detach().clone()) for path, base in replaced.items()}
-    adapters(model)[name] = Adapter(config, replaced=copies)
+    adapters(model)[name] = adapter = Adapter(config, replaced=copies)
+    if config.adalora is not None:
+        layers = {place.path: adapted(model, place.path) for place in places}
+        adapter.allocator = adalora.Allocator(layers, name, config.adalora, sum(place.r for place in places))
     set_adapter(model, name)
     from veneer.adapters.reference import answer_save_pretrained  # here: it imports this module
 
@@ -226,7 +236,7 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 
 def _is_factor(name: str) -> bool:
-    return any(part in ("lora_A", "lora_B", "magnitude") for part in name.split("."))
+    return any(part in ("lora_A", "lora_B", "lora_E", "magnitude") for part in name.split("."))
 
 
 def _experts(model: nn.Module) -> tuple[str, int]:
@@ -368,7 +378,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     require_adapter(model, name)
     for layer in lora_layers(model).values():
         layer.active = name if name in layer.lora_A else None
-        for factors in (layer.lora_A, layer.lora_B, layer.magnitude):
+        for factors in (layer.lora_A, layer.lora_B, layer.lora_E, layer.magnitude):
             for key, parameter in factors.items():
                 parameter.requires_grad_(key == name)
     _replace(model, {} if name is None else adapters(model)[name].replaced)

@@ -158,7 +158,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
     if name is None:
         raise VeneerError("there is no active adapter on this model", hint="attach or load one first")
     require_adapter(model, name)
-    factors = adapter_parameters(model, name)
+    factors = _plain(model, name)
     bad = [key for key, value in factors.items() if not bool(torch.isfinite(value).all())]
     if bad:
         raise VeneerError([f"{key}: found NaN or Inf, not saved" for key in bad])
@@ -177,6 +177,20 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
     return path
 
 
+def _plain(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """What an adapter's file holds, by the names of `adapter_parameters`: AdaLoRA's ranks that live, as plain LoRA."""
+    factors: dict[str, Tensor] = {**adapter_parameters(model, name)}
+    if (allocator := adapters(model)[name].allocator) is not None:
+        for path, layer in allocator.layers.items():
+            del factors[f"{path}.lora_E"]
+            for key, value in zip(layer.KEYS, allocator.plain(path), strict=True):
+                if value.numel():
+                    factors[f"{path}.{key}"] = value
+                else:  # a layer without a rank is none that is adapted
+                    del factors[f"{path}.{key}"]
+    return factors
+
+
 def _file_key(model: nn.Module, key: str) -> str:
     """PEFT calls the bias of an adapted layer `<layer>.base_layer.bias`."""
     parent, _, last = key.rpartition(".")
@@ -193,8 +207,14 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
     """The adapter_config.json of an adapter; fields read from a file that we do not use are kept."""
     adapter, layers = adapters(model)[name], {p: m for p, m in lora_layers(model).items() if name in m.lora_A}
     config, original = adapter.config, adapter.file_config
+    ranks = {path: layer.rank(name) for path, layer in layers.items()}
+    if adapter.allocator is not None:
+        ranks = {path: int(alive.sum()) for path, alive in adapter.allocator.alive.items() if alive.any()}
     if original:
         targets = original["target_modules"]
+    elif len(ranks) < len(layers):  # some layers were left no rank: only the others are adapted
+        targets = sorted(ranks)
+        layers = {path: layers[path] for path in ranks}
     elif isinstance(config.targets, list):
         targets = config.targets
     elif config.targets in TARGET_PRESETS:  # presets are ours: write the suffixes they meant
@@ -213,7 +233,7 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "layers_to_transform": config.layers if config.depth is None else _blocks(model, targets, layers),
         "revision": None,
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-        **_patterns(config, layers, name),
+        **_patterns(config, layers, ranks, name),
         **original,
         "base_model_name_or_path": original.get("base_model_name_or_path") or getattr(model, "name_or_path", None),
         "peft_type": "LORA",
@@ -235,11 +255,10 @@ def _blocks(model: nn.Module, targets: str | list[str], layers: dict[str, LoraLa
     return sorted(n for n in there if n is not None) if there != asked else None
 
 
-def _patterns(config: LoraConfig, layers: dict[str, LoraLayer], name: str) -> dict[str, Any]:
-    """What of ranks and alphas differs, by the layers' full names where a rule by depth made them."""
-    if config.depth is None:
+def _patterns(config: LoraConfig, layers: dict[str, LoraLayer], ranks: dict[str, int], name: str) -> dict[str, Any]:
+    """What of ranks and alphas differs, by the layers' full names where a rule by depth or a budget made them."""
+    if config.depth is None and config.adalora is None:
         return {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-    ranks = {path: layer.rank(name) for path, layer in layers.items()}
     alphas = {
         path: layer.scaling[name] * (math.sqrt(ranks[path]) if config.rslora else ranks[path])
         for path, layer in layers.items()

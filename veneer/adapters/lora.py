@@ -2,6 +2,7 @@
 
     W' = W + scaling * B A,    A (r, in), B (out, r)                              (LoRA: Hu et al. 2021, arXiv 2106.09685)
     W' = m (W + scaling * B A) / |W + scaling * B A|,    m (out,), norms of rows  (DoRA: Liu et al. 2024, arXiv 2402.09353)
+    W' = W + scaling * B diag(E) A,    E (r,)                     (AdaLoRA: Zhang et al. 2023, arXiv 2303.10512; `adalora`)
 
 Adapters are kept in fp32. They are multiplied in the dtype of x: on bf16 activations the products are bf16
 with fp32 accumulation inside the matrix product, on fp32 activations nothing is rounded.
@@ -87,6 +88,7 @@ class LoraLayer(nn.Module):
         self.base_layer: Any = base_layer
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_E = nn.ParameterDict()  # AdaLoRA's diagonal (r,)
         self.magnitude = nn.ParameterDict()  # DoRA's m, shaped to multiply the weight
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
@@ -115,21 +117,31 @@ class LoraLayer(nn.Module):
         return initial_factor(a, r, init, generator), torch.zeros(b)
 
     def add(
-        self, name: str, a: Tensor, b: Tensor, *, scaling: float, dropout: float = 0.0, magnitude: Tensor | None = None
+        self,
+        name: str,
+        a: Tensor,
+        b: Tensor,
+        *,
+        scaling: float,
+        dropout: float = 0.0,
+        magnitude: Tensor | None = None,
+        diagonal: Tensor | None = None,
     ) -> None:
-        """Add an adapter: A and B shaped as `shapes` says, kept in fp32 on the base's device; with a magnitude it is DoRA."""
+        """Add an adapter: A and B shaped as `shapes` says, kept in fp32 on the base's device; with a magnitude it is DoRA,
+        with a diagonal (r,) AdaLoRA."""
         expected = self.shapes(a.shape[0])
         if (tuple(a.shape), tuple(b.shape)) != expected:
             raise VeneerError(
                 f"adapter {name!r}: found A {tuple(a.shape)} and B {tuple(b.shape)}, expected {expected[0]} and {expected[1]}"
             )
-        for factors, value in ((self.lora_A, a), (self.lora_B, b), (self.magnitude, magnitude)):
+        found = ((self.lora_A, a), (self.lora_B, b), (self.lora_E, diagonal), (self.magnitude, magnitude))
+        for factors, value in found:
             if value is not None:
                 factors[name] = nn.Parameter(value.to(device=self.weight.device, dtype=torch.float32))
         self.scaling[name], self.dropout[name] = scaling, dropout
 
     def remove(self, name: str) -> None:
-        for factors in (self.lora_A, self.lora_B, self.magnitude, self.scaling, self.dropout):
+        for factors in (self.lora_A, self.lora_B, self.lora_E, self.magnitude, self.scaling, self.dropout):
             if name in factors:
                 del factors[name]  # type: ignore[attr-defined]
         if self.active == name:
@@ -138,16 +150,23 @@ class LoraLayer(nn.Module):
     def rank(self, name: str) -> int:
         return int(self.lora_A[name].shape[0])
 
+    def a(self, name: str) -> Tensor:
+        """A as it is multiplied: AdaLoRA's rows are scaled by its diagonal."""
+        a = self.lora_A[name]
+        return a if name not in self.lora_E else a * self.lora_E[name].view(-1, *[1] * (a.dim() - 1))
+
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by the end of their names in PEFT's files."""
         found = {self.KEYS[0]: self.lora_A[name], self.KEYS[1]: self.lora_B[name]}
+        if name in self.lora_E:
+            found["lora_E"] = self.lora_E[name]
         if name in self.magnitude:
             found["lora_magnitude_vector"] = self.magnitude[name]
         return found
 
     def delta(self, name: str) -> Tensor:
         """The update scaling * B A in the layout of the weight, fp32, before DoRA scales the sum."""
-        return self.scaling[name] * self._update(self.lora_A[name].detach(), self.lora_B[name].detach())
+        return self.scaling[name] * self._update(self.a(name).detach(), self.lora_B[name].detach())
 
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a
@@ -240,7 +259,7 @@ class LoraLinear(LoraLayer):
         if name is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
         x = autocast(x)
-        a, b, scaling = self.lora_A[name], self.lora_B[name], self.scaling[name]
+        a, b, scaling = self.a(name), self.lora_B[name], self.scaling[name]
         dora = name in self.magnitude
         later = self.bias if dora or (self.bias is not None and self.bias.requires_grad) else None  # a bias added last
         low = self.dropped(x)
@@ -261,7 +280,7 @@ class LoraLinear(LoraLayer):
         if self.active is None:
             return plain_linear(self.base_layer)
         linear = plain_linear(self.base_layer)._replace(
-            a=self.lora_A[self.active], b=self.lora_B[self.active], scaling=self.scaling[self.active]
+            a=self.a(self.active), b=self.lora_B[self.active], scaling=self.scaling[self.active]
         )
         if self.active in self.magnitude:
             linear = linear._replace(scale=self.row_scale(self.active))
@@ -309,7 +328,7 @@ class LoraConv(LoraLayer):
         name, base = self.active, self.base_layer
         if name is None:
             return base(x)  # type: ignore[no-any-return]
-        a, b, scaling = self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype), self.scaling[name]
+        a, b, scaling = self.a(name).to(x.dtype), self.lora_B[name].to(x.dtype), self.scaling[name]
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
         h = convolve(self.dropped(x), a, None, base.stride, base.padding, base.dilation)
         low = scaling * convolve(h, b, groups=base.groups)
@@ -350,7 +369,7 @@ class LoraEmbedding(LoraLayer):
         y = base(ids)
         if name is None:
             return y  # type: ignore[no-any-return]
-        rows = F.embedding(ids, self.lora_A[name].T, base.padding_idx, base.max_norm, base.norm_type)
+        rows = F.embedding(ids, self.a(name).T, base.padding_idx, base.max_norm, base.norm_type)
         low = self.scaling[name] * (rows @ self.lora_B[name].T) * getattr(base, "embed_scale", 1.0)
         y = y + low.to(y.dtype)
         return y * self.row_scale(name).to(y.dtype) if name in self.magnitude else y  # type: ignore[no-any-return]

@@ -11,23 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.errors import VeneerError
 from veneer.storage import atomic_folder, read_json, read_tensors, require_disk_space, sha256, write_json, write_tensors
+from veneer.training.weights import Masters
 
 TENSORS, STATE = "state.safetensors", "state.json"
 
 
-def checkpoint_bytes(parameters: dict[str, nn.Parameter]) -> int:
-    """What one checkpoint takes on disk: the factors and two moments of each, in fp32."""
-    return sum(12 * parameter.numel() for parameter in parameters.values()) + (1 << 20)
+def checkpoint_bytes(weights: Masters) -> int:
+    """What one checkpoint takes on disk: what is trained and two moments of each, in fp32, and what else the method keeps."""
+    buffers = sum(buffer.nbytes for buffer in weights.buffers().values())
+    return sum(12 * parameter.numel() for parameter in weights.parameters.values()) + buffers + (1 << 20)
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
-    parameters: dict[str, nn.Parameter],
+    weights: Masters,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     keep_last: int,
@@ -36,12 +38,13 @@ def save_checkpoint(
 
     Later ones are removed too: they are of a run that was resumed before them.
     """
-    require_disk_space(folder, checkpoint_bytes(parameters), f"the checkpoint of step {step}")
+    require_disk_space(folder, checkpoint_bytes(weights), f"the checkpoint of step {step}")
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
-    device = next(iter(parameters.values())).device
+    device = next(iter(weights.parameters.values())).device
     if device.type == "cuda":
         tensors["rng_cuda"] = torch.cuda.get_rng_state(device)
-    for name, parameter in parameters.items():
+    tensors |= {f"buffer/{name}": buffer for name, buffer in weights.buffers().items()}
+    for name, parameter in weights.parameters.items():
         tensors[f"parameter/{name}"] = parameter
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{key}/{name}"] = value
@@ -72,27 +75,30 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     return None
 
 
-def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors back: factors, moments, step counts, random states.
+def restore(tensors: dict[str, Tensor], weights: Masters, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint's tensors back: what is trained, moments, step counts, the method's buffers, random states.
 
     Raises:
         VeneerError: the checkpoint is of other layers or ranks; nothing is changed then.
     """
-    saved = {name.removeprefix("parameter/"): t for name, t in tensors.items() if name.startswith("parameter/")}
-    problems = [f"checkpoint: {name} is missing" for name in parameters.keys() - saved.keys()]
-    problems += [f"checkpoint: {name} is not in this run's adapter" for name in saved.keys() - parameters.keys()]
+    here = {f"parameter/{name}": p for name, p in weights.parameters.items()}
+    here |= {f"buffer/{name}": buffer for name, buffer in weights.buffers().items()}
+    saved = {name: tensor for name, tensor in tensors.items() if name.startswith(("parameter/", "buffer/"))}
+    problems = [f"checkpoint: {name.partition('/')[2]} is missing" for name in here.keys() - saved.keys()]
+    problems += [f"checkpoint: {name.partition('/')[2]} is not in this run" for name in saved.keys() - here.keys()]
     problems += [
-        f"checkpoint: {name}: found {tuple(saved[name].shape)}, expected {tuple(p.shape)}"
-        for name, p in parameters.items()
-        if name in saved and saved[name].shape != p.shape
+        f"checkpoint: {name.partition('/')[2]}: found {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in here.items()
+        if name in saved and saved[name].shape != tensor.shape
     ]
     if problems:
         raise VeneerError(
             sorted(problems), hint="it was written by another recipe; lora settings must not change on --resume"
         )
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            parameter.copy_(saved[name])
+    with torch.no_grad():
+        for name, tensor in here.items():
+            tensor.copy_(saved[name])
+    for name, parameter in weights.parameters.items():
         moments = {
             key.split("/", 2)[1]: value
             for key, value in tensors.items()
@@ -101,6 +107,6 @@ def restore(tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], opt
         if moments:
             optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in moments.items()}
     torch.set_rng_state(tensors["rng"])
-    device = next(iter(parameters.values())).device
+    device = next(iter(weights.parameters.values())).device
     if "rng_cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng_cuda"], device)

@@ -111,6 +111,7 @@ class _Run:
         self.steps = max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
         if config.max_steps is not None:
             self.steps = min(self.steps, config.max_steps)
+        self.weights.begin(self.steps)
         self.warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(0.03 * self.steps)
         self.peak_lr = (
             default_learning_rate(model.config.get_text_config().hidden_size, method)
@@ -132,7 +133,7 @@ class _Run:
         }  # fmt: skip
         # one more of each kind while the newest is written
         count = config.keep_last + 1 + (0 if config.early_stopping is None else 2)
-        keep = count * checkpoint_bytes(self.parameters) + self.weights.output_bytes()
+        keep = count * checkpoint_bytes(self.weights) + self.weights.output_bytes()
         require_disk_space(out, keep, f"{count} checkpoints and the {self.weights.what}")
         if not (resume and self._resume()):
             torch.manual_seed(config.seed)  # dropout
@@ -185,7 +186,7 @@ class _Run:
                     self._checkpoint()
         self._checkpoint()
         if config.early_stopping is not None and (best := newest_checkpoint(self.checkpoints / "best")) is not None:
-            restore(best[1], self.parameters, self.optimizer)
+            restore(best[1], self.weights, self.optimizer)
             self.weights.changed()
             state["eval_loss"] = best[0]["best_loss"]
         written = self.weights.save(self.out)
@@ -298,7 +299,7 @@ class _Run:
         ]
         if differs:
             raise RefusedError(differs, hint="--resume needs the recipe and the data of the first start")
-        restore(tensors, self.parameters, self.optimizer)
+        restore(tensors, self.weights, self.optimizer)
         self.weights.changed()
         self.done = int(state["step"])
         if state["steps"] != self.steps:
@@ -309,7 +310,7 @@ class _Run:
         return True
 
     def _checkpoint(self) -> None:
-        save_checkpoint(self.checkpoints, self.done, self.parameters, self.optimizer, self.state, self.config.keep_last)
+        save_checkpoint(self.checkpoints, self.done, self.weights, self.optimizer, self.state, self.config.keep_last)
 
     def _evaluation_due(self) -> bool:
         if self.eval_set is None:
@@ -335,7 +336,7 @@ class _Run:
         if math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"]):
             state["best_loss"], state["bad_evaluations"] = loss, 0
             if self.config.early_stopping is not None:
-                save_checkpoint(self.checkpoints / "best", self.done, self.parameters, self.optimizer, state, 1)
+                save_checkpoint(self.checkpoints / "best", self.done, self.weights, self.optimizer, state, 1)
         else:
             state["bad_evaluations"] += 1
 

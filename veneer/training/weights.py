@@ -15,6 +15,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters.adalora import Allocator
 from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, freeze_base
 from veneer.adapters.files import save_adapter
 from veneer.config import Method, TrainConfig
@@ -35,7 +36,7 @@ def trained_weights(method: Method, model: nn.Module, tokenizer: Any) -> Adapter
     return FullWeights(model, tokenizer) if method == "full" else AdapterWeights(model)
 
 
-class _Masters:
+class Masters:
     """fp32 versions of weights: `parameters`, by name; an fp32 weight is its own. `rounded`: (weight, master) of others."""
 
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
@@ -58,6 +59,13 @@ class _Masters:
             for handle in handles:
                 handle.remove()
 
+    def begin(self, steps: int) -> None:
+        """How many steps the run has in all."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides the parameters."""
+        return {}
+
     @torch.no_grad()
     def changed(self) -> None:
         """After a step, or after a checkpoint was put back: the weights follow."""
@@ -65,7 +73,7 @@ class _Masters:
             weight.copy_(master)
 
 
-class AdapterWeights(_Masters):
+class AdapterWeights(Masters):
     """All that the active adapter trains: its factors, and versions of the base's weights; the base is frozen."""
 
     what = "adapter weights"
@@ -91,6 +99,18 @@ class AdapterWeights(_Masters):
         groups = parameter_groups(self.parameters, config.lora_plus)
         return [{**group, "weight_decay": config.weight_decay} for group in groups]
 
+    def begin(self, steps: int) -> None:
+        if (allocator := self._allocator) is not None and allocator.config.steps is None:
+            allocator.steps = steps
+
+    def buffers(self) -> dict[str, Tensor]:
+        allocator = self._allocator
+        return {} if allocator is None else {f"adalora/{key}": value for key, value in allocator.buffers().items()}
+
+    @property
+    def _allocator(self) -> Allocator | None:
+        return adapters(self.model)[self.name].allocator
+
     @contextmanager
     def training(self) -> Iterator[None]:
         """Train mode is for the adapter's dropout only: the base has none."""
@@ -105,7 +125,7 @@ class AdapterWeights(_Masters):
         return {"adapter": str(save_adapter(self.model, out / "adapter", self.name, replace=True)), "model": None}
 
 
-class FullWeights(_Masters):
+class FullWeights(Masters):
     """Every weight of the model, tied ones once. The model's own dropout, if it has any, is active."""
 
     what = "weights"

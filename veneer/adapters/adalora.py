@@ -1,0 +1,181 @@
+"""AdaLoRA: a budget of ranks that goes where training needs it (Zhang et al. 2023, arXiv 2303.10512).
+
+    W' = W + scaling * P diag(E) Q,    P = B (out, r), E (r,), Q = A (r, in),    E zero at the start, P and Q Gaussian
+    loss + orthogonality * sum over layers of |P^T P - I|^2 + |Q Q^T - I|^2      keeps P, E, Q near a singular value form
+
+Rank k of a layer is worth  S_k = s(E_k) + mean_j s(P_jk) + mean_j s(Q_kj),  where s(w) is the product of two running means:
+of the sensitivity |w dL/dw|, and of how far it strays from its own mean. Each layer starts with more ranks than asked for;
+then the budget falls as a cubic to what was asked for, and the ranks of all layers that are worth most stay. E of the
+others is zero.
+
+Nothing has to be called: an allocator acts before and after each step of whatever optimizer holds its parameters.
+A rank outside the budget is zero after every step; so that it can come back, its sensitivity is taken where the step
+would have brought it. What is saved is plain LoRA: `Allocator.plain`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from veneer.adapters.lora import LoraLayer
+from veneer.config import AdaLoraConfig
+from veneer.errors import VeneerError
+
+
+class Allocator:
+    """Of one adapter of a model: which ranks of its layers live, at every step of its training.
+
+    Args:
+        layers: by path, with the adapter `name` on them, whose ranks are those of the start.
+        budget: ranks that are left at the end, of all layers together.
+    """
+
+    def __init__(self, layers: dict[str, LoraLayer], name: str, config: AdaLoraConfig, budget: int) -> None:
+        self.layers, self.name, self.config, self.budget = layers, name, config, budget
+        self.steps = config.steps  # of the whole training; the loop knows, or the user says
+        self.done = torch.zeros((), dtype=torch.int64)
+        self.alive = {path: torch.ones(layer.rank(name), dtype=torch.bool) for path, layer in layers.items()}
+        self.sensitivity = [torch.zeros_like(p) for p in self.parameters()]
+        self.uncertainty = [torch.zeros_like(p) for p in self.parameters()]
+        _follow(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of the model has an allocator of its own at work."""
+        self.__dict__.update(state)
+        _follow(self)
+
+    def parameters(self) -> list[Tensor]:
+        """Q, E and P of each layer in turn."""
+        name = self.name
+        return [p for x in self.layers.values() for p in (x.lora_A[name], x.lora_E[name], x.lora_B[name])]
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold besides the parameters."""
+        found = {"done": self.done} | {f"alive/{path}": mask for path, mask in self.alive.items()}
+        keys = [f"{path}/{part}" for path in self.layers for part in "QEP"]
+        for kind, values in (("sensitivity", self.sensitivity), ("uncertainty", self.uncertainty)):
+            found |= {f"{kind}/{key}": value for key, value in zip(keys, values, strict=True)}
+        return found
+
+    def budget_at(self, step: int) -> int:
+        """How many ranks live after `step` steps: all, then a cubic, then what was asked for (equation 8 of the paper)."""
+        if self.steps is None:
+            raise VeneerError(
+                "AdaLoRA does not know how long the training is, so it cannot plan its budget",
+                hint="in a loop of your own give LoraConfig(adalora={'steps': optimizer steps in all})",
+            )
+        start, last = sum(len(mask) for mask in self.alive.values()), max(self.steps, 1)
+        first, settled = self.config.warmup * last, (1 - self.config.settle) * last
+        left = 1.0 if step <= first else 0.0 if step >= settled else 1 - (step - first) / (settled - first)
+        return self.budget + math.ceil((start - self.budget) * left**3)
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Add the orthogonality term's gradient, 4 orthogonality P (P^T P - I), to those of P and Q."""
+        self.budget_at(0)
+        if not self.config.orthogonality:
+            return
+        for layer in self.layers.values():
+            for factor, rows in ((layer.lora_A[self.name], True), (layer.lora_B[self.name], False)):
+                if factor.grad is None:
+                    continue
+                flat = factor.flatten(1)
+                gram = flat @ flat.T if rows else flat.T @ flat
+                gram.diagonal().sub_(1)
+                gradient = factor.grad.view(flat.shape)
+                left, right = (gram, flat) if rows else (flat, gram)
+                gradient.addmm_(left, right, alpha=4 * self.config.orthogonality)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Take the sensitivities, share out the budget, and set E of the ranks outside it to zero."""
+        self.done += 1
+        step = int(self.done)
+        budget = self.budget_at(step)
+        total = sum(len(mask) for mask in self.alive.values())
+        assert self.steps is not None
+        settled = (
+            step > (1 - self.config.settle) * self.steps and sum(int(m.sum()) for m in self.alive.values()) <= budget
+        )
+        if not settled:
+            self._watch()
+            if budget < total and (step % self.config.every == 0 or self._living() > budget):
+                self._share_out(budget)
+        for path, layer in self.layers.items():
+            layer.lora_E[self.name].mul_(self.alive[path].to(layer.weight.device))
+
+    def _living(self) -> int:
+        return sum(int(mask.sum()) for mask in self.alive.values())
+
+    def _watch(self) -> None:
+        """The running means: I of |w dL/dw|, and U of |that - I|."""
+        parameters = self.parameters()
+        now = [(p * p.grad).abs_() if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        torch._foreach_lerp_(self.sensitivity, now, 1 - self.config.beta)
+        torch._foreach_sub_(now, self.sensitivity)
+        torch._foreach_abs_(now)
+        torch._foreach_lerp_(self.uncertainty, now, 1 - self.config.beta)
+
+    def _share_out(self, budget: int) -> None:
+        scores = self.scores()
+        flat = torch.cat([score.cpu() for score in scores.values()])
+        best = torch.zeros(len(flat), dtype=torch.bool)
+        best[flat.topk(budget).indices] = True
+        parts = best.split([len(score) for score in scores.values()])
+        for mask, part in zip(self.alive.values(), parts, strict=True):
+            mask.copy_(part)
+
+    def scores(self) -> dict[str, Tensor]:
+        """What each rank of each layer is worth: S (r,)."""
+        worth = torch._foreach_mul(self.sensitivity, self.uncertainty)
+        of = iter(worth)
+        return {
+            path: q.flatten(1).mean(1) + e + p.flatten(2).mean((0, 2)) if p.dim() > 2 else q.mean(1) + e + p.mean(0)
+            for path, (q, e, p) in zip(self.layers, zip(of, of, of, strict=True), strict=True)
+        }
+
+    def plain(self, path: str) -> tuple[Tensor, Tensor]:
+        """A and B of a layer as plain LoRA with its living ranks only: diag(E) Q and P."""
+        layer = self.layers[path]
+        alive = self.alive[path].to(layer.weight.device)
+        return layer.a(self.name).detach()[alive], layer.lora_B[self.name].detach()[:, alive]
+
+    def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
+        first = next(iter(self.layers.values())).lora_E[self.name]
+        return first.grad is not None and any(first is p for g in optimizer.param_groups for p in g["params"])
+
+
+def start(layer: LoraLayer, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, P and E of a layer at step 0: Gaussian with rows, or columns, of about unit length, and zero."""
+    a, b = layer.shapes(r)
+    q = torch.empty(a).normal_(std=1 / math.sqrt(math.prod(a[1:])), generator=generator)
+    return q, torch.empty(b).normal_(std=1 / math.sqrt(b[0]), generator=generator), torch.zeros(r)
+
+
+_allocators: weakref.WeakSet[Allocator] = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+def _follow(allocator: Allocator) -> None:
+    _allocators.add(allocator)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before))
+        _hooks.append(register_optimizer_step_post_hook(_after))
+
+
+def _before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for allocator in list(_allocators):
+        if allocator.held_by(optimizer):
+            allocator.before_step()
+
+
+def _after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for allocator in list(_allocators):
+        if allocator.held_by(optimizer):
+            allocator.after_step()

@@ -10,12 +10,21 @@ import veneer
 from veneer.adapters import patterns
 from veneer.adapters.patterns import by_pattern, matching
 
-NAMES = [f"model.layers.{n}.{x}" for n in (0, 1, 10, 11) for x in ("self_attn.q_proj", "mlp.up_proj", "norm")] + ["q_proj"]
+NAMES = [f"model.layers.{n}.{x}" for n in (0, 1, 10, 11) for x in ("self_attn.q_proj", "mlp.up_proj", "norm")] + [
+    "q_proj"
+]
 
 
 @pytest.mark.parametrize(
     "pattern",
-    ["q_proj", r".*\.q_proj", r".*layers\.\d+\..*proj", r".*\.(0|11)\..*", r"model\.layers\.1[01]?\.(mlp|self_attn)\..+", ".*a.*"],
+    [
+        "q_proj",
+        r".*\.q_proj",
+        r".*layers\.\d+\..*proj",
+        r".*\.(0|11)\..*",
+        r"model\.layers\.1[01]?\.(mlp|self_attn)\..+",
+        ".*a.*",
+    ],
 )
 def test_matching_is_res_full_match_whoever_does_it(pattern, monkeypatch):
     expected = [bool(re.fullmatch(pattern, name)) for name in NAMES]
@@ -25,7 +34,9 @@ def test_matching_is_res_full_match_whoever_does_it(pattern, monkeypatch):
     assert matching(pattern, NAMES) == expected
 
 
-@pytest.mark.parametrize("key", ["q_proj", "self_attn.q_proj", r"\d.mlp.up_proj", "layers.1.self_attn.q_proj", "proj", "q_proj|norm"])
+@pytest.mark.parametrize(
+    "key", ["q_proj", "self_attn.q_proj", r"\d.mlp.up_proj", "layers.1.self_attn.q_proj", "proj", "q_proj|norm"]
+)
 def test_patterns_are_pefts(key):
     peft = pytest.importorskip("peft.utils.other")
     expected = [{key: 5}.get(peft.get_pattern_key([key], name), 2) for name in NAMES]

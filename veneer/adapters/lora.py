@@ -238,7 +238,7 @@ class LoraLinear(LoraLayer):
 
         The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
         """
-        a, b = self.lora_A[name], self.lora_B[name]
+        a, b = self.a(name), self.lora_B[name]
         dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
         with torch.no_grad():
             weight = frozen_weight(self.base_layer, dtype)

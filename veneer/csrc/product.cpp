@@ -512,31 +512,48 @@ EXPORT(outer_sum)
   std::free(turned);
 }
 
-// norms (rows) = (squares + 2 s <w a^T, b> + s^2 <b, b gram>)^1/2 by row, at least `least`: the lengths of the rows of
-// W + s B A. weight: by row (rows, depth), its a is not used; a (r, depth), b (rows, r), gram = a a^T (r, r), fp32. The
-// weight is read once as the left side of the product; a, packed as bf16, is the right one.
-EXPORT(row_norms)
-(const Term* weight, int64_t rows, const float* a, const float* b, const float* gram, int64_t r, const float* squares,
- float s, float least, float* norms, int threads) {
-  constexpr int64_t kTall = 2 * kTile;
-  const int64_t depth = weight->depth, ranks = (r + kTile - 1) / kTile * kTile;
-  const int64_t padded = (depth + 2 * kTile - 1) / (2 * kTile) * 2 * kTile, pairs = padded / 2;
-  scratch.Reserve(ranks * pairs * 4 + kTile * padded * 2 + ranks * ranks * 4 + 4096);
-  uint32_t* packed = scratch.Take<uint32_t>(ranks * pairs);  // by 16 ranks: (pairs, 16)
-  uint16_t* some = scratch.Take<uint16_t>(kTile * padded);
-  float* square = scratch.Take<float>(ranks * ranks);  // gram, filled up with zeros
-  for (int64_t k = 0; k < ranks; k += kTile) {
-    std::memset(some, 0, kTile * padded * 2);
-    for (int64_t i = k; i < r && i < k + kTile; ++i) {
-      uint16_t* row = some + (i - k) * padded;
-      int64_t d = 0;
-      for (; d + kWidth <= depth; d += kWidth) StoreBFloat16(row + d, Load(a + i * depth + d));
-      for (; d < depth; ++d) row[d] = ToBFloat16(a[i * depth + d]);
-    }
-    TurnAll(reinterpret_cast<const uint32_t*>(some), pairs, kTile, pairs, packed + k * pairs, kTile);
+namespace {
+
+// sum (32, 16) fp32, a row every ldsum: `tall` <= 32 rows of the left side, with room for 32, times 16 packed columns
+// (pairs, 16). The pairs are a multiple of 16.
+void TallProduct(const Slice& left, int64_t tall, const uint32_t* right, float* sum, int64_t ldsum) {
+#if defined(__AMX_BF16__)
+  (void)tall;
+  TileProduct<2, 1>(&left, 1, 0, right, kTile, sum, ldsum, false);
+#else
+  for (int64_t i = 0; i < tall; ++i) std::memset(sum + i * ldsum, 0, kTile * 4);
+  const int64_t most = kWiden ? kWideDepth / 2 : left.depth;
+  for (int64_t p = 0; p < left.depth; p += most) {
+    const Slice piece{left.a + p, left.lda, left.depth - p < most ? left.depth - p : most};
+    DownPairs<false>(&piece, 1, tall, right + p * kTile, kTile, kTile, sum, ldsum);
   }
-  std::memset(square, 0, ranks * ranks * 4);
-  for (int64_t k = 0; k < r; ++k) std::memcpy(square + k * ranks, gram + k * r, r * 4);
+#endif
+}
+
+}  // namespace
+
+// norms (rows) = (squares + 2 s <w a^T, b> + s^2 <b, b a a^T>)^1/2 by row, at least `least`: the lengths of the rows of
+// W + s B A. weight: by row (rows, depth), its a is not used; a (r, depth), b (rows, r) fp32. The weight is read once
+// as the left side of the product; a, packed as bf16, is the right one.
+EXPORT(row_norms)
+(const Term* weight, int64_t rows, const float* a, const float* b, int64_t r, const float* squares, float s,
+ float least, float* norms, int threads) {
+  constexpr int64_t kTall = 2 * kTile;
+  const int64_t depth = weight->depth, ranks = (r + kTile - 1) / kTile * kTile, room = ranks + kTile;
+  const int64_t padded = (depth + 2 * kTile - 1) / (2 * kTile) * 2 * kTile, pairs = padded / 2;
+  scratch.Reserve(ranks * pairs * 4 + room * padded * 2 + room * ranks * 4 + 4096);
+  uint32_t* packed = scratch.Take<uint32_t>(ranks * pairs);  // by 16 ranks: (pairs, 16)
+  uint16_t* half = scratch.Take<uint16_t>(room * padded);    // a in bf16, filled up with zeros
+  float* gram = scratch.Take<float>(room * ranks);
+  std::memset(half, 0, room * padded * 2);
+  for (int64_t i = 0; i < r; ++i) {
+    int64_t d = 0;
+    for (; d + kWidth <= depth; d += kWidth) StoreBFloat16(half + i * padded + d, Load(a + i * depth + d));
+    for (; d < depth; ++d) half[i * padded + d] = ToBFloat16(a[i * depth + d]);
+  }
+  const uint32_t* half_pairs = reinterpret_cast<const uint32_t*>(half);
+  for (int64_t k = 0; k < ranks; k += kTile)
+    TurnAll(half_pairs + k * pairs, pairs, kTile, pairs, packed + k * pairs, kTile);
 #pragma omp parallel num_threads(threads) if (rows * depth > 65536)
   {
     Tiles tiles;
@@ -546,6 +563,12 @@ EXPORT(row_norms)
     float* low = decoded.Take<float>(ranks);
     std::memset(left, 0, kTall * padded * 2);
     std::memset(low, 0, ranks * 4);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < ranks; i += kTile)
+      for (int64_t k = 0; k < ranks; k += kTile) {
+        TallProduct({half_pairs + i * pairs, pairs, pairs}, kTall, packed + k * pairs, part, ranks);
+        for (int64_t j = 0; j < kTile; ++j) std::memcpy(gram + (i + j) * ranks + k, part + j * ranks, kTile * 4);
+      }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row += kTall) {
       const int64_t tall = rows - row < kTall ? rows - row : kTall;
@@ -564,24 +587,13 @@ EXPORT(row_norms)
             weight->DecodeRow(row + i, 0, depth, left + i * padded);
         }
       }
-      for (int64_t k = 0; k < ranks; k += kTile) {
-#if defined(__AMX_BF16__)
-        TileProduct<2, 1>(&slice, 1, 0, packed + k * pairs, kTile, part + k, ranks, false);
-#else
-        for (int64_t i = 0; i < tall; ++i) std::memset(part + i * ranks + k, 0, kTile * 4);
-        const int64_t most = kWiden ? kWideDepth / 2 : pairs;
-        for (int64_t p = 0; p < pairs; p += most) {
-          const Slice piece{slice.a + p, slice.lda, pairs - p < most ? pairs - p : most};
-          DownPairs<false>(&piece, 1, tall, packed + k * pairs + p * kTile, kTile, kTile, part + k, ranks);
-        }
-#endif
-      }
+      for (int64_t k = 0; k < ranks; k += kTile) TallProduct(slice, tall, packed + k * pairs, part + k, ranks);
       for (int64_t i = 0; i < tall; ++i) {
         std::memcpy(low, b + (row + i) * r, r * 4);
         Vec total = Vec{};
         for (int64_t k = 0; k < ranks; k += kWidth) {
           Vec through = Vec{};
-          for (int64_t l = 0; l < r; ++l) through = Fma(Set(low[l]), Load(square + l * ranks + k), through);
+          for (int64_t l = 0; l < r; ++l) through = Fma(Set(low[l]), Load(gram + l * ranks + k), through);
           total = Fma(Load(low + k), Set(2.f) * Load(part + i * ranks + k) + Set(s) * through, total);
         }
         const float all = squares[row + i] + s * Sum(total), norm = std::sqrt(all < 0.f ? 0.f : all);  // NaN stays

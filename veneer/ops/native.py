@@ -61,8 +61,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
                        c_void_p, c_int],
     "column_dots": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
-    "row_norms": [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_void_p,
-                  c_int],
+    "row_norms": [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_void_p, c_int],
     "masked": [c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_int, c_void_p, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_int],
 }  # fmt: skip
@@ -322,9 +321,9 @@ def row_norms(
     if not by_row or a.shape[1] % 2:
         return products.row_norms(weight, by_row, a, b, scaling, squares, dtype)
     (out, r), inner = b.shape, a.shape[1]
-    a, b, gram, norms = a.contiguous(), b.contiguous(), a @ a.T, torch.empty(out, dtype=torch.float32)
+    a, b, norms = a.contiguous(), b.contiguous(), torch.empty(out, dtype=torch.float32)
     assert a.shape == (r, inner) and weight.shape == (out, inner) and _is_vector(squares, out)
-    assert a.dtype == b.dtype == gram.dtype == torch.float32
+    assert a.dtype == b.dtype == torch.float32
     term = _Term(depth=inner, ldw=inner, kind=0)
     if isinstance(weight, Tensor):
         weight = _rows(weight)
@@ -333,8 +332,8 @@ def row_norms(
         setattr(term, "int8" if weight.kind == "int8" else "four_bit", _view(weight))
         term.kind = 2
     _run(
-        "row_norms", ctypes.addressof(term), out, a.data_ptr(), b.data_ptr(), gram.data_ptr(), r, squares.data_ptr(),
-        scaling, TINY, norms.data_ptr(),
+        "row_norms", ctypes.addressof(term), out, a.data_ptr(), b.data_ptr(), r, squares.data_ptr(), scaling, TINY,
+        norms.data_ptr(),
     )  # fmt: skip
     return norms
 

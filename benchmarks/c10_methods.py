@@ -60,7 +60,9 @@ def steps(options: Options, by: str, base: str) -> Record:
     batches = list(blocks(options, options.warmup + 1 + options.steps))
     found: Record = {name: {"step_seconds": [], "losses": [], "grad_norms": [], "peak_bytes": 0} for name in methods}
     for number, ids in enumerate(batches):
-        for name, (switch_on, optimizer) in methods.items():
+        # another is first each time: what runs after the same one always would have its caches, warm or cold
+        first = number % len(methods)
+        for name, (switch_on, optimizer) in [*methods.items()][first:] + [*methods.items()][:first]:
             switch_on()
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             memory = Memory() if number == options.warmup else None

@@ -250,7 +250,13 @@ struct AsTheyAre {
 struct Scaled {
   float low, high;
   Bits Pair(const uint16_t* l, const uint16_t* h) const {
-    return RoundBFloat16(LoadBFloat16(l) * Set(low)) | RoundBFloat16(LoadBFloat16(h) * Set(high)) << 16;
+    const Vec first = LoadBFloat16(l) * Set(low), second = LoadBFloat16(h) * Set(high);
+#if defined(__AVX512BF16__)
+    const __m512i order = (__m512i)(Bits{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001u + 0x100000u);
+    return (Bits)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+    return RoundBFloat16(first) | RoundBFloat16(second) << 16;
+#endif
   }
   uint16_t Low(uint16_t value) const { return ToBFloat16(FromBFloat16(value) * low); }
   uint16_t High(uint16_t value) const { return ToBFloat16(FromBFloat16(value) * high); }

@@ -8,7 +8,7 @@ import torch
 from conftest import make_model
 
 import veneer
-from benchmarks import bases, c1_lora_step, c10_methods, c3_memory, c4_head, c6_quantize, data, follow, run, training
+from benchmarks import bases, c1_lora_step, c3_memory, c4_head, c6_quantize, c10_methods, data, follow, run, training
 from benchmarks.plan import QUICK, Agreement, Cell, Figure, Options, Result, ratio
 
 

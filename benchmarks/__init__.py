@@ -1,4 +1,4 @@
-"""Benchmarks C1 to C7, `follow` and `bases`: Veneer beside PEFT, bitsandbytes, TRL and plain torch, on the machine you have.
+"""Benchmarks C1 to C7, C10, `follow` and `bases`: Veneer beside PEFT, bitsandbytes, TRL and plain torch, on the machine you have.
 
     make bench                                      all of them, 5 rounds (hours on 2 slow cores, 1-2 on fast ones)
     python -m benchmarks.run c1 c2 --rounds 5       some of them
@@ -14,6 +14,7 @@
 | `c5_sft.py` | a whole fine-tune on chat rows |
 | `c6_quantize.py` | NF4 quantise and dequantise |
 | `c7_linear.py` | a 4-bit linear layer, 1 to 2048 rows |
+| `c10_methods.py` | a step of rsLoRA, LoRA+, DoRA and AdaLoRA over one of plain LoRA |
 | `follow.py` | the losses of 20 steps on chat rows, step by step |
 | `bases.py` | perplexity of every kind of base |
 

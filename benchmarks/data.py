@@ -24,7 +24,6 @@ def prepare(options: Options) -> Record:
     from safetensors.torch import save_file
 
     import veneer
-    from veneer.adapters.attach import adapter_parameters
     from veneer.models.load import resolve
     from veneer.training.data import encode_rows, read_rows
     from veneer.training.packing import Order
@@ -32,11 +31,7 @@ def prepare(options: Options) -> Record:
     work = Path(options.work)
     model, tokenizer = veneer.load(options.model, fused=False)
     veneer.attach(model, veneer.LoraConfig(r=options.rank, alpha=options.alpha, targets="all-linear"), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapter_parameters(model, "default").items():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    set_factors(model)
     veneer.save_adapter(model, work / "adapter")
 
     found, samples = [], []
@@ -77,6 +72,19 @@ def prepare(options: Options) -> Record:
         "supervised tokens": sum(sample.supervised for sample in samples[:count]),
         "longest row": max(lengths),
     }
+
+
+def set_factors(model: Any, name: str = "default") -> None:
+    """B small and not zero, always the same."""
+    import torch
+
+    from veneer.adapters.attach import adapter_parameters
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in adapter_parameters(model, name).items():
+            if "lora_B" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
 
 
 def chat(options: Options, part: str) -> list[Any]:

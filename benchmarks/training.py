@@ -140,12 +140,18 @@ def _peft(options: Options, base: str, recompute: str) -> tuple[Any, Callable[..
     return model.train(), lambda model, batch, items: model(**batch).loss
 
 
+def blocks(options: Options, count: int) -> Iterable[torch.Tensor]:
+    """The input ids (rows, length) of so many steps; from the first again where there are no more."""
+    from safetensors.torch import load_file
+
+    found = load_file(Path(options.work) / "blocks.safetensors")["input_ids"]
+    return (found[step % len(found)] for step in range(count))
+
+
 def _batches(options: Options, by: str, data: str) -> Iterable[tuple[list[dict[str, Any]], int]]:
     """The steps' batches, each in one or more parts, and the number of learned tokens of a step."""
     if data == "blocks":
-        from safetensors.torch import load_file
-
-        for ids in load_file(Path(options.work) / "blocks.safetensors")["input_ids"]:
+        for ids in blocks(options, options.warmup + options.steps):
             yield [{"input_ids": ids, "labels": ids.clone()}], ids[:, 1:].numel()
         return
     from veneer.training.packing import collate_packed, collate_padded, pack

@@ -8,7 +8,7 @@ import torch
 from conftest import make_model
 
 import veneer
-from benchmarks import bases, c1_lora_step, c3_memory, c4_head, c6_quantize, data, follow, run, training
+from benchmarks import bases, c1_lora_step, c3_memory, c4_head, c6_quantize, c10_methods, data, follow, run, training
 from benchmarks.plan import QUICK, Agreement, Cell, Figure, Options, Result, ratio
 
 
@@ -106,6 +106,44 @@ def test_contenders_take_the_same_steps(options, base, source):
     for other in (theirs, checked):
         assert ours["losses"] == pytest.approx(other["losses"], rel=tolerance)
         assert ours["grad_norms"] == pytest.approx(other["grad_norms"], rel=5 * tolerance)
+
+
+def test_methods_take_turns_and_dora_is_what_the_peer_trains(options):
+    pytest.importorskip("peft")
+    cells = [cell for cell in c10_methods.CELLS if "bf16" in cell.name]
+    records = {cell.name: c10_methods.steps(options, **cell.arguments) for cell in cells}
+    ours, theirs = records["veneer bf16"], records["PEFT bf16"]
+    assert list(ours) == list(c10_methods.METHODS) and list(theirs) == ["LoRA", "DoRA"]
+    for method in theirs:
+        assert ours[method]["losses"] == pytest.approx(theirs[method]["losses"], rel=1e-2)
+        assert ours[method]["grad_norms"] == pytest.approx(theirs[method]["grad_norms"], rel=5e-2)
+    for record in ours.values():
+        assert len(record["losses"]) == options.warmup + 1 + options.steps and len(record["step_seconds"]) == 1
+    # the same start, other steps: what each method is shows in its losses
+    assert len({record["losses"][-1] for record in ours.values()}) == len(ours)
+    assert ours["LoRA"]["losses"][0] == ours["LoRA+"]["losses"][0] != ours["rsLoRA"]["losses"][0]
+
+
+def test_a_method_that_costs_too_much_is_named():
+    def contender(name, **times):
+        record = {
+            method: {**result("", [2.0, 1.0], seconds).records[0], "peak_bytes": 1e9}
+            for method, seconds in times.items()
+        }
+        return Result(Cell(name, "x:y"), [record, record])
+
+    results = {cell.name: Result(cell, problem="skipped: not installed") for cell in c10_methods.CELLS}
+    results["PEFT bf16"] = contender("PEFT bf16", LoRA=4.0, DoRA=6.0)
+    results["veneer bf16"] = contender("veneer bf16", **{"LoRA": 1.0, "DoRA": 1.09, "LoRA+": 1.06})
+    (table,) = c10_methods.report(results, LIMITS, Options())
+    rows = {(row["contender"], row["method"]): row["of plain LoRA's"] for row in table.rows}
+    assert rows["veneer bf16", "DoRA"] == (1.09, 1.09) and rows["PEFT bf16", "DoRA"] == (1.5, 1.5)
+    assert rows["veneer bf16", "AdaLoRA"] is rows["veneer nf4", "DoRA"] is None
+    assert [note.split(":")[2].strip() for note in table.notes if note.startswith("NOT MET")] == ["LoRA+"]
+    results["PEFT bf16"].records[0]["DoRA"]["losses"] = [2.0, 1.1]
+    (table,) = c10_methods.report(results, LIMITS, Options())
+    assert "VOID" in {row["of plain LoRA's"] for row in table.rows}
+    run.show([table])
 
 
 def test_reports_can_be_printed_and_written(options, capsys):

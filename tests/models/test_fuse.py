@@ -33,7 +33,7 @@ ARCHITECTURES = {
 }
 
 
-def build(name, fused, dtype=torch.bfloat16, kind=None):
+def build(name, fused, dtype=torch.bfloat16, kind=None, dora=False):
     config = getattr(transformers, f"{name}Config")(**SMALL, **ARCHITECTURES[name])
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16).eval()
@@ -44,11 +44,13 @@ def build(name, fused, dtype=torch.bfloat16, kind=None):
     model = model.to(dtype)
     if fused:
         fuse(model)
-    veneer.attach(model, veneer.LoraConfig(r=4), seed=1)
+    veneer.attach(model, veneer.LoraConfig(r=4, dora=dora), seed=1)
     g = torch.Generator().manual_seed(2)
     for key, value in adapter_parameters(model, "default").items():
         if "lora_B" in key:
             value.data.normal_(0, 0.1, generator=g)
+        elif "magnitude" in key:
+            value.data.mul_(torch.empty_like(value).uniform_(0.7, 1.3, generator=g))
     return model
 
 
@@ -73,6 +75,32 @@ def test_fused_is_as_close_to_fp32_as_the_original_in_bf16(name, kind):
     fused_loss, fused = gradients(model, **batch, skip_logits=True)
     errors = [float((g - exact).norm() / exact.norm()) for g in (fused, original)]
     assert errors[0] < 1.2 * errors[1] + 0.003, errors
+    assert abs(float(fused_loss - exact_loss)) < 1.5 * abs(float(loss - exact_loss)) + 0.01
+
+
+@needs_library
+@pytest.mark.parametrize("kind", [None, "nf4"])
+@pytest.mark.parametrize("how", ["none", "full"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_dora_stays_on_both_halves_and_is_as_close_to_fp32(name, how, kind, monkeypatch):
+    ids = torch.randint(3, 130, (3, 21), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    exact_loss, exact = gradients(build(name, False, torch.float32, kind, dora=True), **batch)
+    loss, original = gradients(build(name, False, kind=kind, dora=True), **batch)
+    ran = []
+    for half in ("attention_block", "mlp_block"):
+        form = getattr(fuse_module.ops, half)
+        monkeypatch.setattr(fuse_module.ops, half, lambda x, b, r, f=form, h=half: ran.append(h) or f(x, b, r))
+    model = build(name, True, kind=kind, dora=True)
+    fuse_module.set_recompute(model, how)
+    fused_loss, fused = gradients(model, **batch, skip_logits=True)
+    assert ran == ["attention_block", "mlp_block"] * 3
+    lengths = torch.cat(
+        [torch.full((p.numel(),), "magnitude" in k) for k, p in adapter_parameters(model, "default").items()]
+    )
+    for part in (lengths, ~lengths):
+        errors = [float((g - exact)[part].norm() / exact[part].norm()) for g in (fused, original)]
+        assert errors[0] < 1.2 * errors[1] + 0.003, errors
     assert abs(float(fused_loss - exact_loss)) < 1.5 * abs(float(loss - exact_loss)) + 0.01
 
 

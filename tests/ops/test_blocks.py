@@ -14,7 +14,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0):
+def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0, dora=False):
     w = torch.randn(out, inner, generator=g) / inner**0.5
     weight = quantize(w.bfloat16(), kind) if kind else w.bfloat16()
     b = torch.randn(out, generator=g).bfloat16() if bias else None
@@ -22,7 +22,12 @@ def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0)
         return AdaptedLinear(weight, b)
     factors = (torch.randn(r, inner, generator=g) / inner**0.5, torch.randn(out, r, generator=g) / r**0.5)
     seed = int(torch.randint(2**32, (), generator=g)) if dropout else 0
-    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling, dropout, seed)
+    scale = None
+    if dora:  # any sign, one of them 0, which must not hide its own gradient
+        scale = torch.randn(out, generator=g)
+        scale[out // 2] = 0
+        scale.requires_grad_()
+    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling, dropout, seed, scale)
 
 
 def wide(value):
@@ -37,7 +42,9 @@ def wide(value):
 
 
 def factors(group):
-    return [f for layer in group for f in (layer.a, layer.b, layer.weight, layer.bias) if wants_gradient(f)]
+    return [
+        f for layer in group for f in (layer.a, layer.b, layer.weight, layer.bias, layer.scale) if wants_gradient(f)
+    ]
 
 
 def wants_gradient(value):
@@ -83,15 +90,15 @@ def layer(x, a, m):
 
 
 def attention(tokens, *, heads=4, kv_heads=2, width=16, model=48, r=4, kind=None, bias=False, fused=False,
-              rotary=8, qk_norm=False, starts=None, recompute="none", dropout=0.0):  # fmt: skip
+              rotary=8, qk_norm=False, starts=None, recompute="none", dropout=0.0, dora=False):  # fmt: skip
     g = generator()
     sizes = [(heads + 2 * kv_heads) * width] if fused else [heads * width, kv_heads * width, kv_heads * width]
-    ranks, drops = (v if isinstance(v, list) else [v] * (len(sizes) + 1) for v in (r, dropout))
+    ranks, drops, doras = (v if isinstance(v, list) else [v] * (len(sizes) + 1) for v in (r, dropout, dora))
     qkv = [
-        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop)
-        for n, rank, drop in zip(sizes, ranks, drops, strict=False)
+        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop, dora=scaled)
+        for n, rank, drop, scaled in zip(sizes, ranks, drops, doras, strict=False)
     ]
-    out = linear(model, heads * width, ranks[-1], g, kind=kind, dropout=drops[-1])
+    out = linear(model, heads * width, ranks[-1], g, kind=kind, dropout=drops[-1], dora=doras[-1], bias=dora and bias)
     norm = [Norm(1 + 0.1 * torch.randn(n, generator=g).bfloat16(), 1e-5) for n in (model, width, width)]
     angle = torch.rand(tokens, rotary, generator=g) * 6
     places = (angle.cos(), angle.sin()) if rotary else (None, None)
@@ -120,6 +127,15 @@ ATTENTION = {
     "dropout differs": {"tokens": 20, "dropout": [0.0, 0.5, 0.1, 0.2], "qk_norm": True},
     "dropout, 4 bits": {"tokens": 33, "dropout": 0.05, "kind": "nf4", "recompute": "full"},
     "dropout, one linear": {"tokens": 150, "dropout": 0.2, "fused": True, "starts": [0, 1, 66, 150]},
+    "DoRA": {"tokens": 67, "dora": True},
+    "DoRA, one token": {"tokens": 1, "dora": True},
+    "DoRA, bias": {"tokens": 67, "dora": True, "bias": True, "r": [1, 3, 2, 5]},
+    "DoRA, bias, again": {"tokens": 20, "dora": True, "bias": True, "recompute": "full", "dropout": 0.3},
+    "DoRA here and there": {"tokens": 40, "dora": [True, False, True, False], "r": [1, 3, 4, None]},
+    "DoRA, 4 bits": {"tokens": 33, "dora": True, "kind": "nf4", "recompute": "full"},
+    "DoRA, 8 bits": {"tokens": 5, "dora": True, "kind": "int8"},
+    "DoRA, one linear": {"tokens": 150, "dora": True, "fused": True, "bias": True, "starts": [0, 1, 66, 150]},
+    "DoRA, norms on q and k": {"tokens": 67, "dora": True, "qk_norm": True, "dropout": [0.0, 0.5, 0.1, 0.2]},
 }
 
 
@@ -140,14 +156,15 @@ def test_attention_block(isa, nan_empties, case):
 
 
 def mlp(*, inner=96, model=48, r=4, kind=None, fused=False, activation="silu", shift=0.0, recompute="none",
-        dropout=0.0):  # fmt: skip
+        dropout=0.0, bias=False, dora=False):  # fmt: skip
     g = generator()
-    ranks, drops = (v if isinstance(v, list) else [v] * 3 for v in (r, dropout))
+    ranks, drops, doras = (v if isinstance(v, list) else [v] * 3 for v in (r, dropout, dora))
     sizes = [2 * inner] if fused else [inner, inner]
     group = [
-        linear(n, model, rank, g, kind=kind, dropout=drop) for n, rank, drop in zip(sizes, ranks, drops, strict=False)
+        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop, dora=scaled)
+        for n, rank, drop, scaled in zip(sizes, ranks, drops, doras, strict=False)
     ]
-    down = linear(model, inner, ranks[-1], g, kind=kind, dropout=drops[-1])
+    down = linear(model, inner, ranks[-1], g, kind=kind, bias=bias, dropout=drops[-1], dora=doras[-1])
     norm = Norm(1 - shift + 0.1 * torch.randn(model, generator=g).bfloat16(), 1e-5, shift)
     return Mlp(norm, group, down, activation, recompute)
 
@@ -166,6 +183,15 @@ MLP = {
     "dropout, 4 bits": {"dropout": 0.05, "kind": "nf4"},
     "dropout, 8 bits": {"dropout": 0.05, "kind": "int8"},
     "dropout, one linear": {"dropout": 0.2, "fused": True, "activation": "gelu_tanh"},
+    "DoRA": {"dora": True},
+    "DoRA, odd width, again": {"dora": True, "inner": 102, "recompute": "mlp", "r": [3, 4, 5]},
+    "DoRA, bias": {"dora": True, "bias": True, "inner": 102},
+    "DoRA, bias, 4 bits": {"dora": True, "bias": True, "kind": "nf4"},
+    "DoRA, 4 bits": {"dora": True, "kind": "nf4", "dropout": 0.05},
+    "DoRA, 8 bits": {"dora": True, "kind": "int8", "recompute": "full"},
+    "DoRA, one linear": {"dora": True, "fused": True, "activation": "gelu_tanh", "inner": 102, "dropout": 0.2},
+    "DoRA here and there": {"dora": [False, True, False], "r": [None, 4, 4]},
+    "DoRA of down alone": {"dora": [False, False, True], "r": [4, None, 4]},
 }
 
 
@@ -186,13 +212,14 @@ def test_mlp_block(isa, nan_empties, case, tokens):
     )
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("dropout", "dora"), [(0.0, False), (0.2, False), (0.2, True)])
 @pytest.mark.parametrize("recompute", ["mlp", "full"])
-def test_recompute_changes_no_bit_and_keeps_less(recompute, dropout):
+def test_recompute_changes_no_bit_and_keeps_less(recompute, dropout, dora):
     x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
     results, kept = [], []
     for how in ("none", recompute):
-        a, m = attention(70, recompute=how, dropout=dropout), mlp(recompute=how, dropout=dropout)
+        given = {"recompute": how, "dropout": dropout, "dora": dora, "bias": dora}
+        a, m = attention(70, **given), mlp(**given)
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             y = layer(x, a, m)
@@ -251,8 +278,8 @@ def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recomp
     watch("attention_backward", slice(0, 3))
     watch("gated", slice(0, 2))
     watch("gated_backward", slice(1, 3))
-    a = attention(75, recompute=recompute, r=[1, 3, None, 5], qk_norm=True, kind=kind, dropout=0.2)
-    m = mlp(recompute=recompute, inner=102, r=[3, None, 4], kind=kind)
+    a = attention(75, recompute=recompute, r=[1, 3, None, 5], qk_norm=True, kind=kind, dropout=0.2, dora=True)
+    m = mlp(recompute=recompute, inner=102, r=[3, None, 4], kind=kind, dora=True)
     x = torch.randn(75, 48, generator=generator(1)).bfloat16().requires_grad_()
     layer(x, a, m).float().square().sum().backward()
     for forth, back in (("attention_forward", "attention_backward"), ("gated", "gated_backward")):
@@ -260,17 +287,35 @@ def test_what_is_made_again_is_what_it_was(isa, nan_empties, monkeypatch, recomp
         assert all(torch.equal(p, q) for p, q in zip(made[forth], made[back], strict=True))
 
 
+@pytest.mark.parametrize(("dora", "bias"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [None, "nf4"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
-def test_a_second_backward_pass_gives_the_same(recompute, fused, kind):
-    a = attention(70, fused=fused, recompute=recompute, kind=kind)
-    m = mlp(fused=fused, recompute=recompute, kind=kind)
+def test_a_second_backward_pass_gives_the_same(recompute, fused, kind, dora, bias):
+    a = attention(70, fused=fused, recompute=recompute, kind=kind, dora=dora, bias=bias)
+    m = mlp(fused=fused, recompute=recompute, kind=kind, dora=dora, bias=bias)
     x = torch.randn(70, 48, generator=generator(1)).bfloat16().requires_grad_()
     loss = layer(x, a, m).float().square().sum()
     wanted = [x, *factors([*a.qkv, a.out, *m.gate_up, m.down])]
     first = torch.autograd.grad(loss, wanted, retain_graph=True)
     assert all(torch.equal(p, q) for p, q in zip(first, torch.autograd.grad(loss, wanted), strict=True))
+
+
+@pytest.mark.parametrize(("trained", "bias", "more"), [(True, False, 2), (True, True, 7), (False, True, 0)])
+def test_of_a_dora_layer_only_hidden_sums_are_kept(trained, bias, more):
+    """In widths of the model (48) a token: o and down; with biases q 64, k and v 32 each, gate and up 96 each as well."""
+    kept = []
+    for dora in (False, True):
+        a, m = attention(70, dora=dora, bias=bias, model=64), mlp(dora=dora, bias=bias, model=64)
+        for linear in (*a.qkv, a.out, *m.gate_up, m.down):
+            if dora:
+                linear.scale.requires_grad_(trained)
+        x = torch.randn(70, 64, generator=generator(1)).bfloat16().requires_grad_()
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            layer(x, a, m)
+        kept.append(sum(n for n in sizes if n >= 70 * 32))
+    assert kept[1] - kept[0] == 70 * 64 * more
 
 
 @pytest.mark.parametrize("half", ["attention", "mlp"])
@@ -349,12 +394,14 @@ TRAINED_ATTENTION = {
     "bias, norms": {"tokens": 33, "r": None, "bias": True, "qk_norm": True},
     "one linear, packed": {"tokens": 150, "r": None, "fused": True, "bias": True, "starts": [0, 1, 66, 150]},
     "adapters too": {"tokens": 40, "r": [1, 3, None, 5], "dropout": 0.3, "recompute": "full"},
+    "DoRA too": {"tokens": 40, "r": [1, 3, None, 5], "dora": True, "bias": True},
 }
 TRAINED_MLP = {
     "plain": {"r": None},
     "odd width, again": {"r": None, "inner": 102, "recompute": "mlp"},
     "one linear, shift": {"r": None, "fused": True, "activation": "gelu_tanh", "shift": 1.0},
     "adapters too": {"r": [3, None, 5], "dropout": 0.3},
+    "DoRA too": {"r": [3, None, 5], "dora": True, "bias": True},
 }
 
 

@@ -22,12 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from veneer import ops
 from veneer.errors import VeneerError
 from veneer.ops.blocks import AdaptedLinear
+from veneer.ops.reference import TINY
 from veneer.quant.linear import QuantizedLinear, autocast
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Linear: TypeAlias = nn.Linear | QuantizedLinear | Conv1D
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TINY = 1e-30  # smallest norm divided by: a row of zeros, as of a padding token, stays one
 
 
 class LoraFunction(torch.autograd.Function):
@@ -199,7 +199,7 @@ class LoraLayer(nn.Module):
         weight = weight + self.delta(name).to(weight.device)
         if name not in self.magnitude:
             return weight
-        return weight * (self._over_rows(self.magnitude[name].detach()) / self._row_norms(weight).clamp_(min=_TINY))
+        return weight * (self._over_rows(self.magnitude[name].detach()) / self._row_norms(weight).clamp_(min=TINY))
 
     def merged_bias(self, name: str) -> Tensor | None:
         """The bias with this adapter's in it, fp32; None: it has none.
@@ -237,7 +237,7 @@ class LoraLayer(nn.Module):
         """m / |W + scaling B A| (out,) fp32. As the paper proposes (section 4.3) the norm is a constant to the gradient."""
         with torch.no_grad():
             norms = self._row_norms(self.dense() + self.delta(name)).reshape(-1)
-        return self.magnitude[name].reshape(-1) / norms.clamp_(min=_TINY)
+        return self.magnitude[name].reshape(-1) / norms.clamp_(min=TINY)
 
     def dropped(self, x: Tensor) -> Tensor:
         """x as the low-rank path sees it."""
@@ -269,14 +269,16 @@ class LoraLinear(LoraLayer):
         return magnitude[None] if isinstance(self.base_layer, Conv1D) else magnitude[:, None]
 
     def row_scale(self, name: str) -> Tensor:
-        """From |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B> by row: no dense update is made, and |W|^2 only once."""
+        """No dense update is made (`ops.row_norms`), and |W|^2 only once.
+
+        The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
+        """
+        a, b = self.a(name), self.lora_B[name]
+        dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
         with torch.no_grad():
-            a, b, s = self.lora_A[name], self.lora_B[name], self.scaling[name]
-            dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
-            wa = ops.product([(a.to(dtype), *frozen_weight(self.base_layer, dtype))]).float()  # (r, out)
-            cross = 2 * s * (wa.T * b).sum(1) + s * s * ((b @ (a @ a.T)) * b).sum(1)
-            norms = (self._square_norms() + cross).clamp_(min=0).sqrt_()
-        return self.magnitude[name] / norms.clamp_(min=_TINY)
+            weight = frozen_weight(self.base_layer, dtype)
+            norms = ops.row_norms(*weight, a, b, self.scaling[name], self._square_norms(), dtype)
+        return self.magnitude[name] / norms
 
     def _square_norms(self) -> Tensor:
         """|W|^2 by row (out,), fp32, kept as long as the weight is the same."""
@@ -315,6 +317,8 @@ class LoraLinear(LoraLayer):
         linear = plain_linear(self.base_layer)._replace(
             a=self.a(self.active), b=self.lora_B[self.active], scaling=self.scaling[self.active]
         )
+        if self.active in self.magnitude:
+            linear = linear._replace(scale=self.row_scale(self.active))
         dropout = self.dropout[self.active] if self.training else 0.0
         return linear._replace(dropout=dropout, seed=int(torch.randint(2**32, ()))) if dropout else linear
 

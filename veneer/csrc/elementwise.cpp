@@ -59,17 +59,25 @@ void Gated(const Rows& n, const uint16_t* gate, const uint16_t* up, uint16_t* ou
     }
 }
 
-template <int kKind>
-void GatedBackward(const Rows& n, const uint16_t* d_out, const uint16_t* gate, const uint16_t* up, uint16_t* d_gate,
-                   uint16_t* d_up, uint16_t* out, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (n.rows * n.width > 65536)
-  for (int64_t r = 0; r < n.rows; ++r)
+// kDots: also sums over the rows, by column, of each gradient times what it is the gradient of, added to `dots`: those
+// of gate, then those of up, each filled up to whole vectors.
+template <int kKind, bool kDots>
+void GatedBackward(const Rows& n, int64_t from, int64_t to, const uint16_t* d_out, const uint16_t* gate,
+                   const uint16_t* up, uint16_t* d_gate, uint16_t* d_up, uint16_t* out, float* dots) {
+  const int64_t padded = (n.width + kWidth - 1) / kWidth * kWidth;
+  for (int64_t r = from; r < to; ++r)
     for (int64_t i = 0; i < n.width; i += kWidth) {
       const int64_t at = r * n.stride + i, dense = r * n.width + i, left = n.width - i;
       Vec value, slope;
-      Activate<kKind>(LoadSome(gate + at, left), &value, &slope);
+      const Vec g = LoadSome(gate + at, left);
+      Activate<kKind>(g, &value, &slope);
       const Vec d = LoadSome(d_out + dense, left), u = LoadSome(up + at, left);
-      StoreSome(d_gate + at, d * u * slope, left);
+      const Vec back = d * u * slope;
+      if constexpr (kDots) {
+        Store(dots + i, Fma(back, g, Load(dots + i)));
+        Store(dots + padded + i, Fma(d * value, u, Load(dots + padded + i)));
+      }
+      StoreSome(d_gate + at, back, left);
       StoreSome(d_up + at, d * value, left);
       StoreSome(out + dense, value * u, left);
     }
@@ -171,13 +179,70 @@ EXPORT(gated)
 }
 
 // The gradients of gate and up, strided like them, from d_out (rows, width); and once more what `gated` gives, which
-// may be written over d_out.
+// may be written over d_out. dots (2, width), or null: sums over the rows of d_gate gate and of d_up up.
 EXPORT(gated_backward)
 (const uint16_t* d_out, const uint16_t* gate, const uint16_t* up, int kind, int64_t rows, int64_t width, int64_t stride,
- uint16_t* d_gate, uint16_t* d_up, uint16_t* out, int threads) {
+ uint16_t* d_gate, uint16_t* d_up, uint16_t* out, float* dots, int threads) {
   const Rows n{rows, width, stride};
-  if (kind == kSilu) return GatedBackward<kSilu>(n, d_out, gate, up, d_gate, d_up, out, threads);
-  GatedBackward<kGeluTanh>(n, d_out, gate, up, d_gate, d_up, out, threads);
+  const int64_t padded = (width + kWidth - 1) / kWidth * kWidth, parts = rows * width > 65536 ? threads : 1;
+  float* part = nullptr;
+  if (dots) {
+    scratch.Reserve(parts * 2 * padded * 4);
+    part = scratch.Take<float>(parts * 2 * padded);
+    std::memset(part, 0, parts * 2 * padded * 4);
+  }
+  const auto run = kind == kSilu ? dots ? GatedBackward<kSilu, true> : GatedBackward<kSilu, false>
+                   : dots        ? GatedBackward<kGeluTanh, true>
+                                 : GatedBackward<kGeluTanh, false>;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parts > 1)
+  for (int64_t p = 0; p < parts; ++p)
+    run(n, rows * p / parts, rows * (p + 1) / parts, d_out, gate, up, d_gate, d_up, out,
+        dots ? part + p * 2 * padded : nullptr);
+  for (int64_t i = 0; dots && i < 2 * width; ++i) {
+    const float* at = part + (i < width ? i : padded + i - width);
+    dots[i] = 0.f;
+    for (int64_t p = 0; p < parts; ++p) dots[i] += at[p * 2 * padded];
+  }
+}
+
+// dots (n) = sum over the rows of x y, both (rows, n) with a row every ldx and ldy elements.
+EXPORT(column_dots)
+(const uint16_t* x, int64_t ldx, const uint16_t* y, int64_t ldy, int64_t rows, int64_t n, float* dots, int threads) {
+  constexpr int64_t kTogether = 4;  // rows whose products are added up in registers
+  const int64_t padded = (n + kWidth - 1) / kWidth * kWidth, parts = rows * n > 65536 ? threads : 1;
+  scratch.Reserve(parts * padded * 4);
+  float* sums = scratch.Take<float>(parts * padded);
+#pragma omp parallel for schedule(static) num_threads(threads) if (parts > 1)
+  for (int64_t p = 0; p < parts; ++p) {
+    float* sum = sums + p * padded;
+    std::memset(sum, 0, padded * 4);
+    const int64_t to = rows * (p + 1) / parts;
+    for (int64_t r = rows * p / parts; r < to; r += kTogether) {
+      const int64_t here = to - r < kTogether ? to - r : kTogether;
+      const uint16_t *a = x + r * ldx, *b = y + r * ldy;
+      for (int64_t i = 0; i < n; i += kWidth) {
+        if (i % 32 == 0 && r + 2 * kTogether <= to)
+          for (int64_t k = kTogether; k < 2 * kTogether; ++k) {
+            __builtin_prefetch(a + k * ldx + i);
+            __builtin_prefetch(b + k * ldy + i);
+          }
+        Vec total = Load(sum + i);
+        if (here == kTogether && n - i >= kWidth) {
+#pragma GCC unroll 4
+          for (int64_t k = 0; k < kTogether; ++k)
+            total = Fma(LoadBFloat16(a + k * ldx + i), LoadBFloat16(b + k * ldy + i), total);
+        } else {
+          for (int64_t k = 0; k < here; ++k)
+            total = Fma(LoadSome(a + k * ldx + i, n - i), LoadSome(b + k * ldy + i, n - i), total);
+        }
+        Store(sum + i, total);
+      }
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    dots[i] = 0.f;
+    for (int64_t p = 0; p < parts; ++p) dots[i] += sums[p * padded + i];
+  }
 }
 
 // out (rows, width) = [residual +] x where a hash of seed, row and column is at least `limit`, else 0; out may be x or

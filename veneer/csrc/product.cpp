@@ -4,6 +4,8 @@
 // A weight is brought panel by panel into the layout the dot product wants: pairs of bf16 along the depth, kPanel
 // columns side by side. A quantised weight is decoded on the way there, so a dense copy never exists.
 
+#include <cmath>
+
 #include "few_rows.h"
 
 namespace {
@@ -18,11 +20,6 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
   const int64_t depth = to - from;
   if (t.kind == kByRow) {
     PackByRow(t.weight + column * t.ldw + from, t.ldw, live, depth, b, place);
-  } else if (t.kind == kByColumn) {
-    for (int64_t d = 0; d < depth; d += 2) {
-      const uint16_t* low = t.weight + (from + d) * t.ldw + column;
-      PackPair(low, low + t.ldw, live, b + d / 2 * place.ld, place);
-    }
   } else if (t.kind == kQuantizedByRow) {
     for (int64_t i = 0; i < live; i += 16) {  // 16 rows at a time stay in the first-level cache
       const int64_t count = live - i < 16 ? live - i : 16;
@@ -34,9 +31,13 @@ void Pack(const Term& t, int64_t column, int64_t live, int64_t from, int64_t to,
       for (int64_t i = live; i < kPanel; ++i) b[d * place.ld + i / 16 * place.across + i % 16] = 0;
   } else {
     for (int64_t d = 0; d < depth; d += 2) {
-      t.DecodeRow(from + d, column, live, rows);
-      t.DecodeRow(from + d + 1, column, live, rows + kPanel);
-      PackPair(rows, rows + kPanel, live, b + d / 2 * place.ld, place);
+      const uint16_t* low = t.Row(from + d, column, live, rows);
+      const uint16_t* high = t.Row(from + d + 1, column, live, rows + kPanel);
+      uint32_t* to_pair = b + d / 2 * place.ld;
+      if (t.row_scale)
+        PackPair(low, high, live, to_pair, place, Scaled{t.row_scale[from + d], t.row_scale[from + d + 1]});
+      else
+        PackPair(low, high, live, to_pair, place);
     }
   }
 }
@@ -403,12 +404,13 @@ void ManyRows(const Terms& sum, int64_t m, int64_t n, const Output& out, int thr
 
 }  // namespace
 
-// y (m, n) bf16 = sum of the terms [+ bias (n)] [+ residual (m, n) [+ its rest]]. Depths and lda are even.
+// y (m, n) bf16 = [scale (n)] sum of the terms [+ bias (n)] [+ residual (m, n) [+ its rest]]. Depths and lda are even.
 EXPORT(product)
 (const Term* terms, int count, int64_t m, int64_t n, const uint16_t* bias, const uint16_t* residual,
- const uint16_t* residual_rest, int64_t ldr, uint16_t* y, uint16_t* rest, int64_t ldy, int threads) {
+ const uint16_t* residual_rest, int64_t ldr, uint16_t* y, uint16_t* rest, int64_t ldy, const float* scale,
+ uint16_t* plain, int threads) {
   if (m == 0 || n == 0) return;
-  const Output out{y, ldy, bias, residual, ldr, n, residual_rest, rest};
+  const Output out{y, ldy, bias, residual, ldr, n, residual_rest, rest, scale, plain};
   Terms sum{terms, count, 0};
   for (int i = 0; i < count; ++i) sum.depth += terms[i].depth;
   bool few = m < kFewRows && terms[0].kind == kQuantizedByRow;
@@ -508,4 +510,95 @@ EXPORT(outer_sum)
     }
   }
   std::free(turned);
+}
+
+namespace {
+
+// sum (32, 16) fp32, a row every ldsum: `tall` <= 32 rows of the left side, with room for 32, times 16 packed columns
+// (pairs, 16). The pairs are a multiple of 16.
+void TallProduct(const Slice& left, int64_t tall, const uint32_t* right, float* sum, int64_t ldsum) {
+#if defined(__AMX_BF16__)
+  (void)tall;
+  TileProduct<2, 1>(&left, 1, 0, right, kTile, sum, ldsum, false);
+#else
+  for (int64_t i = 0; i < tall; ++i) std::memset(sum + i * ldsum, 0, kTile * 4);
+  const int64_t most = kWiden ? kWideDepth / 2 : left.depth;
+  for (int64_t p = 0; p < left.depth; p += most) {
+    const Slice piece{left.a + p, left.lda, left.depth - p < most ? left.depth - p : most};
+    DownPairs<false>(&piece, 1, tall, right + p * kTile, kTile, kTile, sum, ldsum);
+  }
+#endif
+}
+
+}  // namespace
+
+// norms (rows) = (squares + 2 s <w a^T, b> + s^2 <b, b a a^T>)^1/2 by row, at least `least`: the lengths of the rows of
+// W + s B A. weight: by row (rows, depth), its a is not used; a (r, depth), b (rows, r) fp32. The weight is read once
+// as the left side of the product; a, packed as bf16, is the right one.
+EXPORT(row_norms)
+(const Term* weight, int64_t rows, const float* a, const float* b, int64_t r, const float* squares, float s,
+ float least, float* norms, int threads) {
+  constexpr int64_t kTall = 2 * kTile;
+  const int64_t depth = weight->depth, ranks = (r + kTile - 1) / kTile * kTile, room = ranks + kTile;
+  const int64_t padded = (depth + 2 * kTile - 1) / (2 * kTile) * 2 * kTile, pairs = padded / 2;
+  scratch.Reserve(ranks * pairs * 4 + room * padded * 2 + room * ranks * 4 + 4096);
+  uint32_t* packed = scratch.Take<uint32_t>(ranks * pairs);  // by 16 ranks: (pairs, 16)
+  uint16_t* half = scratch.Take<uint16_t>(room * padded);    // a in bf16, filled up with zeros
+  float* gram = scratch.Take<float>(room * ranks);
+  std::memset(half, 0, room * padded * 2);
+  for (int64_t i = 0; i < r; ++i) {
+    int64_t d = 0;
+    for (; d + kWidth <= depth; d += kWidth) StoreBFloat16(half + i * padded + d, Load(a + i * depth + d));
+    for (; d < depth; ++d) half[i * padded + d] = ToBFloat16(a[i * depth + d]);
+  }
+  const uint32_t* half_pairs = reinterpret_cast<const uint32_t*>(half);
+  for (int64_t k = 0; k < ranks; k += kTile)
+    TurnAll(half_pairs + k * pairs, pairs, kTile, pairs, packed + k * pairs, kTile);
+#pragma omp parallel num_threads(threads) if (rows * depth > 65536)
+  {
+    Tiles tiles;
+    decoded.Reserve(kTall * padded * 2 + kTall * ranks * 4 + ranks * 4 + 4096);
+    uint16_t* left = decoded.Take<uint16_t>(kTall * padded);
+    float* part = decoded.Take<float>(kTall * ranks);
+    float* low = decoded.Take<float>(ranks);
+    std::memset(left, 0, kTall * padded * 2);
+    std::memset(low, 0, ranks * 4);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < ranks; i += kTile)
+      for (int64_t k = 0; k < ranks; k += kTile) {
+        TallProduct({half_pairs + i * pairs, pairs, pairs}, kTall, packed + k * pairs, part, ranks);
+        for (int64_t j = 0; j < kTile; ++j) std::memcpy(gram + (i + j) * ranks + k, part + j * ranks, kTile * 4);
+      }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row += kTall) {
+      const int64_t tall = rows - row < kTall ? rows - row : kTall;
+      Slice slice{reinterpret_cast<const uint32_t*>(left), pairs, pairs};
+      if (weight->kind == kByRow && depth == padded && tall == kTall && weight->ldw % 2 == 0) {
+        slice.a = reinterpret_cast<const uint32_t*>(weight->weight + row * weight->ldw);
+        slice.lda = weight->ldw / 2;
+        for (int64_t i = kTall; i < 2 * kTall && row + i < rows; ++i)  // the next rows, on their way meanwhile
+          for (int64_t d = 0; d < depth; d += 32)
+            __builtin_prefetch(weight->weight + (row + i) * weight->ldw + d, 0, 2);
+      } else {
+        for (int64_t i = 0; i < tall; ++i) {
+          if (weight->kind == kByRow)
+            std::memcpy(left + i * padded, weight->weight + (row + i) * weight->ldw, depth * 2);
+          else
+            weight->DecodeRow(row + i, 0, depth, left + i * padded);
+        }
+      }
+      for (int64_t k = 0; k < ranks; k += kTile) TallProduct(slice, tall, packed + k * pairs, part + k, ranks);
+      for (int64_t i = 0; i < tall; ++i) {
+        std::memcpy(low, b + (row + i) * r, r * 4);
+        Vec total = Vec{};
+        for (int64_t k = 0; k < ranks; k += kWidth) {
+          Vec through = Vec{};
+          for (int64_t l = 0; l < r; ++l) through = Fma(Set(low[l]), Load(gram + l * ranks + k), through);
+          total = Fma(Load(low + k), Set(2.f) * Load(part + i * ranks + k) + Set(s) * through, total);
+        }
+        const float all = squares[row + i] + s * Sum(total), norm = std::sqrt(all < 0.f ? 0.f : all);  // NaN stays
+        norms[row + i] = norm < least ? least : norm;
+      }
+    }
+  }
 }

@@ -20,6 +20,7 @@ struct Term {
   const FourBit* four_bit;
   const Int8* int8;  // of a quantised weight there is one of the two
   int64_t kind;
+  const float* row_scale;  // (depth) of a weight that lies by column, or null: its rows are multiplied with it
 
   // Elements [from, from + count) of a row of a quantised weight, as bf16.
   void DecodeRow(int64_t row, int64_t from, int64_t count, uint16_t* out) const {
@@ -29,11 +30,17 @@ struct Term {
     else
       Decode<kBFloat16>(*four_bit, first, count, out);
   }
+  // Elements [from, from + count) of a row of a weight by column: where it lies, or decoded to `room`.
+  const uint16_t* Row(int64_t row, int64_t from, int64_t count, uint16_t* room) const {
+    if (kind == kByColumn) return weight + row * ldw + from;
+    DecodeRow(row, from, count, room);
+    return room;
+  }
 };
 
-// Where finished sums go: bias and residual added, rounded, stored; columns beyond `live` are not there. The rests,
-// dense like what they belong to, are what rounding took away: a residual stream of 16 bits twice is as good as one of
-// fp32.
+// Where finished sums go: scaled, bias and residual added, rounded, stored; columns beyond `live` are not there. The
+// rests, dense like what they belong to, are what rounding took away: a residual stream of 16 bits twice is as good as
+// one of fp32. plain, which lies as y does: the sums themselves.
 struct Output {
   uint16_t* y;
   int64_t ldy;
@@ -41,6 +48,8 @@ struct Output {
   int64_t ldr, live;
   const uint16_t* residual_rest;
   uint16_t* rest;
+  const float* scale;  // (n)
+  uint16_t* plain;
 
   Output At(int64_t shift) const { return Moved(shift, shift, shift, live - shift); }
   Output From(int64_t row) const { return Moved(row * ldy, 0, row * ldr, live); }
@@ -52,9 +61,13 @@ struct Output {
             ldr,
             columns,
             residual_rest ? residual_rest + of_residual : nullptr,
-            rest ? rest + of_y : nullptr};
+            rest ? rest + of_y : nullptr,
+            scale ? scale + of_bias : nullptr,
+            plain ? plain + of_y : nullptr};
   }
   void Put(int64_t row, int64_t j, float value) const {
+    if (plain) plain[row * ldy + j] = ToBFloat16(value);
+    if (scale) value *= scale[j];
     if (bias) value += FromBFloat16(bias[j]);
     if (residual) value += FromBFloat16(residual[row * ldr + j]);
     if (residual_rest) value += FromBFloat16(residual_rest[row * ldr + j]);
@@ -62,6 +75,8 @@ struct Output {
     if (rest) rest[row * ldy + j] = ToBFloat16(value - FromBFloat16(rounded));
   }
   void Put(int64_t row, int64_t j, Vec value) const {
+    if (plain) StoreForLater(plain + row * ldy + j, value);
+    if (scale) value *= Load(scale + j);
     if (bias) value += LoadBFloat16(bias + j);
     if (residual) value += LoadBFloat16(residual + row * ldr + j);
     if (residual_rest) value += LoadBFloat16(residual_rest + row * ldr + j);

@@ -87,6 +87,15 @@ inline void StoreBFloat16(uint16_t* p, Vec v) {
 #endif
 }
 
+// The same past the caches, where that can be: for what is not read soon.
+inline void StoreForLater(uint16_t* p, Vec v) {
+#if defined(__AVX512BF16__)
+  if (reinterpret_cast<uintptr_t>(p) % 32 == 0)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#endif
+  StoreBFloat16(p, v);
+}
+
 // ---- arithmetic -------------------------------------------------------------------------------------------------
 
 // a * b + c, in one instruction where there is one. Contraction is off everywhere else: NF4 must be exact.
@@ -229,17 +238,42 @@ inline void PackByRow(const uint16_t* rows, int64_t stride, int64_t count, int64
   }
 }
 
+// What is done to two rows while they are packed: nothing, or each is multiplied with a number.
+struct AsTheyAre {
+  Bits Pair(const uint16_t* low, const uint16_t* high) const {
+    return __builtin_convertvector(LoadAs<Halves>(low), Bits) | __builtin_convertvector(LoadAs<Halves>(high), Bits)
+                                                                    << 16;
+  }
+  uint16_t Low(uint16_t value) const { return value; }
+  uint16_t High(uint16_t value) const { return value; }
+};
+struct Scaled {
+  float low, high;
+  Bits Pair(const uint16_t* l, const uint16_t* h) const {
+    const Vec first = LoadBFloat16(l) * Set(low), second = LoadBFloat16(h) * Set(high);
+#if defined(__AVX512BF16__)
+    const __m512i order = (__m512i)(Bits{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} * 0x10001u + 0x100000u);
+    return (Bits)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+#else
+    return RoundBFloat16(first) | RoundBFloat16(second) << 16;
+#endif
+  }
+  uint16_t Low(uint16_t value) const { return ToBFloat16(FromBFloat16(value) * low); }
+  uint16_t High(uint16_t value) const { return ToBFloat16(FromBFloat16(value) * high); }
+};
+
 // Two rows of `count` <= 64 -> 64 pairs.
-inline void PackPair(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* to,
-                     Place place = kSideBySide) {
+template <class How = AsTheyAre>
+inline void PackPair(const uint16_t* low, const uint16_t* high, int64_t count, uint32_t* to, Place place = kSideBySide,
+                     const How& how = {}) {
   int64_t j = 0;
   for (; j + kWidth <= count; j += kWidth) {
-    const Bits pair = __builtin_convertvector(LoadAs<Halves>(low + j), Bits) |
-                      __builtin_convertvector(LoadAs<Halves>(high + j), Bits) << 16;
+    const Bits pair = how.Pair(low + j, high + j);
     std::memcpy(to + j / 16 * place.across + j % 16, &pair, sizeof pair);
   }
   for (; j < kPanel; ++j)
-    to[j / 16 * place.across + j % 16] = j < count ? low[j] | static_cast<uint32_t>(high[j]) << 16 : 0;
+    to[j / 16 * place.across + j % 16] =
+        j < count ? how.Low(low[j]) | static_cast<uint32_t>(how.High(high[j])) << 16 : 0;
 }
 
 }  // namespace

@@ -168,8 +168,6 @@ def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
             return None
         if base.bias is not None and base.bias.dtype != torch.bfloat16:
             return None
-        if isinstance(layer, LoraLinear) and layer.active in layer.magnitude:  # DoRA
-            return None
         if isinstance(layer, LoraLinear) and layer.active in layer.lora_bias:
             return None
         if base.weight.requires_grad:  # full fine-tuning

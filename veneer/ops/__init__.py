@@ -37,6 +37,7 @@ TABLE = {
     "mixed_int8_product": Operation(reference.mixed_int8_product),
     "product": Operation(reference.product, native=native.product, torch=products.product, bf16=True),
     "outer_sum": Operation(reference.outer_sum, native=native.outer_sum, torch=products.outer_sum, bf16=True),
+    "row_norms": Operation(reference.row_norms, native=native.row_norms, torch=products.row_norms, bf16=True),
     "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
     "rms_norm": Operation(
         lambda x, norm, rest=None: reference.rms_norm(x, norm.weight, norm.epsilon, norm.shift, rest),
@@ -152,6 +153,18 @@ def product(
 def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
     """left (tokens, r), right (tokens, n) -> left^T right (r, n) in fp32; `transposed`: (n, r)."""
     return choose("outer_sum", left.device, left.dtype)[0](left, right, transposed=transposed)  # type: ignore[no-any-return]
+
+
+def row_norms(
+    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """|W + scaling B A| of each row (out,) fp32, at least `reference.TINY`. No gradient flows.
+
+    weight: a tensor or a quantised one, (out, in), or (in, out) if not `by_row`; a (r, in), b (out, r) fp32; squares
+    (out,) fp32: |W|^2 by row. The others than the definition go from |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>: no
+    dense update is made, and W A^T is multiplied in `dtype`.
+    """
+    return choose("row_norms", a.device, dtype)[0](weight, by_row, a, b, scaling, squares, dtype)  # type: ignore[no-any-return]
 
 
 def attention(

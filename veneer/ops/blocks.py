@@ -3,7 +3,8 @@
     attention_block:  y = x + o( attention( rotate(q), rotate(k), v ) ),   q, k, v = linears( rms_norm(x) )
     mlp_block:        y = x + down( activation(gate) * up ),               gate, up = linears( rms_norm(x) )
 
-Every linear is 16-bit or quantised, with or without a low-rank term: W x + scaling B A dropout(x). 16-bit weights, biases and
+Every linear is 16-bit or quantised, with or without a low-rank term: W x + scaling B A dropout(x), and that with or
+without a factor for each output (DoRA). 16-bit weights, biases and
 norms that require a gradient get one (full fine-tuning); most often all of them are frozen. The definitions, in plain
 torch, are `reference.attention_block` and `reference.mlp_block`. Beside y goes its rest, what rounding took from it, to
 the next half: a residual stream of twice 8 digits, without gradients of 32 bits.
@@ -12,6 +13,11 @@ Saved for the backward pass: the normed input, q, k, v, the attention's output, 
 activations, dropout's masks, the bf16 factors, and up of a quantised base (where gate and up are two linears). `recompute`
 "mlp" makes gate and up again, "full" q, k and v as well. Measured, a step of 4x512 tokens on SmolLM2-135M (r 16, 2 cores
 with AMX): dropout on all linears costs about 12%.
+
+The factors c of y = c u + bias cost no pass over activations. Forward they are multiplied into the sums before the one
+rounding; backward, where dy c is wanted, into the rows of W and B while those are packed, as dy stands on their left side.
+The gradient of c is the sum of dy u over the tokens. y tells u where nothing was added to it: q, k, v, gate and up without
+biases. Else, so of o and down, u is kept too, or made again with `recompute`.
 
 Shapes: T tokens, D model width, H heads of width W, R all ranks of linears that share an input.
 """
@@ -30,13 +36,14 @@ from veneer.ops.cross_entropy import OURS
 from veneer.ops.reference import drop_scale
 
 Recompute = Literal["none", "mlp", "full"]
+_TELLING = 1e-20  # far below what a factor can be in earnest, far above bf16's smallest number
 
 
 class AdaptedLinear(NamedTuple):
-    """y = x W^T + bias + scaling (dropout(x) A^T) B^T. weight (out, in): bf16, or quantised (`veneer.quant`), frozen.
+    """y = scale (x W^T + scaling (dropout(x) A^T) B^T) + bias. weight (out, in): bf16, or quantised (`veneer.quant`), frozen.
 
     a (r, in) and b (out, r) fp32, or None both. Each linear drops its own copy of x, as PEFT's modules do; the mask is
-    a function of `seed` (`reference.kept`), so the backward pass makes it again.
+    a function of `seed` (`reference.kept`), so the backward pass makes it again. scale (out,) fp32, or None: 1.
     """
 
     weight: Any
@@ -46,6 +53,7 @@ class AdaptedLinear(NamedTuple):
     scaling: float = 1.0
     dropout: float = 0.0
     seed: int = 0
+    scale: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -111,8 +119,12 @@ def rms_norm(x: Tensor, norm: Norm, rest: Tensor | None = None) -> Tensor:
 
 
 def _factors(group: Sequence[AdaptedLinear]) -> list[Tensor | None]:
-    """What may be trained, four to a linear: what autograd has to see."""
-    return [x for linear in group for x in (linear.a, linear.b, _trained(linear), _if_trained(linear.bias))]
+    """What may be trained, five to a linear: what autograd has to see."""
+    return [
+        x
+        for linear in group
+        for x in (linear.a, linear.b, _trained(linear), _if_trained(linear.bias), _if_trained(linear.scale))
+    ]
 
 
 def _trained(part: AdaptedLinear | Norm | None) -> Tensor | None:
@@ -138,6 +150,9 @@ class _Group:
         self.a = empty((at, group[0].weight.shape[1]), torch.bfloat16) if at else None
         self.b = [self._factors(linear, place) for linear, place in zip(group, self.places, strict=True)]
         self.drops = any(linear.a is not None and linear.dropout for linear in group)
+        # a factor of 0 would hide u from its own gradient; any other stays what it is
+        self.scales = [None if linear.scale is None else linear.scale.detach() + _TELLING for linear in group]
+        self.trains = [_if_trained(linear.scale) is not None for linear in group]  # whose factors have a gradient
 
     def _factors(self, linear: AdaptedLinear, place: slice) -> Tensor | None:
         """Fill in the rows of A; returns B."""
@@ -165,55 +180,88 @@ class _Group:
         """The linears that have one, and its place among all ranks."""
         return [(linear, at) for linear, at in zip(self.group, self.places, strict=True) if at.stop > at.start]
 
-    def forward(self, x: Tensor, h: Tensor | None, start: int = 0, **more: Any) -> list[Tensor]:
-        """The outputs (T, out) of the linears from `start` on; more: the residual stream, as `native.product` takes it."""
-        found = []
-        for linear, b, place in list(zip(self.group, self.b, self.places, strict=True))[start:]:
-            terms = [(x, linear.weight, True)]
-            if b is not None and h is not None:
-                terms.append((h[:, place], b, True))
-            found.append(native.product(terms, linear.bias, **more))
-        return found
+    def forward(
+        self, x: Tensor, h: Tensor | None, start: int = 0, keep: bool = True, **more: Any
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The outputs y (T, out) of the linears from `start` on; with `keep` each u that its factor's gradient needs, else None.
+
+        more: the residual stream, as `native.product` takes it.
+        """
+        found: list[Tensor] = []
+        kept: list[Tensor | None] = []
+        for i, linear in enumerate(self.group[start:], start):
+            hidden = keep and self.trains[i] and (linear.bias is not None or "residual" in more)
+            u = empty((x.shape[0], linear.weight.shape[0]), x.dtype) if hidden else None
+            found.append(native.product(self.terms(i, x, h), linear.bias, scale=self.scales[i], plain=u, **more))
+            kept.append(u)
+        return found, kept
+
+    def terms(self, i: int, x: Tensor, h: Tensor | None) -> list[tuple[Tensor, Any, bool]]:
+        """What u of the i-th linear is the sum of."""
+        low, b = [], self.b[i]
+        if b is not None and h is not None:
+            low = [(h[:, self.places[i]], b, True)]
+        return [(x, self.group[i].weight, True), *low]
 
     def low_rank_gradient(self, dy: Sequence[Tensor]) -> Tensor | None:
-        """dh (T, R) = dy B of each adapter; dy: the gradient of each linear's output."""
+        """dh (T, R) = scale dy B of each adapter; dy: the gradient of each linear's output."""
         if self.a is None:
             return None
         dh = empty((dy[0].shape[0], self.a.shape[0]), dy[0].dtype)
-        for d, b, place in zip(dy, self.b, self.places, strict=True):
+        for d, b, place, scale in zip(dy, self.b, self.places, self.scales, strict=True):
             if b is not None:
-                native.product([(d, b, False)], out=dh[:, place])
+                native.product([(d, b, False)], out=dh[:, place], row_scales=[scale])
         return dh
 
     def input_gradient(self, dy: Sequence[Tensor], dh: Tensor | None) -> Tensor:
-        """dx (T, in) = dy W + dropout(dh A), summed over the linears."""
+        """dx (T, in) = scale dy W + dropout(dh A), summed over the linears."""
         terms = [(d, linear.weight, False) for linear, d in zip(self.group, dy, strict=True)]
         if dh is None or self.a is None:
-            return native.product(terms)
+            return native.product(terms, row_scales=self.scales)
         if not self.drops:
-            return native.product([*terms, (dh, self.a, False)])
+            return native.product([*terms, (dh, self.a, False)], row_scales=self.scales)
         dx = None
         for linear, place in self.adapters():
             d = native.product([(dh[:, place], self.a[place], False)], residual=None if linear.dropout else dx)
             dx = native.masked(d, linear.dropout, linear.seed, dx, out=d) if linear.dropout else d
-        return native.product(terms, residual=dx)
+        return native.product(terms, residual=dx, row_scales=self.scales)
+
+    def scale_gradients(
+        self, dy: Sequence[Tensor], u: Sequence[Tensor | None], y: Sequence[Tensor] = (), dots: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
+        """The sums of dy u over the tokens, from u or where that is None from y, or from `dots`, the sums of dy y."""
+        found: list[Tensor | None] = [None] * len(self.group)
+        for i, (told, scale) in enumerate(zip(u, self.scales, strict=True)):
+            if told is not None:
+                found[i] = native.column_dots(dy[i], told)
+            elif self.trains[i] and scale is not None:
+                found[i] = (dots[i] if dots else native.column_dots(dy[i], y[i])) / scale
+        return found
 
     def factor_gradients(
-        self, x: Tensor, h: Tensor | None, dy: Sequence[Tensor], dh: Tensor | None
+        self,
+        x: Tensor,
+        h: Tensor | None,
+        dy: Sequence[Tensor],
+        dh: Tensor | None,
+        d_scales: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """The gradients of a, b, weight and bias of each linear, in the order of `_factors`."""
+        """The gradients of a, b, weight, bias and scale of each linear, in the order of `_factors`."""
         gradients: list[Tensor | None] = []
         da = None if dh is None or self.drops else native.outer_sum(dh, x)
-        for linear, d, place in zip(self.group, dy, self.places, strict=True):
+        for linear, d, place, scale, d_scale in zip(self.group, dy, self.places, self.scales, d_scales, strict=True):
             if linear.a is None or dh is None or h is None:
                 gradients += [None, None]
             else:
                 r = linear.a.shape[0]
                 own = native.outer_sum(dh[:, place], _masked(x, linear)) if da is None else da[place]
                 db = native.outer_sum(h[:, place], d, transposed=True)
+                if scale is not None:
+                    db.mul_(scale[:, None])
                 gradients += [own[:r] * _scaling(linear), db[:, :r].contiguous() if r % 2 else db]
-            gradients.append(None if _trained(linear) is None else _weight_gradient(d, x))
+            gradients.append(None if _trained(linear) is None else _weight_gradient(d, x, scale))
             gradients.append(None if _if_trained(linear.bias) is None else d.sum(0, dtype=torch.float32).to(d.dtype))
+            gradients.append(d_scale)
         return gradients
 
 
@@ -221,8 +269,9 @@ def _scaling(linear: AdaptedLinear) -> float:
     return linear.scaling * drop_scale(linear.dropout)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(dy: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:
     """dy^T x (out, in), summed in fp32 and rounded once; ours where torch has no fast bf16 product."""
+    dy = dy if scale is None else dy * scale.to(dy.dtype)
     return native.outer_sum(dy, x).to(x.dtype) if native.isa() in OURS else dy.T @ x
 
 
@@ -302,7 +351,8 @@ class _AttentionBlock(torch.autograd.Function):
         group, out = _Group(block.qkv), _Group([block.out])
         normed, kept, rstd = _norm(ctx, x, rest, block.norm)
         h = group.project(normed)
-        qkv = group.forward(normed, h)
+        keep = block.recompute != "full"
+        qkv, us = group.forward(normed, h, keep=keep)
         del normed
         q, k, v = _heads(qkv, block)
         o, lse = native.attention_forward(
@@ -310,20 +360,25 @@ class _AttentionBlock(torch.autograd.Function):
         )
         flat = o.view(x.shape[0], -1)
         h_out = out.project(flat)
-        _save(ctx, block, (kept, rstd, o, lse, h, h_out), [] if block.recompute == "full" else qkv, trained)
-        return _add(ctx, out, flat, h_out, x, rest)
+        y, rest, u_out = _add(ctx, out, flat, h_out, x, rest, keep)
+        _save(ctx, block, (kept, rstd, o, lse, h, h_out), [*qkv, *us, u_out] if keep else [], trained)
+        return y, rest
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
-        (kept, rstd, o, lse, h, h_out), qkv = _saved(ctx, 6)
+        (kept, rstd, o, lse, h, h_out), outputs = _saved(ctx, 6)
         block, group, out = ctx.block, _Group(ctx.block.qkv), _Group([ctx.block.out])
         dy, flat = dy.contiguous(), o.view(dy.shape[0], -1)
         dh_out = out.low_rank_gradient([dy])
         d_o = out.input_gradient([dy], dh_out).view(o.shape)
-        d_out_factors = out.factor_gradients(flat, h_out, [dy], dh_out)
+        u_out = outputs[-1] if outputs else _again(out, flat, h_out)
+        d_out_factors = out.factor_gradients(flat, h_out, [dy], dh_out, out.scale_gradients([dy], [u_out]))
+        del u_out
         normed = _norm_again(ctx, kept, block.norm)
-        qkv = qkv or group.forward(normed, h)
+        n = len(block.qkv)
+        qkv, us = (outputs[:n], outputs[n : 2 * n]) if outputs else group.forward(normed, h)
+        del outputs
         q, k, v = _heads(qkv, block)
         d_qkv = [empty(y.shape, y.dtype) for y in qkv]
         dq, dk, dv = _heads(d_qkv, block)
@@ -333,7 +388,7 @@ class _AttentionBlock(torch.autograd.Function):
         )  # fmt: skip
         d_heads_norms = _normed_backward(dq, q, block.q_norm), _normed_backward(dk, k, block.k_norm)
         dh = group.low_rank_gradient(d_qkv)
-        d_factors = group.factor_gradients(normed, h, d_qkv, dh)
+        d_factors = group.factor_gradients(normed, h, d_qkv, dh, group.scale_gradients(d_qkv, us, qkv))
         dx, d_norm = _input_gradients(ctx, group, d_qkv, dh, kept, rstd, dy)
         return dx, None, None, d_norm, *d_heads_norms, *d_factors, *d_out_factors
 
@@ -344,32 +399,42 @@ class _MlpBlock(torch.autograd.Function):
         group, down = _Group(block.gate_up), _Group([block.down])
         normed, kept, rstd = _norm(ctx, x, rest, block.norm)
         h = group.project(normed)
-        both = group.forward(normed, h)
+        n = _kept(block)
+        both, us = group.forward(normed, h, keep=n > 0)
         del normed
         act = native.gated(*_gate_and_up(both), block.activation)
-        del both[_kept(block) :]
+        del both[n:], us[n:]
         h_down = down.project(act)
-        _save(ctx, block, (kept, rstd, h, h_down), both, trained)
-        return _add(ctx, down, act, h_down, x, rest)
+        y, rest, u_down = _add(ctx, down, act, h_down, x, rest, n > 0)
+        _save(ctx, block, (kept, rstd, h, h_down), [*both, *us, u_down] if n else [], trained)
+        return y, rest
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, _: None) -> tuple[Any, ...]:
-        (kept, rstd, h, h_down), both = _saved(ctx, 4)
+        (kept, rstd, h, h_down), outputs = _saved(ctx, 4)
         block, group, down = ctx.block, _Group(ctx.block.gate_up), _Group([ctx.block.down])
-        dy = dy.contiguous()
+        dy, n = dy.contiguous(), len(outputs) // 2
+        both, us, u_down = outputs[:n], outputs[n : 2 * n], outputs[-1] if outputs else None
+        del outputs
         normed = _norm_again(ctx, kept, block.norm)
-        again = group.forward(normed, h, start=len(both))
+        again, more = group.forward(normed, h, start=n)
+        us += more
         # what was made again gives its place to its gradient; what was kept may be wanted by a second backward pass
         d_both = [*(empty(y.shape, y.dtype) for y in both), *again]
         gate, up = _gate_and_up([*both, *again])
         dh_down = down.low_rank_gradient([dy])
         d_act = down.input_gradient([dy], dh_down)
-        act = native.gated_backward(d_act, gate, up, block.activation, _gate_and_up(d_both), out=d_act)
-        d_down_factors = down.factor_gradients(act, h_down, [dy], dh_down)
-        del act, d_act
+        dots = torch.empty((2, gate.shape[1]), dtype=torch.float32) if any(group.trains) else None
+        act = native.gated_backward(d_act, gate, up, block.activation, _gate_and_up(d_both), out=d_act, dots=dots)
+        u_down = _again(down, act, h_down) if n == 0 else u_down
+        sums = () if dots is None else list(dots) if len(d_both) == 2 else [dots.view(-1)]
+        d_scales = group.scale_gradients(d_both, us, dots=sums)
+        d_down_scales = down.scale_gradients([dy], [u_down])
+        d_down_factors = down.factor_gradients(act, h_down, [dy], dh_down, d_down_scales)
+        del act, d_act, u_down, gate, up
         dh = group.low_rank_gradient(d_both)
-        d_factors = group.factor_gradients(normed, h, d_both, dh)
+        d_factors = group.factor_gradients(normed, h, d_both, dh, d_scales)
         del normed
         dx, d_norm = _input_gradients(ctx, group, d_both, dh, kept, rstd, dy)
         return dx, None, None, d_norm, *d_factors, *d_down_factors
@@ -408,15 +473,26 @@ def _saved(ctx: Any, few: int) -> tuple[Sequence[Any], list[Tensor]]:
 
 
 def _add(
-    ctx: Any, last: _Group, x: Tensor, h: Tensor | None, residual: Tensor, residual_rest: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The end of a half: y = residual + last linear, and what rounding took from y, which has no gradient of its own."""
+    ctx: Any,
+    last: _Group,
+    x: Tensor,
+    h: Tensor | None,
+    residual: Tensor,
+    residual_rest: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The end of a half: y = residual + last linear; what rounding took from y, which has no gradient of its own; u."""
     residual = residual.contiguous()
     rest = empty(residual.shape, residual.dtype)
-    y = last.forward(x, h, residual=residual, residual_rest=residual_rest, rest=rest)[0]
+    (y,), (u,) = last.forward(x, h, residual=residual, residual_rest=residual_rest, rest=rest, keep=keep)
     ctx.mark_non_differentiable(rest)
     ctx.set_materialize_grads(False)
-    return y, rest
+    return y, rest, u
+
+
+def _again(last: _Group, x: Tensor, h: Tensor | None) -> Tensor | None:
+    """u of the last linear of a half, if its factor is trained: bit for bit what the forward pass had."""
+    return native.product(last.terms(0, x, h)) if last.trains[0] else None
 
 
 def _heads(qkv: Sequence[Tensor], block: Attention) -> tuple[Tensor, Tensor, Tensor]:

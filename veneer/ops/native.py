@@ -19,12 +19,14 @@ import torch  # before the library: it then shares torch's OpenMP threads
 from torch import Tensor
 
 from veneer.errors import VeneerError
+from veneer.ops import products
 from veneer.ops.arena import empty
 from veneer.ops.reference import (
     BLOCK,
     CODE_BOOKS,
     DYNAMIC_MAP,
     NESTED_BLOCK,
+    TINY,
     double_quantize_table,
     drop_limit,
     int8_scale,
@@ -47,7 +49,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "dequantize_4bit": [c_void_p, c_int64, c_void_p, c_int, c_int],
     "double_quantize": [c_void_p, c_int64, c_float, c_void_p, c_void_p, c_void_p, c_int],
     "product": [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int64,
-                c_int],
+                c_void_p, c_void_p, c_int],
     "outer_sum": [c_void_p, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int64, c_int],
     "attention_forward": [c_void_p, c_int64] * 3 + [c_void_p] * 4 + [c_int64, c_void_p] + [c_int64] * 4
     + [c_float, c_int],
@@ -57,7 +59,9 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "rms_norm_backward": [c_void_p] * 4 + [c_float, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
     "gated": [c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int],
     "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
-                       c_int],
+                       c_void_p, c_int],
+    "column_dots": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "row_norms": [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_void_p, c_int],
     "masked": [c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_int, c_void_p, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_int],
 }  # fmt: skip
@@ -79,6 +83,7 @@ class _Term(ctypes.Structure):
     _fields_ = [
         ("a", c_void_p), ("lda", c_int64), ("depth", c_int64), ("weight", c_void_p), ("ldw", c_int64),
         ("four_bit", ctypes.POINTER(_FourBit)), ("int8", ctypes.POINTER(_Int8)), ("kind", c_int64),
+        ("row_scale", c_void_p),
     ]  # fmt: skip
 
 
@@ -246,9 +251,16 @@ def product(
     *,
     residual_rest: Tensor | None = None,
     rest: Tensor | None = None,
+    scale: Tensor | None = None,
+    plain: Tensor | None = None,
+    row_scales: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """`ops.product`; out: a place for y, with dense rows, which is not residual's. rest (m, n): a place for what rounding
-    took from y; residual_rest (m, n): what it took from residual. Both lie as y and residual do."""
+    took from y; residual_rest (m, n): what it took from residual. Both lie as y and residual do.
+
+    scale (n,) fp32: the sum of the terms is multiplied with it, before bias and residual. plain (m, n), lying as y: a
+    place for the sum itself. row_scales: one (depth,) fp32 or None a term, for the rows of a weight that is not `by_row`.
+    """
     keep: list[Any] = []
     m, n = terms[0][0].shape[0], terms[0][1].shape[0 if terms[0][2] else 1]
     made = (_Term * len(terms))()
@@ -276,12 +288,17 @@ def product(
         assert residual.shape == (m, n)
     y = empty((m, n), torch.bfloat16) if out is None else out
     assert y.shape == (m, n) and y.dtype == torch.bfloat16 and (y.stride(1) == 1 or n == 1)
-    for part, whole in ((residual_rest, residual), (rest, y)):
+    for part, whole in ((residual_rest, residual), (rest, y), (plain, y)):
         assert part is None or (whole is not None and part.dtype == whole.dtype and part.stride() == whole.stride())
+    assert scale is None or _is_vector(scale, n)
+    for term, (_, _, by_row), row_scale in zip(made, terms, row_scales, strict=False):
+        if row_scale is not None:
+            assert not by_row and _is_vector(row_scale, term.depth)
+            term.row_scale = row_scale.data_ptr()
     _run(
         "product", ctypes.addressof(made), len(terms), m, n, _pointer(bias), _pointer(residual),
         _pointer(residual_rest), 0 if residual is None else residual.stride(0), y.data_ptr(), _pointer(rest),
-        y.stride(0),
+        y.stride(0), _pointer(scale), _pointer(plain),
     )  # fmt: skip
     return y
 
@@ -296,6 +313,29 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
         *((1, r) if transposed else (n, 1)),
     )  # fmt: skip
     return out
+
+
+def row_norms(
+    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
+) -> Tensor:
+    if not by_row or a.shape[1] % 2:
+        return products.row_norms(weight, by_row, a, b, scaling, squares, dtype)
+    (out, r), inner = b.shape, a.shape[1]
+    a, b, norms = a.contiguous(), b.contiguous(), torch.empty(out, dtype=torch.float32)
+    assert a.shape == (r, inner) and weight.shape == (out, inner) and _is_vector(squares, out)
+    assert a.dtype == b.dtype == torch.float32
+    term = _Term(depth=inner, ldw=inner, kind=0)
+    if isinstance(weight, Tensor):
+        weight = _rows(weight)
+        term.weight, term.ldw = weight.data_ptr(), weight.stride(0)
+    else:
+        setattr(term, "int8" if weight.kind == "int8" else "four_bit", _view(weight))
+        term.kind = 2
+    _run(
+        "row_norms", ctypes.addressof(term), out, a.data_ptr(), b.data_ptr(), r, squares.data_ptr(), scaling, TINY,
+        norms.data_ptr(),
+    )  # fmt: skip
+    return norms
 
 
 def attention_forward(
@@ -387,19 +427,32 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def gated_backward(
     d_out: Tensor, gate: Tensor, up: Tensor, activation: str, gradients: tuple[Tensor, Tensor],
-    out: Tensor | None = None,
+    out: Tensor | None = None, dots: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """gradients: may be gate and up; out, for what `gated` gives: may be d_out."""
+    """gradients: may be gate and up; out, for what `gated` gives: may be d_out.
+
+    dots (2, width) fp32: a place for the sums over the rows of d_gate gate and of d_up up.
+    """
     rows, width = gate.shape
     d_out = d_out.contiguous()
     assert d_out.shape == gate.shape and all(x.stride() == gate.stride() for x in (up, *gradients))
     out = empty((rows, width), torch.bfloat16) if out is None else out
     assert out.shape == gate.shape and out.is_contiguous()
+    assert dots is None or (dots.shape == (2, width) and dots.dtype == torch.float32 and dots.is_contiguous())
     _run(
         "gated_backward", d_out.data_ptr(), gate.data_ptr(), up.data_ptr(), ACTIVATIONS[activation], rows, width,
-        gate.stride(0), gradients[0].data_ptr(), gradients[1].data_ptr(), out.data_ptr(),
+        gate.stride(0), gradients[0].data_ptr(), gradients[1].data_ptr(), out.data_ptr(), _pointer(dots),
     )  # fmt: skip
     return out
+
+
+def column_dots(x: Tensor, y: Tensor) -> Tensor:
+    """The sums over the rows of x y, both (rows, n) bf16 -> (n,) fp32."""
+    x, y = _rows(x), _rows(y)
+    assert x.shape == y.shape, (x.shape, y.shape)
+    dots = torch.empty(x.shape[1], dtype=torch.float32)
+    _run("column_dots", x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), *x.shape, dots.data_ptr())
+    return dots
 
 
 def masked(x: Tensor, p: float, seed: int, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -426,6 +479,10 @@ def _rows(x: Tensor) -> Tensor:
     """x with dense rows of bf16; what is not so is copied."""
     assert x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 2, (x.dtype, x.device, x.shape)
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _is_vector(x: Tensor, n: int) -> bool:
+    return x.shape == (n,) and x.dtype == torch.float32 and x.is_contiguous() and x.device.type == "cpu"
 
 
 def _pointer(x: Tensor | None) -> int | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from veneer.ops.reference import TINY
 
 
 def dense(weight: Any, like: Tensor) -> Tensor:
@@ -26,6 +29,14 @@ def product(
         more = dense(weight, a)
         y.addmm_(a, more.T if by_row else more)
     return y if residual is None else y.add_(residual)
+
+
+def row_norms(
+    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
+) -> Tensor:
+    wa = product([(a.to(dtype), weight, by_row)]).float()
+    cross = 2 * scaling * (wa.T * b).sum(1) + scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
+    return (squares + cross).clamp_(min=0).sqrt_().clamp_(min=TINY)
 
 
 def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:

@@ -48,6 +48,7 @@ CODE_BOOKS = {
     "fp4": _code_book(torch.tensor([s * v for s in (1.0, -1.0) for v in (0.0, 0.0625, 8, 12, 4, 6, 2, 3)]) / 12 + 0.0),
 }  # fmt: skip
 _TINY = 1e-38  # smallest absmax divided by: a block of zeros must not give NaN
+TINY = 1e-30  # smallest norm of a weight's row divided by: a row of zeros, as of a padding token, stays one
 
 
 def _dynamic_map() -> Tensor:
@@ -213,6 +214,14 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
     return total.T.contiguous() if transposed else total
 
 
+def row_norms(
+    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """|W + scaling B A| of each row (out,) fp32, at least TINY; W (out, in), or (in, out) if not `by_row`."""
+    dense = _dense(weight) if by_row else _dense(weight).T
+    return torch.linalg.vector_norm(dense + scaling * b @ a, dim=1).clamp_(min=TINY)
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float = 0.0, rest: Tensor | None = None) -> Tensor:
     """x (..., D) [+ its rest] -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once."""
     wide = _whole(x, rest)
@@ -288,13 +297,13 @@ def attention(
 
 
 def linear(x: Tensor, layer: Any) -> Tensor:
-    """x W^T + bias + scaling (dropout(x) A^T) B^T of an `AdaptedLinear`."""
+    """scale (x W^T + scaling (dropout(x) A^T) B^T) + bias of an `AdaptedLinear`."""
     y = x @ _dense(layer.weight).to(x.dtype).T
-    y = y if layer.bias is None else y + layer.bias.to(x.dtype)
-    if layer.a is None:
-        return y
-    x = masked(x, layer.dropout, layer.seed) * drop_scale(layer.dropout) if layer.dropout else x
-    return y + layer.scaling * (x @ layer.a.to(x.dtype).T) @ layer.b.to(x.dtype).T
+    if layer.a is not None:
+        low = masked(x, layer.dropout, layer.seed) * drop_scale(layer.dropout) if layer.dropout else x
+        y = y + layer.scaling * (low @ layer.a.to(x.dtype).T) @ layer.b.to(x.dtype).T
+    y = y if layer.scale is None else y * layer.scale.to(x.dtype)
+    return y if layer.bias is None else y + layer.bias.to(x.dtype)
 
 
 def attention_block(x: Tensor, block: Any, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:

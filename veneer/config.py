@@ -75,9 +75,16 @@ class LoraConfig(Settings):
         "none", description="none, all, or lora_only (of the adapted layers): which biases are trained"
     )
     modules_to_save: list[str] = Field([], description="name suffixes of modules that are trained in full")
-    init: Literal["kaiming", "gaussian"] = Field(
-        "kaiming", description="kaiming or gaussian: how A starts; B starts at zero"
+    init: Literal["kaiming", "gaussian", "pissa", "loftq", "eva"] = Field(
+        "kaiming", description="how A and B start: kaiming or gaussian (A random, B zero), pissa, loftq, eva"
     )
+    svd_niter: int | None = Field(
+        4, ge=0, le=100, description="rounds of the fast SVD of pissa and loftq; null: the exact one, slower"
+    )
+    loftq_iterations: int = Field(
+        1, ge=1, le=100, description="of loftq; above 1 the adapter has a quantised base of its own"
+    )
+    eva_rho: float = Field(2.0, ge=1, le=100, description="of eva: a layer's rank is at most so many times r; 1: all have r")
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
 
     @property
@@ -228,6 +235,8 @@ class Recipe(Settings):
         problems = []
         if self.train.early_stopping is not None and self.data.eval is None:
             problems.append("train.early_stopping needs held-out rows: set data.eval to a file or to a share like 0.05")
+        if self.lora.init == "loftq" and self.quantize is None:
+            problems.append("lora.init: found loftq, which is for a quantised base: set quantize to nf4, fp4 or int8")
         if self.method == "full":
             if self.quantize is not None:
                 problems.append(f"quantize: found {self.quantize}, but method full trains the base: leave it out")

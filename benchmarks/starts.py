@@ -136,7 +136,9 @@ def report(results: Results, limits: Result, options: Options) -> list[Table]:
         row |= {"nuclear norm": f"{record['nuclear']:.4f}", "loss of the text": f"{record['loss']:.4f}"}
         if not name.startswith("QLoRA") and record["frobenius"] >= 1:
             errors.notes.append(f"NOT MET: {name}: 4-bit error {record['frobenius']:.4f} of QLoRA's; wanted: below 1")
-    runs = Table(f"starts: loss of new home commands, {3 * options.follow_steps} steps of {options.follow_batch} rows", [])
+    runs = Table(
+        f"starts: loss of new home commands, {3 * options.follow_steps} steps of {options.follow_batch} rows", []
+    )
     for name in RUNS:
         if name not in results:
             continue

@@ -84,7 +84,9 @@ class LoraConfig(Settings):
     loftq_iterations: int = Field(
         1, ge=1, le=100, description="of loftq; above 1 the adapter has a quantised base of its own"
     )
-    eva_rho: float = Field(2.0, ge=1, le=100, description="of eva: a layer's rank is at most so many times r; 1: all have r")
+    eva_rho: float = Field(
+        2.0, ge=1, le=100, description="of eva: a layer's rank is at most so many times r; 1: all have r"
+    )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
 
     @property

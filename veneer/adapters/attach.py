@@ -106,7 +106,8 @@ def attach(
         if config.dora:
             weight = layer.merged(name) if config.init in starts.OF_WEIGHTS else None
             layer.magnitude[name] = nn.Parameter(layer.first_magnitude(weight))
-    copies = {path: nn.Parameter(base.detach().clone()) for path, base in replaced.items()}
+    own = model.__dict__.get("veneer_base", {})  # where another adapter's versions are in place now
+    copies = {path: nn.Parameter(own.get(path, base).detach().clone()) for path, base in replaced.items()}
     adapters(model)[name] = Adapter(config, replaced=copies)
     set_adapter(model, name)
     from veneer.adapters.reference import answer_save_pretrained  # here: it imports this module
@@ -198,7 +199,8 @@ def _starts(
         set_adapter(model, active)
     ranks = starts.spread_ranks(ranks, {path: shares for path, (_, shares) in found.items()})
     return [place._replace(r=ranks[place.path]) for place in places], {
-        path: starts.Start(found[path][0][:r].clone(), torch.zeros(layers[path].shapes(r)[1])) for path, r in ranks.items()
+        path: starts.Start(found[path][0][:r].clone(), torch.zeros(layers[path].shapes(r)[1]))
+        for path, r in ranks.items()
     }
 
 

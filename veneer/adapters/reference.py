@@ -48,7 +48,9 @@ def base_model(model: Any) -> Any:
     (`DPOTrainer(model, ref_model=veneer.base_model(model), ...)`). Make it when the model is where it will train.
     """
     with adapter_off(model):  # so that all that belongs to the base is in its place
-        parked = [base for layer in lora_layers(model).values() for base in layer.bases.values()]  # under PiSSA and LoftQ
+        parked = [
+            base for layer in lora_layers(model).values() for base in layer.bases.values()
+        ]  # under PiSSA and LoftQ
         shared = {id(t): t for module in (model, *parked) for t in (*module.parameters(), *module.buffers())}
         bare = copy.deepcopy(model, shared)
         for name in list(adapters(bare)):

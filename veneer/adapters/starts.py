@@ -35,7 +35,9 @@ from veneer.quant.linear import QuantizedLinear, quantize
 
 OF_WEIGHTS = ("pissa", "loftq")
 MOMENT_BYTES = 1 << 30  # of the inputs' covariances kept at once: layers beyond it wait for another pass over the data
-_EVA_NITER = 4  # of a covariance, whose spectrum falls twice as fast as the inputs': the same to 4 digits as the exact one
+_EVA_NITER = (
+    4  # of a covariance, whose spectrum falls twice as fast as the inputs': the same to 4 digits as the exact one
+)
 NEAR = 1.1  # a quantised weight this many times as far from its original as rounding makes it is of another original
 
 
@@ -323,7 +325,9 @@ def _moments(
 def _layer_by_layer(model: nn.Module) -> Iterator[None]:
     """Eval mode, and every linear is called as a module: fused layers (`models/fuse.py`) go past them else."""
     training = [module for module in model.modules() if module.training]
-    fused = {module: module.__dict__.pop("forward") for module in model.modules() if hasattr(module, "veneer_recompute")}
+    fused = {
+        module: module.__dict__.pop("forward") for module in model.modules() if hasattr(module, "veneer_recompute")
+    }
     model.eval()
     try:
         yield
@@ -350,6 +354,7 @@ def require_linear(init: str, layers: dict[str, LoraLayer], quantized_only: Sequ
     if problems:
         raise VeneerError(
             problems[:8] + ([f"and {len(problems) - 8} more"] if problems[8:] else []),
-            hint="load the base with quantize, or leave these layers out of lora.targets" if init == "loftq" else
-            "leave them out of lora.targets, or take init: kaiming",
+            hint="load the base with quantize, or leave these layers out of lora.targets"
+            if init == "loftq"
+            else "leave them out of lora.targets, or take init: kaiming",
         )

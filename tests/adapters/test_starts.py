@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import veneer
 from veneer.adapters import starts
 from veneer.adapters.attach import adapter_parameters, adapters, lora_layers
 from veneer.adapters.files import base_quantization
 from veneer.adapters.lora import LoraLinear
+from veneer.cli import app
 from veneer.config import parse_recipe
 from veneer.errors import RefusedError, VeneerError
 from veneer.quant.linear import QuantizedLinear, quantize_model, quantized_layers
@@ -440,6 +442,23 @@ def test_a_recipe_with_loftq_needs_a_quantised_base():
     with pytest.raises(VeneerError, match="set quantize to nf4"):
         parse_recipe(recipe)
     assert parse_recipe({**recipe, "quantize": "nf4"}).lora.loftq_iterations == 1
+
+
+@pytest.mark.parametrize("init", ["pissa", "loftq", "eva"])
+def test_a_recipe_needs_nothing_but_the_name_of_the_start(tmp_path, tokenizer, commands, init):
+    folder = veneer.save_model(make_model(), tokenizer, tmp_path / "model")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {folder}\nquantize: nf4\nlora: {{r: 4, init: {init}}}\ndata: {{train: {commands}, eval: 0.1}}\n"
+        f"train: {{max_steps: 2, batch_size: 4, out: {tmp_path}/run}}\n"
+    )
+    done = CliRunner().invoke(app, ["train", str(recipe)])
+    assert done.exit_code == 0, done.output
+    assert ("--quantize nf4" in done.output) == (init != "pissa")  # which base it is tried on
+    model, _ = veneer.load(folder, quantize="nf4")
+    veneer.load_adapter(model, tmp_path / "run/adapter")
+    ranks = [layer.rank("default") for layer in lora_layers(model).values()]
+    assert sum(ranks) == (8 if init == "pissa" else 4) * len(ranks)
 
 
 @pytest.mark.slow

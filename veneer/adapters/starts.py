@@ -9,10 +9,14 @@ PiSSA and LoftQ start with B A other than zero, on a base of their own that stan
 (`LoraLayer.bases`); the layer's own is kept, so switching off gives it back bit for bit. No random number of the user's
 is drawn: the same weights give the same start, which a resumed run needs.
 
-The SVD is randomised (Halko et al. 2011, algorithm 4.4) with as many columns over as the rank. SmolLM2-135M's 210 linears,
-one core, CPU seconds; "over the best": how much longer than the least possible what is left of W is, the worst layer:
+The SVD is randomised (Halko et al. 2011, algorithm 4.4), twice the rank wide. Of SmolLM2-135M's 210 linears 17 of every kind were
+taken, one core, CPU seconds scaled to 210; beside them how much longer than the least possible what is left of W is, the worst layer:
 
-FIGURES
+    rank   exact    torch.svd_lowrank, niter 4, 16       here, niter 1, 2, 4 (the default), 8
+    16     12.2 s   0.8 s 0.9%     2.3 s 0.10%           0.7 s 1.6%   0.9 s 0.8%   1.2 s 0.25%   1.8 s 0.05%
+    64     12.5 s   2.3 s 1.5%     7.0 s 0.17%           2.5 s 1.9%   3.2 s 0.7%   4.8 s 0.15%   8.0 s 0.01%
+
+The 4-bit error that PiSSA and LoftQ leave is the same to 0.2% with niter 4, with 16 and with the exact SVD.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The runner: every cell of every round in a fresh process, contenders taking turns, the machine's limits between.
 
-python -m benchmarks.run [c1 ... c7 c10 follow bases] [--rounds 5] [--quick] [--isa avx2] [--data FILE] [--out DIR] [--only NAME]
+python -m benchmarks.run [c1 ... c7 c10 follow bases starts] [--rounds 5] [--quick] [--isa avx2] [--data FILE] [--out DIR] [--only NAME]
 
 Progress goes to stderr; tables to stdout and, with all raw records, to OUT/<date>-<cpu>.md and .json.
 Exit code 1: a contender failed, a ratio is void, follow is not met, or other processes kept the machine busy.
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 FILES = {
     "c1": "c1_lora_step", "c2": "c2_qlora_step", "c3": "c3_memory", "c4": "c4_head", "c5": "c5_sft",
     "c6": "c6_quantize", "c7": "c7_linear", "c10": "c10_methods", "follow": "follow", "bases": "bases",
+    "starts": "starts",
 }  # fmt: skip
 THREADS = "2"
 BAD = ("VOID", "BUSY", "NOT MET")  # how notes begin that forbid to quote a figure
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, the figures mean nothing")
     parser.add_argument("--isa", choices=list(ISAS), help="hold every process to this instruction set")
     parser.add_argument(
-        "--data", help="rows of Alpaca form (.jsonl or .json) for C5, follow, bases and the tokens of C1 to C3"
+        "--data", help="rows of Alpaca form (.jsonl or .json) for C5, follow, bases, starts and the tokens of C1 to C3"
     )
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--only", help="a regex: only contenders whose names it finds (no ratios without the peer)")

@@ -8,7 +8,19 @@ import torch
 from conftest import make_model
 
 import veneer
-from benchmarks import bases, c1_lora_step, c3_memory, c4_head, c6_quantize, c10_methods, data, follow, run, training
+from benchmarks import (
+    bases,
+    c1_lora_step,
+    c3_memory,
+    c4_head,
+    c6_quantize,
+    c10_methods,
+    data,
+    follow,
+    run,
+    starts,
+    training,
+)  # fmt: skip
 from benchmarks.plan import QUICK, Agreement, Cell, Figure, Options, Result, ratio
 
 
@@ -194,3 +206,23 @@ def test_bases_that_are_not_ordered_as_wanted_are_named():
     assert not found(table()) and len(table().rows) == len(bases.CELLS)
     assert len(found(table(**{bases.INT4: 2.05}))) == 1 and "int4" in found(table(**{bases.INT4: 2.05}))[0]
     assert len(found(table(**{bases.NF4: 2.15}))) == 1  # double quantisation costs something
+
+
+def test_starts_are_compared_before_and_after_the_first_steps(options):
+    errors = {name: starts.measure_error(options, 4, start) for name, start in starts.STARTS.items()}
+    assert errors["QLoRA"]["frobenius"] == pytest.approx(1, abs=1e-6)
+    assert all(record["frobenius"] < 1 and record["loss"] > 0 for name, record in errors.items() if name != "QLoRA")
+    matrix = torch.randn(6, 9)
+    assert starts.nuclear_norm(matrix) == pytest.approx(float(torch.linalg.svdvals(matrix).sum()), rel=1e-4)
+    ran = starts.measure_run(options, None, {"init": "eva"})
+    assert len(ran["held"]) >= 2 and len(ran["losses"]) == ran["steps"] == 3 * options.follow_steps
+    results = {name: Result(cell, []) for name, cell in ((cell.name, cell) for cell in starts.CELLS)}
+    for name, record in errors.items():
+        results[f"{name}, r 16"].records.append(record)
+    results["16-bit: EVA"].records.append(ran)
+    results["PiSSA, r 64"].records.append({**errors["PiSSA"], "frobenius": 1.5})
+    first, second = starts.report(results, LIMITS, options)
+    assert [note for note in first.notes if note.startswith("NOT MET")] == [
+        note for note in first.notes if "PiSSA, r 64" in note
+    ]
+    assert len(first.notes) == 1 and len(first.rows) == len(starts.ERRORS) and len(second.rows) == len(starts.RUNS)

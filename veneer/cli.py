@@ -51,7 +51,8 @@ def train(
             "train.out is missing: where should the result go?", hint="for example --set train.out=runs/first"
         )
     import veneer
-    from veneer.training.loop import require_new_run
+    from veneer.adapters.files import base_quantization
+    from veneer.training.loop import require_new_run, start_batches
     from veneer.training.rows import require_readable
 
     if not resume:
@@ -64,7 +65,8 @@ def train(
         revision=plan.revision,
     )  # fmt: skip
     if plan.method == "lora":
-        veneer.attach(model, plan.lora, seed=plan.train.seed)
+        rows = start_batches(model, tokenizer, plan.data, plan.train.seed) if plan.lora.init == "eva" else None
+        veneer.attach(model, plan.lora, seed=plan.train.seed, data=rows)
     result = veneer.train(
         model, tokenizer, None, plan.train, method=plan.method, data_config=plan.data, recipe=write_recipe(plan),
         resume=resume,
@@ -79,7 +81,8 @@ def train(
     )
     full = result["model"] is not None
     chat = ["veneer", "chat", *([result["model"]] if full else [plan.model, "--adapter", result["adapter"]])]
-    chat += ["--quantize", plan.quantize] if plan.quantize else []
+    if plan.quantize and (full or base_quantization(result["adapter"])):  # else it is for the 16-bit base, as PiSSA's
+        chat += ["--quantize", plan.quantize]
     chat += ["--system", plan.data.system] if plan.data.system else []
     where = f"model: {result['model']}" if full else f"adapter: {result['adapter']}"
     print(f"{where}\ntry it:  {shlex.join(chat)}")

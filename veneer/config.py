@@ -58,7 +58,7 @@ class AdaLoraConfig(Settings):
     settle: float = Field(0.3, ge=0, lt=1, description="share of the steps, the last, when none goes any more")
     every: int = Field(1, ge=1, description="steps between decisions which ranks stay")
     beta: float = Field(0.85, ge=0, lt=1, description="of the running means of what a rank is worth")
-    orthogonality: float = Field(0.1, ge=0, description="weight of the term that keeps the factors orthogonal")
+    orthogonality: float = Field(0.01, ge=0, description="weight of the term that keeps the factors orthogonal")
     steps: int | None = Field(
         None, ge=1, description="optimizer steps in all; left out: veneer's training knows, other loops have to say"
     )
@@ -101,8 +101,17 @@ class LoraConfig(Settings):
         "none", description="none, all, or lora_only (of the adapted layers): which biases are trained"
     )
     modules_to_save: list[str] = Field([], description="name suffixes of modules that are trained in full")
-    init: Literal["kaiming", "gaussian"] = Field(
-        "kaiming", description="kaiming or gaussian: how A starts; B starts at zero"
+    init: Literal["kaiming", "gaussian", "pissa", "loftq", "eva"] = Field(
+        "kaiming", description="how A and B start: kaiming or gaussian (A random, B zero), pissa, loftq, eva"
+    )
+    svd_niter: int | None = Field(
+        4, ge=0, le=100, description="rounds of the fast SVD of pissa and loftq; null: the exact one, slower"
+    )
+    loftq_iterations: int = Field(
+        1, ge=1, le=100, description="of loftq; above 1 the adapter has a quantised base of its own"
+    )
+    eva_rho: float = Field(
+        2.0, ge=1, le=100, description="of eva: a layer's rank is at most so many times r; 1: all have r"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
     lora_bias: bool = Field(False, description="train a bias on B as well, added with the update")
@@ -174,6 +183,8 @@ class LoraConfig(Settings):
             problems.append(f"lora.lora_bias: found true with init {self.init}; other tools read it with kaiming only")
         if self.adalora is not None and self.dora:
             problems.append("lora.adalora: found dora too, which has another form: choose one")
+        if self.adalora is not None and self.init != "kaiming":
+            problems.append(f"lora.adalora: found init {self.init} too, but its factors have a start of their own")
         if self.adalora is not None and self.lora_bias:
             problems.append("lora.adalora: found lora_bias too, which a layer left without a rank cannot have")
         for key in ("dropout", "dora", "lora_bias", "adalora"):
@@ -304,6 +315,8 @@ class Recipe(Settings):
         problems = []
         if self.train.early_stopping is not None and self.data.eval is None:
             problems.append("train.early_stopping needs held-out rows: set data.eval to a file or to a share like 0.05")
+        if self.lora.init == "loftq" and self.quantize is None:
+            problems.append("lora.init: found loftq, which is for a quantised base: set quantize to nf4, fp4 or int8")
         if self.method == "full":
             if self.quantize is not None:
                 problems.append(f"quantize: found {self.quantize}, but method full trains the base: leave it out")

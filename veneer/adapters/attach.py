@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from veneer.adapters import adalora
+from veneer.adapters import adalora, starts
 from veneer.adapters.experts import LoraExperts, LoraParameter
 from veneer.adapters.lora import CONVOLUTIONS, LoraEmbedding, LoraLayer, LoraLinear, check_adapter_name, lora_layer
 from veneer.adapters.patterns import by_pattern, is_suffix, matching
@@ -71,17 +71,28 @@ class ParameterCount:
 
 
 def attach(
-    model: nn.Module, config: LoraConfig | None = None, *, name: str = "default", seed: int | None = None
+    model: nn.Module,
+    config: LoraConfig | None = None,
+    *,
+    name: str = "default",
+    seed: int | None = None,
+    original: nn.Module | None = None,
+    data: Iterable[dict[str, Any]] | None = None,
 ) -> nn.Module:
     """Freeze `model` and put a new, active, trainable adapter on it, in place. The model's output does not change.
 
-    Warns when words of `targets` also fit parameters, as a mixture's experts are, that are left out.
+    With `init` pissa it changes by rounding, or on a quantised base, as with loftq, towards that of the model before it
+    was quantised. Warns when words of `targets` also fit parameters, as a mixture's experts are, that are left out.
 
     Args:
         seed: of A's random start; left out, torch's global generator is used.
+        original: for pissa and loftq on a quantised base: the model before that; left out, what `veneer.load` read is
+            read again.
+        data: for eva: the model's inputs batch by batch, as `model(**batch)` takes them; only rows to train on.
 
     Raises:
-        VeneerError: no layer matches, a rank is larger than a layer allows, or the name is taken; all at once.
+        VeneerError: no layer matches, a rank is larger than a layer allows, or the name is taken; all at once. Or `init`
+            cannot be had: layers that are not linear, no original weights, no data.
     """
     config = config or LoraConfig()
     check_adapter_name(name)
@@ -90,21 +101,27 @@ def attach(
     places, replaced, tokens = _plan(model, config)
     left_out = _left_out(model, config, [place.path for place in places])
     generator = None if seed is None else torch.Generator().manual_seed(seed)
+    places, found = _starts(model, config, places, original, data)
     freeze_base(model)
     for path, r, scaling in places:
         layer = adapted(model, path)
         diagonal = None
-        if config.adalora is None:
-            a, b = layer.start(r, config.init, generator)
-        else:
+        if config.adalora is not None:
             a, b, diagonal = adalora.start(layer, min(round(r * config.adalora.start), *layer.sides), generator)
-        magnitude = layer.first_magnitude() if config.dora else None
+            start = starts.Start(a, b)
+        else:
+            start = found[path] if found else starts.Start(*layer.start(r, config.init, generator))
         bias = torch.zeros(layer.out_features) if config.lora_bias else None
-        more = {"magnitude": magnitude, "diagonal": diagonal, "bias": bias}
-        layer.add(name, a, b, scaling=scaling, dropout=config.dropout, **more)
+        layer.add(name, start.a, start.b, scaling=scaling, dropout=config.dropout, diagonal=diagonal, bias=bias)
+        if start.base is not None:
+            layer.put_base(name, start.base)
+        if config.dora:
+            weight = layer.merged(name) if config.init in starts.OF_WEIGHTS else None
+            layer.magnitude[name] = nn.Parameter(layer.first_magnitude(weight))
     for path, ids in tokens.items():
         TokenRows.of(model, path).add(name, ids)
-    copies = {path: nn.Parameter(base.detach().clone()) for path, base in replaced.items()}
+    own = model.__dict__.get("veneer_base", {})  # where another adapter's versions are in place now
+    copies = {path: nn.Parameter(own.get(path, base).detach().clone()) for path, base in replaced.items()}
     adapters(model)[name] = adapter = Adapter(config, replaced=copies)
     if config.adalora is not None:
         layers = {place.path: adapted(model, place.path) for place in places}
@@ -221,13 +238,56 @@ def resolve_all(model: nn.Module, config: LoraConfig) -> list[str]:
 
 def _no_parameters(config: LoraConfig) -> list[str]:
     """The settings with which no adapter of a parameter goes."""
-    return [key for key in ("dropout", "dora", "lora_bias", "adalora") if getattr(config, key)]
+    found = [key for key in ("dropout", "dora", "lora_bias", "adalora") if getattr(config, key)]
+    return found + ([] if config.init in ("kaiming", "gaussian") else [f"init {config.init}"])
+
+
+def _starts(
+    model: nn.Module,
+    config: LoraConfig,
+    places: list[Place],
+    original: nn.Module | None,
+    data: Iterable[dict[str, Any]] | None,
+) -> tuple[list[Place], dict[str, starts.Start]]:
+    """The starts that know the weights or the data, by layer (`starts.py`; none for random ones), and the places: EVA has
+    its own ranks."""
+    if config.init in ("kaiming", "gaussian"):
+        return places, {}
+    layers = {place.path: _layer(model, place.path) for place in places}
+    starts.require_linear(config.init, layers)
+    if config.init != "eva":
+        weight = starts.original_weights(model, {p: layer.base_of(None) for p, layer in layers.items()}, original)
+        return places, {
+            path: starts.of_weights(layers[path], weight(path), r, scaling, config) for path, r, scaling in places
+        }
+    if data is None:
+        raise VeneerError(
+            "lora.init: eva needs rows to train on: found no data",
+            hint="veneer.attach(model, config, data=batches); veneer train takes the recipe's own rows",
+        )
+    ranks = {place.path: place.r for place in places}
+    most = {path: min(max(1, round(r * config.eva_rho)), *layers[path].sides) for path, r in ranks.items()}
+    active = active_adapter(model)
+    set_adapter(model, None)
+    try:
+        found = starts.input_directions(model, most, data)
+    finally:
+        set_adapter(model, active)
+    ranks = starts.spread_ranks(ranks, {path: shares for path, (_, shares) in found.items()})
+    return [place._replace(r=ranks[place.path]) for place in places], {
+        path: starts.Start(found[path][0][:r].clone(), torch.zeros(layers[path].shapes(r)[1]))
+        for path, r in ranks.items()
+    }
+
+
+def _layer(model: nn.Module, path: str) -> LoraLayer:
+    layer = layer_at(model, path)
+    assert layer is not None
+    return layer
 
 
 def _sides(model: nn.Module, path: str) -> tuple[int, int]:
-    layer = layer_at(model, path)
-    assert layer is not None
-    return layer.sides
+    return _layer(model, path).sides
 
 
 def layer_at(model: nn.Module, path: str) -> LoraLayer | None:
@@ -530,8 +590,11 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         VeneerError: there is no adapter of that name; lists those there are.
     """
     require_adapter(model, name)
-    for layer in lora_layers(model).values():
-        layer.active = name if name in layer.lora_A else None
+    layers = lora_layers(model)
+    if any(layer.bases for layer in layers.values()):
+        _replace(model, {})  # first: what is replaced in a base that is not in place would not be found again
+    for layer in layers.values():
+        layer.use(name)
         for factors in layer.factors():
             for key, parameter in factors.items():
                 parameter.requires_grad_(key == name)

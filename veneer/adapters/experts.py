@@ -148,7 +148,7 @@ class LoraParameter(LoraLayer):
     def weight(self) -> Tensor:
         return getattr(self.owner, self.key)  # type: ignore[no-any-return]
 
-    def dense(self) -> Tensor:
+    def dense(self, base: Any = None) -> Tensor:
         return self.weight.detach().float()
 
     def rank_of(self, a: Tensor) -> int:

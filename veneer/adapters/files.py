@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from veneer.adapters import starts
 from veneer.adapters.attach import (
     Adapter,
     active_adapter,
@@ -161,6 +162,9 @@ class AdapterFile(NamedTuple):
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *, replace: bool = False) -> Path:
     """Write one adapter (the active one by default) as PEFT's folder, atomically: fp32 factors, config, model card.
 
+    One with a base of its own (PiSSA; LoftQ of several iterations) is written for the model that was loaded, before it
+    was quantised, as a plain LoRA of twice the rank: B A - B_0 A_0.
+
     Args:
         replace: an adapter already in that folder is replaced; otherwise the folder must be empty or absent.
 
@@ -177,12 +181,16 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
         raise VeneerError([f"{key}: found NaN or Inf, not saved" for key in bad])
     path = Path(path)
     config = file_config(model, name)
+    for layer_path, layer in (own := own_bases(model, name)).items():
+        keys = [f"{layer_path}.{key}" for key in layer.KEYS]
+        factors |= zip(keys, starts.on_the_original(layer, name), strict=True)
+    trained_on = None if own else getattr(model, "veneer_quantization", None)
     with atomic_folder(path, replace=replace) as folder:
         write_json(folder / CONFIG_FILE, config)
         write_tensors(
             folder / WEIGHTS_FILE,
             {key: factors[ours] for ours, key in file_keys(model, name).items() if ours in factors},
-            metadata={"veneer.base_quantization": str(getattr(model, "veneer_quantization", None) or "none")},
+            metadata={"veneer.base_quantization": str(trained_on or "none")},
         )
         (folder / "README.md").write_text(
             _model_card(config, sum(v.numel() for v in factors.values())), encoding="utf-8"
@@ -202,6 +210,33 @@ def _plain(model: nn.Module, name: str) -> dict[str, Tensor]:
                 else:  # a layer without a rank is none that is adapted
                     del factors[f"{path}.{key}"]
     return factors
+
+
+def own_bases(model: nn.Module, name: str) -> dict[str, LoraLayer]:
+    """The layers in which an adapter stands on a base of its own."""
+    return {path: layer for path, layer in lora_layers(model).items() if name in layer.began}
+
+
+def without_starts(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors by the names of `adapter_parameters`, as the adapter on the model has them: what `save_adapter`
+    added is taken off.
+
+    Raises:
+        VeneerError: the file is of another start.
+    """
+    tensors, wrong = dict(tensors), []
+    for path, layer in own_bases(model, name).items():
+        r, (a0, b0) = layer.rank(name), (start.cpu() for start in layer.began[name])
+        keys = [f"{path}.{key}" for key in layer.KEYS]
+        a, b = (tensors.get(key) for key in keys)
+        if a is None or b is None or len(a) != 2 * r:
+            continue
+        if not (torch.equal(a[r:], a0) and torch.equal(b[:, r:], -b0)):
+            wrong.append(f"{path}: the file is of another start than the adapter on this model")
+        tensors |= zip(keys, (a[:r], b[:, :r]), strict=True)
+    if wrong:
+        raise VeneerError(wrong, hint="attach it with the settings, the base and the seed of the first time")
+    return tensors
 
 
 def file_keys(model: nn.Module, name: str) -> dict[str, str]:
@@ -235,7 +270,11 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
     adapter, everything = adapters(model)[name], {p: m for p, m in lora_layers(model).items() if name in m.lora_A}
     layers = {path: layer for path, layer in everything.items() if not isinstance(layer, LoraParameter)}
     config, original = adapter.config, adapter.file_config
-    ranks = {path: layer.rank(name) for path, layer in everything.items()}
+    r, alpha = config.r, config.alpha
+    twice = any(name in layer.began for layer in layers.values())
+    if twice:  # written with twice the rank and the same scaling
+        r, alpha = 2 * r, alpha * (math.sqrt(2) if config.rslora else 2)
+    ranks = {path: layer.rank(name) * (1 + twice) for path, layer in everything.items()}
     if adapter.allocator is not None:
         ranks = {path: int(alive.sum()) for path, alive in adapter.allocator.alive.items() if alive.any()}
     if original:
@@ -261,14 +300,14 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "layers_to_transform": config.layers if config.depth is None else _blocks(model, targets, layers),
         "revision": None,
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-        **_patterns(config, everything, ranks, name),
+        **_patterns(config, {path: layer.scaling[name] for path, layer in everything.items()}, ranks, r, alpha),
         "target_parameters": _parameter_names(model, config, [path for path in everything if path not in layers]),
         **original,
         "base_model_name_or_path": original.get("base_model_name_or_path") or getattr(model, "name_or_path", None),
         "peft_type": "LORA",
         "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": config.alpha if config.alpha % 1 else int(config.alpha),
+        "r": r,
+        "lora_alpha": alpha if alpha % 1 else int(alpha),
         "lora_dropout": config.dropout,
         "target_modules": targets,
         "use_rslora": config.rslora,
@@ -297,17 +336,17 @@ def _blocks(model: nn.Module, targets: str | list[str], layers: dict[str, LoraLa
     return sorted(n for n in there if n is not None) if there != asked else None
 
 
-def _patterns(config: LoraConfig, layers: dict[str, LoraLayer], ranks: dict[str, int], name: str) -> dict[str, Any]:
-    """What of ranks and alphas differs, by the layers' full names where a rule by depth or a budget made them."""
-    if config.depth is None and config.adalora is None:
+def _patterns(
+    config: LoraConfig, scalings: dict[str, float], ranks: dict[str, int], r: int, alpha: float
+) -> dict[str, Any]:
+    """What of ranks and alphas differs from r and alpha, by the layers' full names where a rule made them."""
+    by_name = config.depth is None and config.adalora is None and config.init != "eva"
+    if by_name and r == config.r:
         return {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-    alphas = {
-        path: layer.scaling[name] * (math.sqrt(ranks[path]) if config.rslora else ranks[path])
-        for path, layer in layers.items()
-    }
+    alphas = {path: scalings[path] * (math.sqrt(rank) if config.rslora else rank) for path, rank in ranks.items()}
     return {
-        "rank_pattern": {re.escape(path): r for path, r in ranks.items() if r != config.r},
-        "alpha_pattern": {re.escape(path): alpha for path, alpha in alphas.items() if alpha != config.alpha},
+        "rank_pattern": {re.escape(path): rank for path, rank in ranks.items() if rank != r},
+        "alpha_pattern": {re.escape(path): a for path, a in alphas.items() if not math.isclose(a, alpha)},
     }
 
 

@@ -94,6 +94,8 @@ class LoraLayer(nn.Module):
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
+        self.began: dict[str, tuple[Tensor, Tensor]] = {}  # A and B at step 0 of adapters that have a base of their own
+        self.bases: dict[str | None, Any] = {}  # those bases, and under None the layer's; `base_layer` is one of them
 
     @property
     def weight(self) -> Tensor:
@@ -142,11 +144,34 @@ class LoraLayer(nn.Module):
         self.scaling[name], self.dropout[name] = scaling, dropout
 
     def remove(self, name: str) -> None:
-        for factors in (*self.factors(), self.scaling, self.dropout):
+        if self.active == name:
+            self.use(None)
+        for factors in (*self.factors(), self.scaling, self.dropout, self.began, self.bases):
             if name in factors:
                 del factors[name]  # type: ignore[attr-defined]
-        if self.active == name:
-            self.active = None
+
+    def use(self, name: str | None) -> None:
+        """Make an adapter of this layer the active one, on the base it belongs to; None: the bare base."""
+        self.active = name if name in self.lora_A else None
+        base = self.base_of(self.active)
+        if base is not self.base_layer:
+            self.base_layer = base.train(self.base_layer.training)
+
+    def base_of(self, name: str | None) -> Any:
+        """What stands under an adapter: a base of its own (PiSSA, LoftQ: `starts.py`), or the layer's."""
+        return self.bases.get(name, self.bases.get(None, self.base_layer))
+
+    def put_base(self, name: str, base: nn.Module) -> None:
+        """Give an adapter, as it is at step 0, a base of its own, from now on while it is active."""
+        self.bases.setdefault(None, self.base_layer)
+        self.bases[name] = base
+        self.began[name] = (self.lora_A[name].detach().clone(), self.lora_B[name].detach().clone())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraLayer:
+        for base in self.bases.values():  # those that are not in place are no submodules
+            if base is not self.base_layer:
+                base._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
 
     def factors(self) -> tuple[nn.ParameterDict, ...]:
         """All that adapters train here, by kind: A, B, AdaLoRA's diagonal, DoRA's magnitude, B's bias; each by adapter."""
@@ -188,14 +213,14 @@ class LoraLayer(nn.Module):
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a
 
-    def dense(self) -> Tensor:
-        """The base's weight in fp32; a 4-bit one decoded."""
-        base = self.base_layer
+    def dense(self, base: Any = None) -> Tensor:
+        """The base's weight in fp32; a 4-bit one decoded. base: another than the one in place."""
+        base = self.base_layer if base is None else base
         return base.dequantize(torch.float32) if isinstance(base, QuantizedLinear) else base.weight.detach().float()
 
     def merged(self, name: str) -> Tensor:
         """The weight with this adapter in it, fp32, in the base's layout."""
-        weight = self.dense()
+        weight = self.dense(self.base_of(name))
         weight = weight + self.delta(name).to(weight.device)
         if name not in self.magnitude:
             return weight
@@ -226,9 +251,9 @@ class LoraLayer(nn.Module):
     def _over_rows(self, magnitude: Tensor) -> Tensor:
         return magnitude.view(-1, *[1] * (self.weight.dim() - 1))
 
-    def first_magnitude(self) -> Tensor:
-        """DoRA's m at step 0: the norms of the frozen weight's rows, so that the layer is the base."""
-        return self._row_norms(self.dense()).reshape(self.magnitude_shape())
+    def first_magnitude(self, weight: Tensor | None = None) -> Tensor:
+        """DoRA's m at step 0: the norms of the rows of the frozen weight, or of the sum it starts from: nothing is scaled."""
+        return self._row_norms(self.dense() if weight is None else weight).reshape(self.magnitude_shape())
 
     def magnitude_shape(self) -> tuple[int, ...]:
         return (self.out_features,)

@@ -63,7 +63,7 @@ def merge(model: Any, name: str | None = None) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     adapters(model).clear()
-    for key in ("veneer_active", "veneer_base"):
+    for key in ("veneer_active", "veneer_base", "veneer_original"):
         model.__dict__.pop(key, None)
     if hasattr(model, "veneer_quantization"):
         model.veneer_quantization = None

@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, remove_adapter, set_adapter
+from veneer.adapters.attach import (
+    active_adapter,
+    adapter_parameters,
+    adapters,
+    lora_layers,
+    remove_adapter,
+    set_adapter,
+)
 from veneer.errors import VeneerError
 from veneer.quant.linear import QuantizedLinear
 from veneer.storage import read_tensors
@@ -41,7 +48,10 @@ def base_model(model: Any) -> Any:
     (`DPOTrainer(model, ref_model=veneer.base_model(model), ...)`). Make it when the model is where it will train.
     """
     with adapter_off(model):  # so that all that belongs to the base is in its place
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        parked = [
+            base for layer in lora_layers(model).values() for base in layer.bases.values()
+        ]  # under PiSSA and LoftQ
+        shared = {id(t): t for module in (model, *parked) for t in (*module.parameters(), *module.buffers())}
         bare = copy.deepcopy(model, shared)
         for name in list(adapters(bare)):
             remove_adapter(bare, name)
@@ -83,7 +93,7 @@ def adapter_checkpoints(trainer: T) -> T:
     """
 
     def load(folder: str) -> None:
-        from veneer.adapters.files import WEIGHTS_FILE, file_keys, read_adapter
+        from veneer.adapters.files import WEIGHTS_FILE, file_keys, read_adapter, without_starts
 
         model = trainer.model  # type: ignore[attr-defined]
         name = active_adapter(model)
@@ -92,6 +102,7 @@ def adapter_checkpoints(trainer: T) -> T:
         read_adapter(folder, model)  # every check there is of a file
         ours = {theirs: key for key, theirs in file_keys(model, name).items()}
         found = {ours.get(key, key): t for key, t in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
+        found = without_starts(model, name, found)
         trained = adapter_parameters(model, name)
         wrong = [f"{folder}: {key}: missing or left over" for key in sorted(found.keys() ^ trained.keys())]
         wrong += [

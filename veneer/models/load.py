@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -86,7 +87,8 @@ def load(
     if torch_dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise VeneerError(f"dtype: found {dtype!r}, expected bfloat16, float16 or float32")
     where = _device(device)
-    model, tokenizer = _from_folder(resolve(str(name), revision), torch_dtype)
+    folder = resolve(str(name), revision)
+    model, tokenizer = _from_folder(folder, torch_dtype)
     if quantize is not None:
         for layer in quantized_layers(model).values():
             raise VeneerError(f"{name} is in {layer.kind} already", hint="take it as it is, without quantize")
@@ -94,6 +96,7 @@ def load(
         for parameter in model.parameters():  # what stays 16-bit lies in the mapped file: let go of all of that
             parameter.data = parameter.data.clone()
         release_memory()
+        model.veneer_original = functools.partial(_model_of, folder, torch_dtype)  # PiSSA and LoftQ look at it again
     model.veneer_quantization = next((layer.kind for layer in quantized_layers(model).values()), None)
     if model.veneer_quantization:
         model.config.quantization_config = bnb_format.quantization_config(model)
@@ -290,6 +293,10 @@ def _converted(gguf: Path, pinned: str | None, convert: bool = True) -> Path:
         sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
         write_json(temporary / "complete.json", sizes)
     return folder
+
+
+def _model_of(folder: Path, dtype: torch.dtype) -> Any:
+    return _from_folder(folder, dtype)[0]
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:

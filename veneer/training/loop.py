@@ -34,6 +34,7 @@ from veneer.training.packing import TOKEN_BUDGET, Order, collate_packed, collate
 from veneer.training.progress import Metrics, Progress, drop_metrics_after, number
 from veneer.training.weights import AdapterWeights, FullWeights, trained_weights
 
+START_TOKENS = 16_384  # that EVA looks at, in whole rows
 NAN_LIMIT = 3  # steps in a row without a finite loss and gradient before a run gives up
 # Settings that a resumed run may change. Rows a step are compared whole, so a step may be cut in other micro-batches.
 MAY_CHANGE = {
@@ -369,6 +370,21 @@ def batch_loss(model: Any, batch: dict[str, Any], items: int) -> Tensor:
     logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
     flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
     return F.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum") / items
+
+
+def start_batches(model: Any, tokenizer: Any, config: DataConfig, seed: int) -> list[dict[str, Any]]:
+    """For `attach(..., data=...)` with init eva: the first rows that a run of this seed trains on, as batches."""
+    samples = prepare_data(None, config, tokenizer, seed)[0].samples
+    packing = config.packing and "attention" in getattr(model, "veneer_parts", ())
+    rows: list[Sample] = []
+    for i in Order(len(samples), len(samples), seed).step(0):
+        if sum(len(row.input_ids) for row in rows) >= START_TOKENS:
+            break
+        rows.append(samples[i])
+    device = next(model.parameters()).device
+    size = len(rows) if packing else 16
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [b for group in groups for b in batches(group, packing, tokenizer, TOKEN_BUDGET, device)]
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from veneer.adapters import starts
 from veneer.adapters.adalora import Allocator
-from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, freeze_base
+from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, freeze_base, lora_layers
 from veneer.adapters.files import save_adapter
 from veneer.config import Method, TrainConfig
 from veneer.errors import VeneerError
@@ -34,6 +35,9 @@ def trained_weights(method: Method, model: nn.Module, tokenizer: Any) -> Adapter
     if method not in get_args(Method):
         raise VeneerError(f"method: found {method!r}, expected {' or '.join(get_args(Method))}")
     return FullWeights(model, tokenizer) if method == "full" else AdapterWeights(model)
+
+
+_OF_STARTS = ("svd_niter", "loftq_iterations", "eva_rho")  # all that is left of them are weights and a base
 
 
 class Masters:
@@ -91,8 +95,9 @@ class AdapterWeights(Masters):
 
     def settings(self) -> dict[str, Any]:
         """What decides the numbers of a run besides the training settings, by the name the user knows."""
-        config = adapters(self.model)[self.name].config.model_dump(mode="json", exclude={"init"})
-        return {f"lora.{key}": value for key, value in config.items()}
+        config = adapters(self.model)[self.name].config.model_dump(mode="json", exclude={"init", *_OF_STARTS})
+        start = starts.fingerprint(lora_layers(self.model), self.name)
+        return {f"lora.{key}": value for key, value in config.items()} | {"start of lora's base (sha256)": start}
 
     def groups(self, config: TrainConfig) -> list[dict[str, Any]]:
         """The optimizer's parameter groups."""

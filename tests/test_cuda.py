@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+from adapters.test_family import randomised
 from conftest import make_model
 from models.test_fuse import build, drop, gradients
 from ops.test_quantize import DTYPES, SHAPES, weights
@@ -318,3 +319,18 @@ def test_it_trains_in_transformers_trainer(tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < losses[0] and next(model.parameters()).is_cuda
+
+
+def test_an_adapter_waits_on_the_cpu_while_another_is_active(tmp_path):
+    model = veneer.attach(make_model().to(GPU), veneer.LoraConfig(r=4, modules_to_save=["norm"], tokens=[3]), seed=0)
+    randomised(model)
+    ids = torch.tensor([[1, 2, 3]], device=GPU)
+    expected = model(input_ids=ids).logits
+    veneer.save_adapter(model, tmp_path / "a")
+    veneer.load_adapter(model, tmp_path / "a", "waiting", device="cpu", activate=False)
+    assert {p.device.type for p in adapter_parameters(model, "waiting").values()} == {"cpu"}
+    veneer.set_adapter(model, "waiting")
+    assert {p.device.type for p in adapter_parameters(model, "waiting").values()} == {"cuda"}
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    veneer.set_adapter(model, "default")
+    assert {p.device.type for p in adapter_parameters(model, "waiting").values()} == {"cpu"}

@@ -114,6 +114,9 @@ class LoraConfig(Settings):
         2.0, ge=1, le=100, description="of eva: a layer's rank is at most so many times r; 1: all have r"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
+    dtype: Dtype = Field(
+        "float32", description="of A and B; in 16 bits they are half as large, and trained on fp32 masters"
+    )
     lora_bias: bool = Field(False, description="train a bias on B as well, added with the update")
     parameters: list[str] = Field(
         [],
@@ -185,6 +188,8 @@ class LoraConfig(Settings):
             problems.append("lora.adalora: found dora too, which has another form: choose one")
         if self.adalora is not None and self.init != "kaiming":
             problems.append(f"lora.adalora: found init {self.init} too, but its factors have a start of their own")
+        if self.adalora is not None and self.dtype != "float32":
+            problems.append(f"lora.adalora: found dtype {self.dtype} too, expected float32: it watches what is trained")
         if self.adalora is not None and self.lora_bias:
             problems.append("lora.adalora: found lora_bias too, which a layer left without a rank cannot have")
         for key in ("dropout", "dora", "lora_bias", "adalora"):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_mixture, make_model
 from torch import nn
 
 import veneer
@@ -163,6 +163,45 @@ def test_what_is_trained_in_full_takes_the_bases_place_and_keeps_the_tie(tmp_pat
     veneer.load_adapter(model, tmp_path / "a", name="again")
     assert torch.equal(model(input_ids=IDS).logits, changed)
     torch.testing.assert_close(veneer.merge(model)(input_ids=IDS).logits, changed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fused", "experts"])
+def test_an_adapter_in_16_bits_is_half_as_large_and_trains(tmp_path, kind):
+    def make():
+        if kind == "experts":
+            torch.manual_seed(0)
+            return make_mixture()
+        return make_model(dtype=torch.float32 if kind == "float32" else torch.bfloat16, hidden_size=64)
+
+    model, full = (
+        veneer.attach(make(), veneer.LoraConfig(r=4, dtype=dtype, dora=kind == "fused"), seed=0)
+        for dtype in ("bfloat16", "float32")
+    )
+    half, whole = (adapter_parameters(m, "default") for m in (model, full))
+    with torch.no_grad():
+        for key, parameter in half.items():
+            if "lora_B" in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key))) / 10)
+            whole[key].copy_(parameter)
+    assert {p.dtype for key, p in half.items() if "magnitude" not in key} == {torch.bfloat16}
+    losses = [m(input_ids=IDS, labels=IDS).loss for m in (model, full)]
+    torch.testing.assert_close(*losses, rtol=2e-3, atol=2e-3)
+    for loss in losses:
+        loss.backward()
+    for key, parameter in half.items():
+        assert parameter.grad.dtype == parameter.dtype
+        torch.testing.assert_close(
+            parameter.grad.float(), whole[key].grad, rtol=0.05, atol=0.05 * float(whole[key].grad.abs().max())
+        )
+    veneer.save_adapter(model, tmp_path / "a")
+    again = veneer.load_adapter(make(), tmp_path / "a", dtype="bfloat16")
+    assert all(
+        torch.equal(p, half[key]) and p.dtype == half[key].dtype
+        for key, p in adapter_parameters(again, "default").items()
+    )
+    assert {p.dtype for p in adapter_parameters(veneer.load_adapter(make(), tmp_path / "a"), "default").values()} == {
+        torch.float32
+    }
 
 
 def test_several_adapters_change_places_in_milliseconds(tmp_path):

@@ -72,6 +72,13 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda c: c.update(init_lora_weights="pissa"), None, "init_lora_weights"),
         (lambda c: c.update(peft_type="IA3"), None, "IA3"),
         (lambda c: c.update(r=0), None, "found 0"),
+        (lambda c: c.update(r=1_000_000), None, r"found \(4, 48\), expected \(1000000, in\)"),
+        (lambda c: c.update(lora_alpha=float("nan")), None, "lora_alpha: found nan, expected a number above 0"),
+        (lambda c: c.update(kasa_config={"beta": 1}), None, "kasa_config is .* which changes the result"),
+        (lambda c: c.update(rank_pattern={r"((\w+)\.?)+!": 2}), None, "rank_pattern: .* gave no answer in"),
+        (None, lambda t: t.update({KEY: torch.ones(4, 48, dtype=torch.int32)}), "found int32, expected floating point"),
+        (None, lambda t: t.update({"../../x.lora_A.weight": torch.zeros(4, 4)}), "x: found no lora_B"),
+        (None, lambda t: t.update({"x\x1b[2J\n": torch.zeros(4, 4)}), r"tensor x\\x1b\[2J"),
     ],
 )
 def test_bad_adapters_are_refused_whole(tmp_path, config, tensors, words):
@@ -80,6 +87,30 @@ def test_bad_adapters_are_refused_whole(tmp_path, config, tensors, words):
     with pytest.raises(veneer.VeneerError, match=words):
         veneer.load_adapter(model, path)
     assert not [n for n, _ in model.named_modules() if "lora" in n]
+
+
+def test_swapped_factors_and_all_other_problems_are_told_at_once(tmp_path):
+    other = KEY.replace("q_proj", "k_proj")
+
+    def swap(t):
+        b = KEY.replace("lora_A", "lora_B")
+        t[KEY], t[b] = t[b], t[KEY]
+        t[other][0, 0] = float("nan")
+        del t[other.replace("lora_A", "lora_B")]
+
+    with pytest.raises(veneer.VeneerError) as caught:
+        veneer.load_adapter(make_model(), damaged(tmp_path, None, swap))
+    problems = "\n".join(caught.value.problems)
+    assert "found (48, 4), expected (4, in)" in problems and "found (4, 48), expected (48, 4)" not in problems
+    assert "NaN" in problems and "found no lora_B" in problems and len(caught.value.problems) == 4
+
+
+def test_a_field_of_a_newer_tool_is_kept_and_said(tmp_path):
+    path = damaged(tmp_path, lambda c: c.update(new_idea=3, other_idea=None))
+    with pytest.warns(UserWarning, match="adapter_config.json: new_idea: not known here"):
+        model = veneer.load_adapter(make_model(), path)
+    veneer.save_adapter(model, tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["new_idea"] == 3
 
 
 def test_missing_layer_and_other_base(tmp_path):

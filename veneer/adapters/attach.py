@@ -17,7 +17,7 @@ from veneer.adapters import adalora, starts
 from veneer.adapters.experts import LoraExperts, LoraParameter
 from veneer.adapters.lora import CONVOLUTIONS, LoraEmbedding, LoraLayer, LoraLinear, check_adapter_name, lora_layer
 from veneer.adapters.patterns import by_pattern, is_suffix, matching
-from veneer.adapters.tokens import TokenRows, set_token_rows, token_layers, token_rows
+from veneer.adapters.tokens import TokenRows, move, set_token_rows, token_layers, token_rows
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
 from veneer.quant.linear import QuantizedLinear
@@ -41,12 +41,14 @@ class Adapter:
 
     replaced: parameters of the plain model, by name, that this adapter has trained versions of.
     allocator: of an AdaLoRA adapter.
+    device: where it waits while another is active; None: where it was.
     """
 
     config: LoraConfig
     file_config: dict[str, Any] = field(default_factory=dict)
     replaced: dict[str, nn.Parameter] = field(default_factory=dict)
     allocator: adalora.Allocator | None = None
+    device: torch.device | None = None
 
 
 class Place(NamedTuple):
@@ -112,7 +114,8 @@ def attach(
         else:
             start = found[path] if found else starts.Start(*layer.start(r, config.init, generator))
         bias = torch.zeros(layer.out_features) if config.lora_bias else None
-        layer.add(name, start.a, start.b, scaling=scaling, dropout=config.dropout, diagonal=diagonal, bias=bias)
+        more = {"diagonal": diagonal, "bias": bias, "dtype": getattr(torch, config.dtype)}
+        layer.add(name, start.a, start.b, scaling=scaling, dropout=config.dropout, **more)
         if start.base is not None:
             layer.put_base(name, start.base)
         if config.dora:
@@ -598,8 +601,14 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         for factors in layer.factors():
             for key, parameter in factors.items():
                 parameter.requires_grad_(key == name)
+                if key == name:
+                    move(parameter, layer.weight.device)
     set_token_rows(model, name)
     _replace(model, {} if name is None else adapters(model)[name].replaced)
+    for key, adapter in adapters(model).items():
+        if key != name and adapter.device is not None:
+            for parameter in adapter_parameters(model, key).values():
+                move(parameter, adapter.device)
     model.__dict__["veneer_active"] = name
 
 
@@ -614,8 +623,7 @@ def _replace(model: nn.Module, wanted: dict[str, nn.Parameter]) -> None:
         if there is parameter:
             continue
         base.setdefault(path, there)
-        if parameter.device != there.device:
-            parameter.data = parameter.data.to(there.device)
+        move(parameter, there.device)
         _put(model, there, parameter.requires_grad_(True))
 
 

@@ -164,11 +164,11 @@ class LoraParameter(LoraLayer):
     def active_factors(self) -> tuple[Tensor, Tensor, float]:
         """A, B and the scaling of the active adapter."""
         assert self.active is not None
-        return self.lora_A[self.active], self.lora_B[self.active], self.scaling[self.active]
+        return self.lora_A[self.active].float(), self.lora_B[self.active].float(), self.scaling[self.active]
 
     def merged(self, name: str) -> Tensor:
         """As every layer's, but in the weight's own dtype: all experts in fp32 at once would be a lot."""
-        a, b = self.lora_A[name].detach(), self.lora_B[name].detach()
+        a, b = self.lora_A[name].detach().float(), self.lora_B[name].detach().float()
         return _added(self.weight.detach(), a, b, self.scaling[name], self.transposed)
 
 

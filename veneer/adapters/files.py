@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ from veneer.adapters.lora import LoraLayer, check_adapter_name
 from veneer.adapters.patterns import by_pattern, ends_in, is_regex, is_suffix, matching
 from veneer.adapters.reference import answer_save_pretrained
 from veneer.adapters.tokens import TokenRows, token_layers
-from veneer.config import TARGET_PRESETS, LoraConfig
+from veneer.config import TARGET_PRESETS, Dtype, LoraConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.storage import (
     PICKLE_SUFFIXES,
@@ -73,8 +74,17 @@ _MATHS_FIELDS: dict[str, tuple[Any, ...]] = {
     "lora_ga_config": (None,),
     "monteclora_config": (None,),
     "velora_config": (None,),
+    "kasa_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+
+
+# What PEFT writes besides: it says how an adapter was started, saved or is run elsewhere, or is read with another field.
+_HARMLESS_FIELDS = (
+    "peft_type", "peft_version", "task_type", "auto_mapping", "revision", "inference_mode", "fan_in_fan_out",
+    "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
+)  # fmt: skip
 
 
 def _whole(value: Any, least: int = 1) -> bool:
@@ -350,8 +360,20 @@ def _patterns(
     }
 
 
-def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, activate: bool = True) -> nn.Module:
+def load_adapter(
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    activate: bool = True,
+    dtype: Dtype = "float32",
+    device: str | None = None,
+) -> nn.Module:
     """Put an adapter folder in PEFT's format on `model`, in place, and make it the active one.
+
+    Args:
+        dtype: of A and B on the model, whatever it is in the file.
+        device: where the adapter waits while another is active, "cpu" say of a model on a GPU; left out, at the base.
 
     Raises:
         VeneerError: files missing, damaged or pickle; fields that change the maths and are not supported; tensors of
@@ -361,8 +383,9 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
     check_adapter_name(name)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
+    waits = _device(device)
     file = read_adapter(path, model)
-    raw, config = file.raw, file.config
+    raw, config = file.raw, file.config.model_copy(update={"dtype": dtype})
     problems = []
     for layer, found in file.factors.items():
         kind = layer_at(model, layer)
@@ -412,7 +435,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
         )
     freeze_base(model)
     for layer, found in file.factors.items():
-        more = {"magnitude": found.magnitude, "bias": found.bias}
+        more = {"magnitude": found.magnitude, "bias": found.bias, "dtype": getattr(torch, dtype)}
         adapted(model, layer).add(name, found.a, found.b, scaling=found.scaling, dropout=config.dropout, **more)
     for embedding, ids in tokens.items():
         TokenRows.of(model, embedding).add(name, ids, file.tokens[embedding])
@@ -420,10 +443,17 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default", *, a
         key: nn.Parameter(tensor.to(device=base[key].device, dtype=base[key].dtype))
         for key, tensor in file.replaced.items()
     }
-    adapters(model)[name] = Adapter(config, raw, replaced)
+    adapters(model)[name] = Adapter(config, raw, replaced, device=waits)
     set_adapter(model, name if activate else active_adapter(model))
     answer_save_pretrained(model)
     return model
+
+
+def _device(name: str | None) -> torch.device | None:
+    try:
+        return None if name is None else torch.device(name)
+    except RuntimeError:
+        raise VeneerError(f"device: found {name!r}, expected cpu, cuda or cuda:0") from None
 
 
 def _token_problems(base: dict[str, nn.Parameter], wanted: dict[str, list[int]], found: dict[str, Tensor]) -> list[str]:
@@ -485,6 +515,15 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
         raise (VeneerError if problems else RefusedError)(
             [f"{path / CONFIG_FILE}: {problem}" for problem in problems + refused],
             hint="open it with the tool that wrote it and save it as a plain LoRA" if refused else None,
+        )
+    known = (*_FIELDS, *_MATHS_FIELDS, *_HARMLESS_FIELDS)
+    if unknown := [
+        field for field, value in raw.items() if field not in known and value not in (None, False, "", [], {})
+    ]:
+        warnings.warn(
+            f"{path / CONFIG_FILE}: {', '.join(unknown)}: not known here, and kept as it is; if it changes the result, the "
+            "adapter is not what it was",
+            stacklevel=3,
         )
     config = LoraConfig(
         r=raw.get("r", 8),

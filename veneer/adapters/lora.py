@@ -4,7 +4,7 @@
     W' = m (W + scaling * B A) / |W + scaling * B A|,    m (out,), norms of rows  (DoRA: Liu et al. 2024, arXiv 2402.09353)
     W' = W + scaling * B diag(E) A,    E (r,)                     (AdaLoRA: Zhang et al. 2023, arXiv 2303.10512; `adalora`)
 
-Adapters are kept in fp32. They are multiplied in the dtype of x: on bf16 activations the products are bf16
+Adapters are kept in fp32, or A and B in 16 bits where that is asked for. They are multiplied in the dtype of x: on bf16 activations the products are bf16
 with fp32 accumulation inside the matrix product, on fp32 activations nothing is rounded.
 """
 
@@ -130,9 +130,10 @@ class LoraLayer(nn.Module):
         magnitude: Tensor | None = None,
         diagonal: Tensor | None = None,
         bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Add an adapter: A and B shaped as `shapes` says, kept in fp32 on the base's device; with a magnitude it is DoRA,
-        with a diagonal (r,) AdaLoRA; bias (out,) is B's."""
+        """Add an adapter on the base's device: A and B shaped as `shapes` says, kept in `dtype`; in fp32 with a magnitude
+        it is DoRA, with a diagonal (r,) AdaLoRA; bias (out,) is B's."""
         expected = self.shapes(self.rank_of(a))
         if (tuple(a.shape), tuple(b.shape)) != expected:
             raise VeneerError(
@@ -140,7 +141,8 @@ class LoraLayer(nn.Module):
             )
         for factors, value in zip(self.factors(), (a, b, diagonal, magnitude, bias), strict=True):
             if value is not None:
-                factors[name] = nn.Parameter(value.to(device=self.weight.device, dtype=torch.float32))
+                kept = dtype if factors in (self.lora_A, self.lora_B) else torch.float32
+                factors[name] = nn.Parameter(value.to(device=self.weight.device, dtype=kept))
         self.scaling[name], self.dropout[name] = scaling, dropout
 
     def remove(self, name: str) -> None:
@@ -208,7 +210,7 @@ class LoraLayer(nn.Module):
 
     def delta(self, name: str) -> Tensor:
         """The update scaling * B A in the layout of the weight, fp32, before DoRA scales the sum."""
-        return self.scaling[name] * self._update(self.a(name).detach(), self.lora_B[name].detach())
+        return self.scaling[name] * self._update(self.a(name).detach().float(), self.lora_B[name].detach().float())
 
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a
@@ -298,7 +300,7 @@ class LoraLinear(LoraLayer):
 
         The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
         """
-        a, b = self.a(name), self.lora_B[name]
+        a, b = self.a(name).float(), self.lora_B[name].float()
         dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
         with torch.no_grad():
             weight = frozen_weight(self.base_layer, dtype)
@@ -340,7 +342,7 @@ class LoraLinear(LoraLayer):
         if self.active is None:
             return plain_linear(self.base_layer)
         linear = plain_linear(self.base_layer)._replace(
-            a=self.a(self.active), b=self.lora_B[self.active], scaling=self.scaling[self.active]
+            a=self.a(self.active).float(), b=self.lora_B[self.active].float(), scaling=self.scaling[self.active]
         )
         if self.active in self.magnitude:
             linear = linear._replace(scale=self.row_scale(self.active))

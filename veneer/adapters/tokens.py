@@ -18,6 +18,12 @@ from veneer.errors import VeneerError
 CHILD = "token_rows"  # the name under which an embedding holds them
 
 
+def move(parameter: nn.Parameter, device: torch.device) -> None:
+    """In place: it stays the same parameter for who holds it."""
+    if parameter.device != device:
+        parameter.data = parameter.data.to(device)
+
+
 class TokenRows(nn.Module):
     """The rows (n, dim), fp32, that adapters have for one embedding (or head that is not tied). At most one is active.
 
@@ -69,6 +75,7 @@ class TokenRows(nn.Module):
             rows.requires_grad_(key == name)
         if self.active is None:
             return
+        move(self.rows[self.active], self.base.weight.device)
         for module in model.modules():
             if module._parameters.get("weight") is self.base.weight:
                 hook = self._on_embeddings if isinstance(module, nn.Embedding) else self._on_logits

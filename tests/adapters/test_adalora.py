@@ -59,7 +59,9 @@ def test_ranks_go_to_the_layers_that_need_them_within_the_budget_of_every_step(s
     wanted = {
         name: layers[name].weight.detach() + 0.05 * torch.randn(48, r) @ torch.randn(r, 32) for name, r in RANKS.items()
     }
-    config = veneer.LoraConfig(r=4, alpha=4, targets=list(RANKS), adalora={"steps": length, "start": 3})
+    config = veneer.LoraConfig(
+        r=4, alpha=4, targets=list(RANKS), adalora={"steps": length, "start": 3, "orthogonality": 0.1}
+    )
     veneer.attach(model, config, seed=seed)
     found = allocator(model)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0)
@@ -144,6 +146,27 @@ def test_the_file_is_plain_lora_with_a_rank_pattern(tmp_path):
     theirs = peft.PeftModel.from_pretrained(make_model(fused=False), tmp_path / "a").eval()
     torch.testing.assert_close(theirs(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(veneer.merge(model)(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dead_ranks_are_left_out_of_the_products_once_all_is_settled():
+    model = attached(start=2, settle=0.5)
+    found = allocator(model)
+    steps(model, 6)
+    assert not any(layer.kept for layer in found.layers.values())
+    steps(model, 1)
+    kept = {path: len(layer.kept["default"]) for path, layer in found.layers.items() if layer.kept}
+    assert kept and all(n == max(1, int(found.alive[path].sum())) for path, n in kept.items())
+    short = model(input_ids=IDS, labels=IDS)
+    for layer in found.layers.values():
+        layer.kept.clear()
+    whole = model(input_ids=IDS, labels=IDS)
+    torch.testing.assert_close(short.logits, whole.logits, rtol=1e-5, atol=1e-6)
+    gradients = [torch.autograd.grad(out.loss, found.parameters) for out in (short, whole)]
+    for one, other, at in zip(*gradients, range(len(found.parameters)), strict=True):
+        if at % 3 != 1:  # that of E is zero for a dead rank only where it is left out
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    steps(model, 5)
+    assert len({int(mask.sum()) for mask in found.alive.values()}) > 1 and int(found.done) == 12
 
 
 def test_a_layer_left_without_a_rank_is_not_in_the_file(tmp_path):

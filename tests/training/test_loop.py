@@ -90,8 +90,13 @@ def test_gradient_checkpointing_is_another_name_for_recompute():
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [({}, {}), ({"dtype": torch.bfloat16, "hidden_size": 64}, {}), ({}, {"adalora": True})],
-    ids=["as it was", "fused layers", "adalora"],
+    [
+        ({}, {}),
+        ({"dtype": torch.bfloat16, "hidden_size": 64}, {}),
+        ({}, {"adalora": True}),
+        ({"dtype": torch.bfloat16, "hidden_size": 64}, {"adalora": {"settle": 0.75}}),
+    ],
+    ids=["as it was", "fused layers", "adalora", "adalora, settled before the checkpoint"],
 )
 def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, commands, monkeypatch, model, method):
     whole = fresh(dropout=0.1, model=model, **method)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from veneer import ops
 from veneer.adapters.lora import LoraLayer
 from veneer.config import AdaLoraConfig
 from veneer.errors import VeneerError
@@ -41,19 +42,18 @@ class Allocator:
         self.steps = config.steps  # of the whole training; the loop knows, or the user says
         self.done = torch.zeros((), dtype=torch.int64)
         self.alive = {path: torch.ones(layer.rank(name), dtype=torch.bool) for path, layer in layers.items()}
-        self.sensitivity = [torch.zeros_like(p) for p in self.parameters()]
-        self.uncertainty = [torch.zeros_like(p) for p in self.parameters()]
+        q, e, p = ([getattr(x, kind)[name] for x in layers.values()] for kind in ("lora_A", "lora_E", "lora_B"))
+        self.factors = [x for both in zip(q, p, strict=True) for x in both]  # Q and P of each layer in turn
+        self.parameters = [x for three in zip(q, e, p, strict=True) for x in three]  # and E between them
+        self.sensitivity = [torch.zeros_like(p) for p in self.parameters]
+        self.worth: list[Tensor] = []  # after a step: the product of both, averaged by rank
+        self.uncertainty = [torch.zeros_like(p) for p in self.parameters]
         _follow(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy of the model has an allocator of its own at work."""
         self.__dict__.update(state)
         _follow(self)
-
-    def parameters(self) -> list[Tensor]:
-        """Q, E and P of each layer in turn."""
-        name = self.name
-        return [p for x in self.layers.values() for p in (x.lora_A[name], x.lora_E[name], x.lora_B[name])]
 
     def buffers(self) -> dict[str, Tensor]:
         """What a checkpoint has to hold besides the parameters."""
@@ -81,16 +81,10 @@ class Allocator:
         self.budget_at(0)
         if not self.config.orthogonality:
             return
-        for layer in self.layers.values():
-            for factor, rows in ((layer.lora_A[self.name], True), (layer.lora_B[self.name], False)):
-                if factor.grad is None:
-                    continue
-                flat = factor.flatten(1)
-                gram = flat @ flat.T if rows else flat.T @ flat
-                gram.diagonal().sub_(1)
-                gradient = factor.grad.view(flat.shape)
-                left, right = (gram, flat) if rows else (flat, gram)
-                gradient.addmm_(left, right, alpha=4 * self.config.orthogonality)
+        found = [(p, p.grad, at % 2) for at, p in enumerate(self.factors) if p.grad is not None]
+        if found:
+            factors, gradients, dims = map(list, zip(*found, strict=True))
+            ops.orthogonal(factors, gradients, dims, 4 * self.config.orthogonality)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -99,28 +93,35 @@ class Allocator:
         step = int(self.done)
         budget = self.budget_at(step)
         total = sum(len(mask) for mask in self.alive.values())
-        assert self.steps is not None
-        settled = (
-            step > (1 - self.config.settle) * self.steps and sum(int(m.sum()) for m in self.alive.values()) <= budget
-        )
-        if not settled:
+        if not self.settled():
             self._watch()
             if budget < total and (step % self.config.every == 0 or self._living() > budget):
                 self._share_out(budget)
         for path, layer in self.layers.items():
             layer.lora_E[self.name].mul_(self.alive[path].to(layer.weight.device))
+        self.refresh()
+
+    def settled(self) -> bool:
+        """Whether no rank goes or comes back any more."""
+        step, last = int(self.done), self.steps or 0
+        return step > (1 - self.config.settle) * last and self._living() <= self.budget_at(step)
+
+    def refresh(self) -> None:
+        """After a step, or when a checkpoint was put back: once all is settled, dead ranks are left out of the products."""
+        settled = self.steps is not None and self.settled()
+        for path, layer in self.layers.items():
+            if not settled:
+                layer.kept.pop(self.name, None)
+            elif self.name not in layer.kept and not bool(self.alive[path].all()):
+                living = self.alive[path].nonzero().flatten()
+                layer.kept[self.name] = (living if len(living) else torch.tensor([0])).to(layer.weight.device)
 
     def _living(self) -> int:
         return sum(int(mask.sum()) for mask in self.alive.values())
 
     def _watch(self) -> None:
-        """The running means: I of |w dL/dw|, and U of |that - I|."""
-        parameters = self.parameters()
-        now = [(p * p.grad).abs_() if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        torch._foreach_lerp_(self.sensitivity, now, 1 - self.config.beta)
-        torch._foreach_sub_(now, self.sensitivity)
-        torch._foreach_abs_(now)
-        torch._foreach_lerp_(self.uncertainty, now, 1 - self.config.beta)
+        dims, grads = [0, 0, 1] * len(self.layers), [p.grad for p in self.parameters]
+        self.worth = ops.watch(self.parameters, grads, self.sensitivity, self.uncertainty, dims, self.config.beta)
 
     def _share_out(self, budget: int) -> None:
         scores = self.scores()
@@ -132,19 +133,17 @@ class Allocator:
             mask.copy_(part)
 
     def scores(self) -> dict[str, Tensor]:
-        """What each rank of each layer is worth: S (r,)."""
-        worth = torch._foreach_mul(self.sensitivity, self.uncertainty)
-        of = iter(worth)
-        return {
-            path: q.flatten(1).mean(1) + e + p.flatten(2).mean((0, 2)) if p.dim() > 2 else q.mean(1) + e + p.mean(0)
-            for path, (q, e, p) in zip(self.layers, zip(of, of, of, strict=True), strict=True)
-        }
+        """What each rank of each layer was worth after the last step: S (r,)."""
+        of = iter(self.worth)
+        return {path: q + e + p for path, (q, e, p) in zip(self.layers, zip(of, of, of, strict=True), strict=True)}
 
     def plain(self, path: str) -> tuple[Tensor, Tensor]:
         """A and B of a layer as plain LoRA with its living ranks only: diag(E) Q and P."""
         layer = self.layers[path]
         alive = self.alive[path].to(layer.weight.device)
-        return layer.a(self.name).detach()[alive], layer.lora_B[self.name].detach()[:, alive]
+        if self.name in layer.kept:
+            alive = alive[layer.kept[self.name]]
+        return layer.a(self.name).detach()[alive], layer.b(self.name).detach()[:, alive]
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
         diagonals = next(iter(self.layers.values())).lora_E

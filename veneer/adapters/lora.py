@@ -91,6 +91,7 @@ class LoraLayer(nn.Module):
         self.lora_E = nn.ParameterDict()  # AdaLoRA's diagonal (r,)
         self.magnitude = nn.ParameterDict()  # DoRA's m, shaped to multiply the weight
         self.lora_bias = nn.ParameterDict()  # of B (out,): y + scaling * bias
+        self.kept: dict[str, Tensor] = {}  # AdaLoRA's ranks that live, once that is settled; left out: all take part
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
@@ -148,7 +149,7 @@ class LoraLayer(nn.Module):
     def remove(self, name: str) -> None:
         if self.active == name:
             self.use(None)
-        for factors in (*self.factors(), self.scaling, self.dropout, self.began, self.bases):
+        for factors in (*self.factors(), self.kept, self.scaling, self.dropout, self.began, self.bases):
             if name in factors:
                 del factors[name]  # type: ignore[attr-defined]
 
@@ -195,7 +196,13 @@ class LoraLayer(nn.Module):
         if name not in self.lora_E:
             return a
         diagonal = self.lora_E[name] * math.sqrt(self.out_features / 3)
-        return a * diagonal.view(-1, *[1] * (a.dim() - 1))
+        a = a * diagonal.view(-1, *[1] * (a.dim() - 1))
+        return a if name not in self.kept else a.index_select(0, self.kept[name])
+
+    def b(self, name: str) -> Tensor:
+        """B as it is multiplied."""
+        b = self.lora_B[name]
+        return b if name not in self.kept else b.index_select(1, self.kept[name])
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by the end of their names in PEFT's files."""
@@ -210,7 +217,7 @@ class LoraLayer(nn.Module):
 
     def delta(self, name: str) -> Tensor:
         """The update scaling * B A in the layout of the weight, fp32, before DoRA scales the sum."""
-        return self.scaling[name] * self._update(self.a(name).detach().float(), self.lora_B[name].detach().float())
+        return self.scaling[name] * self._update(self.a(name).detach().float(), self.b(name).detach().float())
 
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a
@@ -300,7 +307,7 @@ class LoraLinear(LoraLayer):
 
         The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
         """
-        a, b = self.a(name).float(), self.lora_B[name].float()
+        a, b = self.a(name).float(), self.b(name).float()
         dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
         with torch.no_grad():
             weight = frozen_weight(self.base_layer, dtype)
@@ -321,7 +328,7 @@ class LoraLinear(LoraLayer):
         if name is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
         x = autocast(x)
-        a, b, scaling = self.a(name), self.lora_B[name], self.scaling[name]
+        a, b, scaling = self.a(name), self.b(name), self.scaling[name]
         dora = name in self.magnitude
         later = self.bias if dora or (self.bias is not None and self.bias.requires_grad) else None  # a bias added last
         low = self.dropped(x)
@@ -342,7 +349,7 @@ class LoraLinear(LoraLayer):
         if self.active is None:
             return plain_linear(self.base_layer)
         linear = plain_linear(self.base_layer)._replace(
-            a=self.a(self.active).float(), b=self.lora_B[self.active].float(), scaling=self.scaling[self.active]
+            a=self.a(self.active).float(), b=self.b(self.active).float(), scaling=self.scaling[self.active]
         )
         if self.active in self.magnitude:
             linear = linear._replace(scale=self.row_scale(self.active))
@@ -390,7 +397,7 @@ class LoraConv(LoraLayer):
         name, base = self.active, self.base_layer
         if name is None:
             return base(x)  # type: ignore[no-any-return]
-        a, b, scaling = self.a(name).to(x.dtype), self.lora_B[name].to(x.dtype), self.scaling[name]
+        a, b, scaling = self.a(name).to(x.dtype), self.b(name).to(x.dtype), self.scaling[name]
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[self.weight.dim() - 3]
         h = convolve(self.dropped(x), a, None, base.stride, base.padding, base.dilation)
         low = scaling * convolve(h, b, groups=base.groups)
@@ -432,7 +439,7 @@ class LoraEmbedding(LoraLayer):
         if name is None:
             return y  # type: ignore[no-any-return]
         rows = F.embedding(ids, self.a(name).T, base.padding_idx, base.max_norm, base.norm_type)
-        low = self.scaling[name] * (rows @ self.lora_B[name].T) * getattr(base, "embed_scale", 1.0)
+        low = self.scaling[name] * (rows @ self.b(name).T) * getattr(base, "embed_scale", 1.0)
         y = y + low.to(y.dtype)
         return y * self.row_scale(name).to(y.dtype) if name in self.magnitude else y  # type: ignore[no-any-return]
 

@@ -245,6 +245,106 @@ EXPORT(column_dots)
   }
 }
 
+// A matrix (rows, columns) that AdaLoRA watches, its gradient, and what `watch` keeps of both.
+struct Watched {
+  const float *weight, *gradient;  // no gradient: none this time
+  float *mean, *stray, *worth;
+  int64_t rows, columns, by_row;
+};
+
+// mean <- beta mean + (1 - beta) v, v = |weight gradient|; stray likewise of |v - mean|; worth = the average of mean
+// stray of each row (by_row), or each column.
+EXPORT(watch)
+(const Watched* all, int64_t count, float beta, int threads) {
+  const float now = 1.f - beta;
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count > 1)
+  for (int64_t k = 0; k < count; ++k) {
+    const Watched& one = all[k];
+    if (!one.by_row) std::memset(one.worth, 0, one.columns * 4);
+    for (int64_t r = 0; r < one.rows; ++r) {
+      const int64_t at = r * one.columns;
+      const float *weight = one.weight + at, *gradient = one.gradient == nullptr ? nullptr : one.gradient + at;
+      float *mean = one.mean + at, *stray = one.stray + at, left = 0.f;
+      Vec total = Vec{};
+      int64_t c = 0;
+      for (; c + kWidth <= one.columns; c += kWidth) {
+        Vec v = gradient == nullptr ? Vec{} : Load(weight + c) * Load(gradient + c);
+        v = Max(v, -v);
+        const Vec m = Set(beta) * Load(mean + c) + Set(now) * v;
+        const Vec d = v - m, u = Set(beta) * Load(stray + c) + Set(now) * Max(d, -d);
+        Store(mean + c, m);
+        Store(stray + c, u);
+        if (one.by_row)
+          total += m * u;
+        else
+          Store(one.worth + c, Load(one.worth + c) + m * u);
+      }
+      for (; c < one.columns; ++c) {
+        float v = gradient == nullptr ? 0.f : weight[c] * gradient[c];
+        v = v < 0.f ? -v : v;
+        const float m = mean[c] = beta * mean[c] + now * v, d = v - m;
+        const float u = stray[c] = beta * stray[c] + now * (d < 0.f ? -d : d);
+        if (one.by_row)
+          left += m * u;
+        else
+          one.worth[c] += m * u;
+      }
+      if (one.by_row) one.worth[r] = (Sum(total) + left) / one.columns;
+    }
+    if (!one.by_row)
+      for (int64_t c = 0; c < one.columns; ++c) one.worth[c] /= one.rows;
+  }
+}
+
+// A matrix whose rows (by_row), or columns, are to be orthogonal; `gradient` gets factor (M M^T - I) M, or
+// factor M (M^T M - I).
+struct Orthogonal {
+  const float* matrix;
+  float* gradient;
+  int64_t rows, columns, by_row;
+};
+
+EXPORT(orthogonal)
+(const Orthogonal* all, int64_t count, float factor, int threads) {
+  constexpr int64_t kWide = 4 * kWidth;  // four sums at a time: one would wait for itself
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (count > 1)
+  for (int64_t k = 0; k < count; ++k) {
+    const Orthogonal& one = all[k];
+    const int64_t r = one.by_row ? one.rows : one.columns, n = one.by_row ? one.columns : one.rows;
+    const int64_t ldm = (n + kWide - 1) / kWide * kWide;
+    scratch.Reserve(r * ldm * 8 + r * r * 4 + 4096);
+    float* rows = scratch.Take<float>(r * ldm);  // r rows of n, filled up with zeros
+    float* sums = scratch.Take<float>(r * ldm);
+    float* gram = scratch.Take<float>(r * r);
+    for (int64_t i = 0; i < r; ++i) {
+      if (one.by_row)
+        std::memcpy(rows + i * ldm, one.matrix + i * n, n * 4);
+      else
+        for (int64_t c = 0; c < n; ++c) rows[i * ldm + c] = one.matrix[c * r + i];
+      std::memset(rows + i * ldm + n, 0, (ldm - n) * 4);
+    }
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t j = 0; j <= i; ++j) {
+        Vec total[4] = {};
+        for (int64_t c = 0; c < ldm; c += kWide)
+          for (int64_t v = 0; v < 4; ++v)
+            total[v] = Fma(Load(rows + i * ldm + c + v * kWidth), Load(rows + j * ldm + c + v * kWidth), total[v]);
+        gram[i * r + j] = gram[j * r + i] =
+            factor * (Sum(total[0] + total[1] + total[2] + total[3]) - (i == j ? 1.f : 0.f));
+      }
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t c = 0; c < ldm; c += kWide) {
+        Vec total[4] = {};
+        for (int64_t j = 0; j < r; ++j)
+          for (int64_t v = 0; v < 4; ++v)
+            total[v] = Fma(Set(gram[i * r + j]), Load(rows + j * ldm + c + v * kWidth), total[v]);
+        for (int64_t v = 0; v < 4; ++v) Store(sums + i * ldm + c + v * kWidth, total[v]);
+      }
+    for (int64_t i = 0; i < r; ++i)
+      for (int64_t c = 0; c < n; ++c) one.gradient[one.by_row ? i * n + c : c * r + i] += sums[i * ldm + c];
+  }
+}
+
 // out (rows, width) = [residual +] x where a hash of seed, row and column is at least `limit`, else 0; out may be x or
 // residual. A hash of 32 bits serves two columns.
 EXPORT(masked)

@@ -38,6 +38,8 @@ TABLE = {
     "product": Operation(reference.product, native=native.product, torch=products.product, bf16=True),
     "outer_sum": Operation(reference.outer_sum, native=native.outer_sum, torch=products.outer_sum, bf16=True),
     "row_norms": Operation(reference.row_norms, native=native.row_norms, torch=products.row_norms, bf16=True),
+    "watch": Operation(reference.watch, native=native.watch, torch=products.watch),
+    "orthogonal": Operation(reference.orthogonal, native=native.orthogonal),
     "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
     "rms_norm": Operation(
         lambda x, norm, rest=None: reference.rms_norm(x, norm.weight, norm.epsilon, norm.shift, rest),
@@ -165,6 +167,25 @@ def row_norms(
     dense update is made, and W A^T is multiplied in `dtype`.
     """
     return choose("row_norms", a.device, dtype)[0](weight, by_row, a, b, scaling, squares, dtype)  # type: ignore[no-any-return]
+
+
+def watch(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor | None], means: Sequence[Tensor], strays: Sequence[Tensor],
+    dims: Sequence[int], beta: float,
+) -> list[Tensor]:  # fmt: skip
+    """What AdaLoRA keeps of its factors after a step (arXiv 2303.10512, equations 8 to 10), all tensors fp32, in place:
+
+    mean <- beta mean + (1 - beta) v with v = |w dL/dw|, and stray <- beta stray + (1 - beta) |v - mean|.
+    Returns of each tensor the average of mean * stray over all dimensions but `dim` (0, or 1 of a matrix): (size of dim,).
+    """
+    form = choose("watch", weights[0].device, torch.float32)[0]
+    return form(weights, gradients, means, strays, dims, beta)  # type: ignore[no-any-return]
+
+
+def orthogonal(matrices: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], factor: float) -> None:
+    """gradient += factor (M M^T - I) M for dim 0, factor M (M^T M - I) for dim 1, fp32, in place: that of
+    factor / 4 |M M^T - I|^2, or |M^T M - I|^2. A tensor of more dimensions is a matrix of `dim` and all the others."""
+    choose("orthogonal", matrices[0].device, torch.float32)[0](matrices, gradients, dims, factor)
 
 
 def attention(

@@ -61,6 +61,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "gated_backward": [c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p,
                        c_void_p, c_int],
     "column_dots": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
+    "watch": [c_void_p, c_int64, c_float, c_int],
+    "orthogonal": [c_void_p, c_int64, c_float, c_int],
     "row_norms": [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_void_p, c_int],
     "masked": [c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_int, c_void_p, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_int],
@@ -313,6 +315,45 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
         *((1, r) if transposed else (n, 1)),
     )  # fmt: skip
     return out
+
+
+def watch(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor | None], means: Sequence[Tensor], strays: Sequence[Tensor],
+    dims: Sequence[int], beta: float,
+) -> list[Tensor]:  # fmt: skip
+    shapes = [_matrix(w, dim) for w, dim in zip(weights, dims, strict=True)]
+    found = list(torch.empty(sum(w.shape[d] for w, d in zip(weights, dims, strict=True))).split(
+        [w.shape[dim] for w, dim in zip(weights, dims, strict=True)]
+    ))  # fmt: skip
+    gradients = [g if g is None else g.contiguous() for g in gradients]
+    pointers = [_fp32(tensors) for tensors in (weights, gradients, means, strays, found)]
+    fields = torch.tensor(
+        [*pointers, *zip(*shapes, strict=True)], dtype=torch.int64
+    ).T.contiguous()  # rows of `Watched`
+    _run("watch", fields.data_ptr(), len(shapes), beta)
+    return found
+
+
+def orthogonal(matrices: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], factor: float) -> None:
+    shapes = [_matrix(m, dim) for m, dim in zip(matrices, dims, strict=True)]
+    pointers = [_fp32(matrices), _fp32(gradients)]
+    fields = torch.tensor([*pointers, *zip(*shapes, strict=True)], dtype=torch.int64).T.contiguous()
+    _run("orthogonal", fields.data_ptr(), len(shapes), factor)
+
+
+def _fp32(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where they lie; None: 0."""
+    assert all(x is None or (x.dtype == torch.float32 and x.is_contiguous()) for x in tensors)
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _matrix(x: Tensor, dim: int) -> tuple[int, int, int]:
+    """Rows, columns, and whether `dim` is the rows: of a vector, or of a tensor flat but for dimension 0 or the last."""
+    first = x.shape[0]
+    if dim == 0:
+        return first, x.numel() // first, 1
+    assert x.numel() == first * x.shape[1]  # a convolution's B has no extent
+    return first, x.shape[1], 0
 
 
 def row_norms(

@@ -1,4 +1,4 @@
-"""`product` and `outer_sum` in torch's own matrix products, in the type of the activations, for any device."""
+"""Operations in torch's own, in the type of the activations, for any device."""
 
 from __future__ import annotations
 
@@ -37,6 +37,22 @@ def row_norms(
     wa = product([(a.to(dtype), weight, by_row)]).float()
     cross = 2 * scaling * (wa.T * b).sum(1) + scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
     return (squares + cross).clamp_(min=0).sqrt_().clamp_(min=TINY)
+
+
+def watch(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor | None], means: Sequence[Tensor], strays: Sequence[Tensor],
+    dims: Sequence[int], beta: float,
+) -> list[Tensor]:  # fmt: skip
+    """Many tensors in one call each: on a GPU the calls are what costs."""
+    gradients = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+    now = torch._foreach_mul(list(weights), gradients)
+    torch._foreach_abs_(now)
+    torch._foreach_lerp_(list(means), now, 1 - beta)
+    torch._foreach_sub_(now, list(means))
+    torch._foreach_abs_(now)
+    torch._foreach_lerp_(list(strays), now, 1 - beta)
+    worth = torch._foreach_mul(list(means), list(strays))
+    return [w.transpose(0, dim).flatten(1).mean(1) if w.dim() > 1 else w for w, dim in zip(worth, dims, strict=True)]
 
 
 def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:

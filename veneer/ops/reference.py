@@ -222,6 +222,30 @@ def row_norms(
     return torch.linalg.vector_norm(dense + scaling * b @ a, dim=1).clamp_(min=TINY)
 
 
+def watch(
+    weights: Sequence[Tensor], gradients: Sequence[Tensor | None], means: Sequence[Tensor], strays: Sequence[Tensor],
+    dims: Sequence[int], beta: float,
+) -> list[Tensor]:  # fmt: skip
+    """AdaLoRA's running means of v = |w dL/dw| and of |v - mean|, in place, and the average of their product along `dim`."""
+    found = []
+    for w, g, mean, stray, dim in zip(weights, gradients, means, strays, dims, strict=True):
+        now = torch.zeros_like(w) if g is None else (w * g).abs_()
+        mean.lerp_(now, 1 - beta)
+        stray.lerp_(now.sub_(mean).abs_(), 1 - beta)
+        worth = mean * stray
+        found.append(worth.transpose(0, dim).flatten(1).mean(1) if w.dim() > 1 else worth)
+    return found
+
+
+def orthogonal(matrices: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], factor: float) -> None:
+    """gradient += factor (M M^T - I) M for dim 0, factor M (M^T M - I) for dim 1; M flat but for that dimension."""
+    for m, gradient, dim in zip(matrices, gradients, dims, strict=True):
+        rows = m.transpose(0, dim).flatten(1)
+        identity = torch.eye(len(rows), dtype=m.dtype, device=m.device)
+        term = factor * (rows @ rows.T - identity) @ rows
+        gradient.add_((term if dim == 0 else term.T).view(m.shape))
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, shift: float = 0.0, rest: Tensor | None = None) -> Tensor:
     """x (..., D) [+ its rest] -> x (mean(x^2) + epsilon)^-1/2 (weight + shift), in fp32, rounded once."""
     wide = _whole(x, rest)

@@ -108,6 +108,11 @@ class AdapterWeights(Masters):
         if (allocator := self._allocator) is not None and allocator.config.steps is None:
             allocator.steps = steps
 
+    def changed(self) -> None:
+        super().changed()
+        if (allocator := self._allocator) is not None:
+            allocator.refresh()
+
     def buffers(self) -> dict[str, Tensor]:
         allocator = self._allocator
         return {} if allocator is None else {f"adalora/{key}": value for key, value in allocator.buffers().items()}

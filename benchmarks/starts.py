@@ -82,7 +82,7 @@ def nuclear_norm(error: Any) -> float:
 
 
 def _targets(model: Any) -> list[str]:
-    from veneer.adapters.attach import resolve_targets
+    from veneer.adapters.targets import resolve_targets
 
     return resolve_targets(model, "all-linear")
 

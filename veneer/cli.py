@@ -51,7 +51,7 @@ def train(
             "train.out is missing: where should the result go?", hint="for example --set train.out=runs/first"
         )
     import veneer
-    from veneer.adapters.files import base_quantization
+    from veneer.adapters.peft_format import base_quantization
     from veneer.training.loop import require_new_run, start_batches
     from veneer.training.rows import require_readable
 
@@ -210,7 +210,7 @@ def merge(
 ) -> None:
     """Fold an adapter into a 16-bit model, and say what that changed."""
     import veneer
-    from veneer.adapters.files import base_quantization
+    from veneer.adapters.peft_format import base_quantization
     from veneer.config import Quantization
     from veneer.evaluation import compare_logits
     from veneer.models.load import stored_quantization
@@ -256,7 +256,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What an adapter or a model is; of an adapter also how large its update is and what rank was enough."""
-    from veneer.adapters.files import CONFIG_FILE
+    from veneer.adapters.peft_format import CONFIG_FILE
     from veneer.models.load import describe_model
 
     if not (Path(path) / CONFIG_FILE).is_file():
@@ -328,7 +328,7 @@ def _load(model: str, adapter: Path | None, quantize: str | None, option: str = 
 
     loaded, tokenizer = veneer.load(model, quantize=quantize)  # type: ignore[arg-type]
     if adapter is not None:
-        from veneer.adapters.files import base_quantization
+        from veneer.adapters.peft_format import base_quantization
 
         veneer.load_adapter(loaded, adapter)
         trained_on = base_quantization(adapter)

@@ -15,8 +15,9 @@ from transformers.integrations import use_experts_implementation
 
 import veneer
 from veneer.adapters import experts
-from veneer.adapters.attach import adapter_parameters, expert_parameters, lora_layers
+from veneer.adapters.attach import adapter_parameters, lora_layers
 from veneer.adapters.experts import LoraExperts, LoraParameter
+from veneer.adapters.targets import expert_parameters
 from veneer.quant.linear import quantize_model
 from veneer.report.adapter import inspect_adapter
 

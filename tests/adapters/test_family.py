@@ -8,8 +8,9 @@ from conftest import make_mixture, make_model
 from torch import nn
 
 import veneer
-from veneer.adapters.attach import adapter_parameters, depth_rank, lora_layers
+from veneer.adapters.attach import adapter_parameters, lora_layers
 from veneer.adapters.lora import LoraConv, LoraLinear
+from veneer.adapters.targets import depth_rank
 from veneer.optim.groups import parameter_groups
 from veneer.quant.linear import QuantizedLinear, quantize_model
 

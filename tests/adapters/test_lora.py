@@ -4,8 +4,9 @@ from conftest import make_model
 from torch import nn
 
 import veneer
-from veneer.adapters.attach import adapter_parameters, lora_layers, resolve_targets
+from veneer.adapters.attach import adapter_parameters, lora_layers
 from veneer.adapters.lora import LoraLinear, initial_factor
+from veneer.adapters.targets import resolve_targets
 from veneer.ops import reference
 from veneer.ops.blocks import AdaptedLinear
 from veneer.quant.linear import QuantizedLinear, quantize_model

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import veneer
 from veneer.adapters import starts
 from veneer.adapters.attach import adapter_parameters, adapters, lora_layers
-from veneer.adapters.files import base_quantization
 from veneer.adapters.lora import LoraLinear
+from veneer.adapters.peft_format import base_quantization
 from veneer.cli import app
 from veneer.config import parse_recipe
 from veneer.errors import RefusedError, VeneerError

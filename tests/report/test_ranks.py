@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import veneer
 from veneer import machine
-from veneer.adapters.attach import resolve_targets
+from veneer.adapters.targets import resolve_targets
 from veneer.errors import VeneerError
 from veneer.report import ranks
 

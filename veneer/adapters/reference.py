@@ -93,7 +93,8 @@ def adapter_checkpoints(trainer: T) -> T:
     """
 
     def load(folder: str) -> None:
-        from veneer.adapters.files import WEIGHTS_FILE, file_keys, read_adapter, without_starts
+        from veneer.adapters.files import file_keys, without_starts
+        from veneer.adapters.peft_format import WEIGHTS_FILE, read_adapter
 
         model = trainer.model  # type: ignore[attr-defined]
         name = active_adapter(model)

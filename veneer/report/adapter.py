@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters import algebra
-from veneer.adapters.files import Factors, base_quantization, read_adapter
+from veneer.adapters.peft_format import Factors, base_quantization, read_adapter
 from veneer.errors import VeneerError
 from veneer.models.load import resolve
 from veneer.models.weights import BaseWeights

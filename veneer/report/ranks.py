@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from veneer.adapters.attach import layer_at, resolve_all
+from veneer.adapters.targets import layer_at, resolve_all
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
 from veneer.models.load import skeleton, skeleton_of

@@ -1,0 +1,348 @@
+"""PEFT's LoRA files as they lie on disk: every field and tensor checked, all problems at once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.patterns import by_pattern, ends_in, is_regex, is_suffix, matching
+from veneer.adapters.tokens import TokenRows
+from veneer.config import LoraConfig
+from veneer.errors import RefusedError, VeneerError
+from veneer.storage import (
+    PICKLE_SUFFIXES,
+    pickle_error,
+    read_json,
+    read_tensors,
+)
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector)(?:(?<=vector)\.weight)?"
+)
+_WHICH = {
+    "lora_A.weight": "a", "lora_embedding_A": "a", "lora_B.weight": "b", "lora_embedding_B": "b",
+    "lora_magnitude_vector": "magnitude", "lora_B.bias": "bias",
+}  # fmt: skip
+
+# Fields of PEFT's LoraConfig that change the result and that we do not support yet: field -> values that change nothing.
+_MATHS_FIELDS: dict[str, tuple[Any, ...]] = {
+    "layer_replication": (None, []),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "lora_ga_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+    "kasa_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
+
+
+# What PEFT writes besides: it says how an adapter was started, saved or is run elsewhere, or is read with another field.
+_HARMLESS_FIELDS = (
+    "peft_type", "peft_version", "task_type", "auto_mapping", "revision", "inference_mode", "fan_in_fan_out",
+    "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "qalora_group_size", "runtime_config", "ensure_weight_tying",
+)  # fmt: skip
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _names_or_regex(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, str) and part for part in value)
+    return isinstance(value, str) and is_regex(value)
+
+
+def _token_ids(value: Any) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return all(isinstance(ids, list) and all(_whole(i, 0) for i in ids) and len({*ids}) == len(ids) for ids in lists)
+
+
+# Every other field we read: what it must be. Those of _OPTIONAL may be null.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target_modules": ("a list of names or a regex", lambda v: bool(v) and _names_or_regex(v)),
+    "target_parameters": ("a list of names", lambda v: isinstance(v, list) and _names_or_regex(v)),
+    "trainable_token_indices": ("ids of tokens, each once, or lists of them by name", _token_ids),
+    "lora_bias": ("true or false", lambda v: isinstance(v, bool)),
+    "r": ("a whole number from 1", _whole),
+    "lora_alpha": ("a number above 0", _positive),
+    "lora_dropout": ("a number from 0 to below 1", lambda v: v == 0 or (_positive(v) and v < 1)),
+    "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
+    "use_dora": ("true or false", lambda v: isinstance(v, bool)),
+    "bias": ("none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+    "modules_to_save": ("a list of names", lambda v: isinstance(v, list) and _names_or_regex(v)),
+    "exclude_modules": ("a list of names or a regex", _names_or_regex),
+    "layers_to_transform": (
+        "a layer's number or a list of them",
+        lambda v: all(_whole(i, 0) for i in (v if isinstance(v, list) else [v])),
+    ),
+    "rank_pattern": (
+        "whole numbers from 1 by name or regex",
+        lambda v: isinstance(v, dict) and all(is_regex(ends_in(k)) and _whole(n) for k, n in v.items()),
+    ),
+    "alpha_pattern": (
+        "numbers above 0 by name or regex",
+        lambda v: isinstance(v, dict) and all(is_regex(ends_in(k)) and _positive(n) for k, n in v.items()),
+    ),
+    "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
+}
+_OPTIONAL = (
+    "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_dora",
+    "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias",
+)  # fmt: skip
+
+
+# Fields that exclude one another, as PEFT has it.
+_NOT_WITH = (
+    ("lora_bias", "use_dora"), ("target_parameters", "lora_dropout"), ("target_parameters", "use_dora"),
+    ("target_parameters", "lora_bias"),
+)  # fmt: skip
+
+
+class Factors(NamedTuple):
+    """One layer's tensors in a file, and what the config says of it: rank (of each expert of a parameter) and scaling."""
+
+    r: int
+    scaling: float
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class AdapterFile(NamedTuple):
+    """An adapter folder: its config as it stands there and as ours, factors by layer (or adapted parameter), parameters
+    trained in full, and rows of tokens by embedding."""
+
+    raw: dict[str, Any]
+    config: LoraConfig
+    factors: dict[str, Factors]
+    replaced: dict[str, Tensor]
+    tokens: dict[str, Tensor]
+
+
+def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
+    """An adapter folder in PEFT's format.
+
+    Args:
+        model: the one it is for; it decides which of several adapted parameters of a module is which, as their names are
+            not in the file. Left out, a `down` projection is taken for the last of them, as in all of transformers' mixtures.
+
+    Raises:
+        VeneerError: all that is wrong without looking at a base: files missing, damaged or pickle; a field that cannot
+            be; no tensors, half a pair, another rank than the config's, NaN.
+        RefusedError: nothing is wrong, but a field asks for what is not supported and changes the result.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise VeneerError(f"adapter {path}: no such folder", hint=f"expected a folder with {CONFIG_FILE}")
+    if not (path / WEIGHTS_FILE).is_file():
+        for file in sorted(path.iterdir()):
+            if file.suffix in PICKLE_SUFFIXES:
+                raise pickle_error(file)
+    raw = read_json(path / CONFIG_FILE)
+    if raw.get("peft_type") != "LORA":
+        raise VeneerError(f"{path / CONFIG_FILE}: found peft_type {raw.get('peft_type')!r}, expected 'LORA'")
+    raw.setdefault("target_modules", None)
+    if not raw["target_modules"] and raw.get("target_parameters"):
+        raw["target_modules"] = []  # parameters alone
+    problems = [
+        f"{field}: found {raw[field]!r}, expected {expected}"
+        for field, (expected, fits) in _FIELDS.items()
+        if field in raw and not (fits(raw[field]) or (raw[field] is None and field in _OPTIONAL))
+        if not (field == "target_modules" and raw[field] == [])
+    ]
+    problems += [
+        f"{field}: found {raw[field]!r}, which does not go with {other}"
+        for field, other in _NOT_WITH
+        if raw.get(field) and raw.get(other)
+    ]
+    refused = [
+        f"{field} is {raw[field]!r}, which changes the result and is not supported"
+        for field, harmless in _MATHS_FIELDS.items()
+        if field in raw and raw[field] not in harmless
+    ]
+    if problems or refused:
+        raise (VeneerError if problems else RefusedError)(
+            [f"{path / CONFIG_FILE}: {problem}" for problem in problems + refused],
+            hint="open it with the tool that wrote it and save it as a plain LoRA" if refused else None,
+        )
+    known = (*_FIELDS, *_MATHS_FIELDS, *_HARMLESS_FIELDS)
+    if unknown := [
+        field for field, value in raw.items() if field not in known and value not in (None, False, "", [], {})
+    ]:
+        warnings.warn(
+            f"{path / CONFIG_FILE}: {', '.join(unknown)}: not known here, and kept as it is; if it changes the result, the "
+            "adapter is not what it was",
+            stacklevel=3,
+        )
+    config = LoraConfig(
+        r=raw.get("r", 8),
+        alpha=raw.get("lora_alpha", 8),
+        dropout=raw.get("lora_dropout", 0.0),
+        targets=raw["target_modules"],
+        init="gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming",
+        rslora=raw.get("use_rslora", False),
+        dora=bool(raw.get("use_dora")),
+        bias=raw.get("bias", "none"),
+        modules_to_save=raw.get("modules_to_save") or [],
+        exclude=raw.get("exclude_modules") or [],
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+        parameters=raw.get("target_parameters") or [],
+        tokens=raw.get("trainable_token_indices") or [],
+        lora_bias=bool(raw.get("lora_bias")),
+    )
+    return AdapterFile(raw, config, *_read_tensors(path / WEIGHTS_FILE, raw, config, model))
+
+
+def _read_tensors(
+    path: Path, raw: dict[str, Any], config: LoraConfig, model: nn.Module | None
+) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Tensor]]:
+    problems: list[str] = []
+    found: dict[str, dict[str, Tensor]] = {}
+    replaced: dict[str, Tensor] = {}
+    tokens: dict[str, Tensor] = {}
+    tensors = read_tensors(path)
+    layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
+    names, unnamed = _parameters_by_wrapper(layers, config, model)
+    problems += unnamed
+    paths = sorted({names.get(layer, layer) for layer in layers})
+    ranks = dict(zip(paths, by_pattern(config.rank_pattern, paths, config.r, "rank_pattern"), strict=True))
+    alphas = dict(zip(paths, by_pattern(config.alpha_pattern, paths, config.alpha, "alpha_pattern"), strict=True))
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            problems.append(f"tensor {key}: found {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
+        elif not bool(torch.isfinite(tensor).all()):
+            problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
+        match = _FACTOR.fullmatch(key)
+        if match is None:
+            in_full = any(_is_of(key, suffix) for suffix in config.modules_to_save)
+            if config.tokens and key.endswith(f".{TokenRows.KEY}"):
+                tokens[key.removeprefix(KEY_PREFIX).removesuffix(f".{TokenRows.KEY}")] = tensor
+            elif in_full or (config.bias != "none" and key.endswith(".bias")):
+                replaced[key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")] = tensor
+            else:
+                problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
+            continue
+        part, layer = _WHICH[match[2]], names.get(match[1], match[1])
+        found.setdefault(layer, {})[part] = tensor
+        if part in ("magnitude", "bias"):
+            if part == "magnitude" and not config.dora:
+                problems.append(f"tensor {key}: found a magnitude, but use_dora is not true")
+            if part == "bias" and not config.lora_bias:
+                problems.append(f"tensor {key}: found a bias, but lora_bias is not true")
+            continue
+        rank = ranks[layer]
+        if match[1] in names:
+            if tensor.ndim != 2 or tensor.shape[part == "b"] % rank:
+                shape = f"({rank} x experts, in)" if part == "a" else f"(out, {rank} x experts)"
+                problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
+            continue
+        fits = tensor.ndim >= 2 and (part == "b" or tensor.shape[0] == rank)
+        fits = fits and (part == "a" or (rank % tensor.shape[1] == 0 if tensor.ndim > 2 else tensor.shape[1] == rank))
+        if not fits:
+            shape = f"({rank}, in)" if part == "a" else f"(out, {rank})"
+            problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
+    needed = {"a": "lora_A", "b": "lora_B"} | ({"magnitude": "lora_magnitude_vector"} if config.dora else {})
+    needed |= {"bias": "lora_B.bias"} if config.lora_bias else {}
+    problems += [
+        f"{layer}: found no {name}, expected {', '.join(needed.values())}"
+        for layer, parts in found.items()
+        for part, name in needed.items()
+        if part not in parts
+    ]
+    problems += [
+        f"no weights of {suffix!r}, which is in modules_to_save"
+        for suffix in config.modules_to_save
+        if not any(_is_of(key, suffix) for key in replaced)
+    ]
+    if not found:
+        problems.append("no lora_A and lora_B tensors in it")
+    if problems:
+        raise VeneerError([f"{path}: {problem}" for problem in problems], hint="the adapter is damaged; copy it again")
+    factors = {
+        layer: Factors(ranks[layer], config.scaling_at(ranks[layer], alphas[layer]), **parts)
+        for layer, parts in found.items()
+    }
+    return factors, replaced, tokens
+
+
+def _parameters_by_wrapper(
+    layers: set[str], config: LoraConfig, model: nn.Module | None
+) -> tuple[dict[str, str], list[str]]:
+    """Which parameter the tensors of `<module>`, `<module>.base_layer` and so on are for, and what cannot be told."""
+    depths: dict[str, list[str]] = {}
+    for layer in layers if config.parameters else ():
+        owner = layer
+        while owner.endswith(".base_layer"):
+            owner = owner.removesuffix(".base_layer")
+        if owner != layer or not _names_module(owner, config.targets):
+            depths.setdefault(owner, []).append(layer)
+    found: dict[str, str] = {}
+    problems = []
+    for owner, wrappers in depths.items():
+        keys = _parameters_of(owner, config, model)
+        if len(keys) != len(wrappers):
+            problems.append(
+                f"{owner}: found adapters of {len(wrappers)} parameters, expected one for each of {', '.join(keys) or 'none'}"
+            )
+            continue
+        wrappers.sort(key=len)
+        found |= {wrapper: f"{owner}.{key}" for wrapper, key in zip(wrappers, reversed(keys), strict=True)}
+    return found, problems
+
+
+def _parameters_of(owner: str, config: LoraConfig, model: nn.Module | None) -> list[str]:
+    """The adapted parameters of one module, innermost wrapper first."""
+    if model is not None:
+        with contextlib.suppress(AttributeError):
+            module: Any = model.get_submodule(owner)
+            there = module.base_layer._parameters if hasattr(module, "base_layer") else module._parameters
+            wanted = [key for key in there if any(is_suffix(f"{owner}.{key}", name) for name in config.parameters)]
+            if wanted:
+                return wanted
+    keys = [name.rpartition(".") for name in config.parameters]
+    found = {key: "down" in key or key == "w2" for parent, _, key in keys if not parent or is_suffix(owner, parent)}
+    return sorted(found, key=lambda key: found[key])
+
+
+def _names_module(name: str, targets: str | list[str]) -> bool:
+    if isinstance(targets, str):
+        return matching(targets, [name])[0]
+    return any(is_suffix(name, suffix) for suffix in targets)
+
+
+def _is_of(key: str, suffix: str) -> bool:
+    """Whether a tensor belongs to a module that `modules_to_save` means by a suffix; PEFT's rule."""
+    path = key.split(".")[:-1]
+    return any(".".join(path[:n]).endswith(suffix) for n in range(1, len(path) + 1))
+
+
+def base_quantization(path: str | Path) -> str | None:
+    """What the base was quantised to when the adapter was trained here ("nf4", "fp4", "int8"); None: not at all, or not known."""
+    from safetensors import safe_open
+
+    read_adapter(path)
+    with safe_open(Path(path) / WEIGHTS_FILE, framework="pt") as file:
+        value = (file.metadata() or {}).get("veneer.base_quantization", "none")
+    return None if value == "none" else str(value)

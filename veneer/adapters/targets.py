@@ -1,0 +1,336 @@
+"""Which layers and parameters of a model a user's words mean, and at which rank each is adapted."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from veneer.adapters.experts import LoraExperts, LoraParameter
+from veneer.adapters.lora import CONVOLUTIONS, LoraEmbedding, LoraLayer, LoraLinear, lora_layer
+from veneer.adapters.patterns import by_pattern, is_suffix, matching
+from veneer.config import TARGET_PRESETS, LoraConfig, nearest
+from veneer.errors import VeneerError
+from veneer.quant.linear import QuantizedLinear
+
+LINEAR = (nn.Linear, QuantizedLinear, Conv1D, LoraLinear)
+_PRESET_PARENT = {
+    "attention": re.compile(r"(^|_)(attn|attention)", re.I),
+    "mlp": re.compile(r"mlp|feed_?forward|ffn", re.I),
+}
+_ROUTER = re.compile(r"router|(.*_)?gate")
+_OF_EXPERTS = re.compile(r"expert|moe|mlp|feed_?forward|ffn", re.I)
+_LAYER_INDEX = re.compile(r".*?\.(\d+)\.")
+# The query and the value projection by the names architectures give them, and layers that are both and the key in one.
+_QUERY_VALUE = re.compile(r"(to_|w)?(q|query|v|value)(_proj|_lin)?", re.I)
+_FUSED_QKV = re.compile(r"qkv|query_key_value|c_attn", re.I)
+
+
+class Place(NamedTuple):
+    """A layer to adapt, by its name in the plain model."""
+
+    path: str
+    r: int
+    scaling: float
+
+
+def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
+    """The layers that a configuration adapts, each with its rank and scaling, in model order; parameters after layers.
+
+    Raises:
+        VeneerError: a name matches nothing, a rank is larger than a layer allows; all at once.
+    """
+    paths = excluded(resolve_all(model, config), config.exclude)
+    problems, found = [], []
+    if config.layers is not None or config.depth is not None:
+        blocks = [block_number(path) for path in paths]
+        last = max((n for n in blocks if n is not None), default=None)
+        if last is None:
+            problems.append("lora.layers, lora.depth: none of the targets is in a numbered block")
+        elif unknown := sorted(set(config.layers or []) - {n for n in blocks if n is not None}):
+            problems.append(f"lora.layers: found {unknown}, expected numbers of blocks with targets, 0 to {last}")
+    else:
+        last = None
+    ranks = by_pattern(config.rank_pattern, paths, 0, "lora.rank_pattern")  # 0: no key is for it
+    alphas = by_pattern(config.alpha_pattern, paths, 0.0, "lora.alpha_pattern")
+    for path, own_rank, own_alpha in zip(paths, ranks, alphas, strict=True):
+        block = block_number(path)
+        if config.layers is not None and block not in config.layers:
+            continue
+        r, alpha = config.r, config.alpha
+        if config.depth is not None and block is not None and last is not None:
+            r, alpha = depth_rank(config.depth, block, last), config.scaling
+            alpha *= math.sqrt(r) if config.rslora else r
+            if r == 0:
+                continue
+        r = own_rank or r
+        found.append(Place(path, r, config.scaling_at(r, own_alpha or alpha)))
+    too_large = {  # layers of one name and shape, as there is one in each block, are one problem
+        (path.rsplit(".", 1)[-1], r, *_sides(model, path)): None for path, r, _ in found if r > min(_sides(model, path))
+    }
+    no_bias = sorted({p.rsplit(".", 1)[-1] for p, _, _ in found if isinstance(layer_at(model, p), LoraEmbedding)})
+    if config.lora_bias and no_bias:
+        problems.append(f"lora.lora_bias: {', '.join(no_bias)} are embeddings, whose adapters have no bias")
+    problems += [
+        f"lora.r: found {r}, expected at most {min(rows, width)} for {kind} ({rows} x {width})"
+        for kind, r, rows, width in too_large
+    ]
+    if not found and not problems:
+        problems.append("lora.exclude, lora.layers: no layer of lora.targets is left")
+    if problems:
+        raise VeneerError(
+            problems,
+            hint="choose a smaller rank, or leave those layers out of lora.targets" if too_large else None,
+        )
+    return found
+
+
+def resolve_all(model: nn.Module, config: LoraConfig) -> list[str]:
+    """The full names of the layers and parameters that `targets` and `parameters` mean together.
+
+    Raises:
+        VeneerError: a part matches nothing, or not what it should; all at once.
+    """
+    layers: list[str] = []
+    found: list[str] = []
+    problems, hint = [], None
+    if config.parameters:
+        try:
+            found = resolve_parameters(model, config.parameters)
+        except VeneerError as error:
+            problems += error.problems
+    elif config.targets in ("mlp", "all-linear") and not _no_parameters(config):
+        found = expert_parameters(model)
+    try:
+        layers = resolve_targets(model, config.targets)
+    except VeneerError as error:
+        if not found or config.targets != "mlp":  # every MLP of a model can be a mixture
+            problems, hint = problems + error.problems, error.hint
+    if problems:
+        raise VeneerError(problems, hint=hint)
+    return layers + found
+
+
+def _no_parameters(config: LoraConfig) -> list[str]:
+    """The settings with which no adapter of a parameter goes."""
+    found = [key for key in ("dropout", "dora", "lora_bias", "adalora") if getattr(config, key)]
+    return found + ([] if config.init in ("kaiming", "gaussian") else [f"init {config.init}"])
+
+
+def require_layer(model: nn.Module, path: str) -> LoraLayer:
+    layer = layer_at(model, path)
+    assert layer is not None
+    return layer
+
+
+def _sides(model: nn.Module, path: str) -> tuple[int, int]:
+    return require_layer(model, path).sides
+
+
+def layer_at(model: nn.Module, path: str) -> LoraLayer | None:
+    """The adapted layer of this name in the plain model; where there is none yet, one of its kind that is not put there.
+
+    None: nothing of this name can be adapted.
+    """
+    parent, _, key = path.rpartition(".")
+    try:
+        module: Any = model.get_submodule(path)
+        return module if isinstance(module, LoraLayer) else lora_layer(module)
+    except AttributeError:  # a parameter, or nothing
+        if path not in _stacked(model):
+            return None
+    owner: Any = model.get_submodule(parent)
+    return LoraParameter(owner.base_layer if isinstance(owner, LoraExperts) else owner, key)
+
+
+def depth_rank(anchors: list[int], block: int, last: int) -> int:
+    """The rank at block `block` of 0..last: `anchors` stand evenly spaced over the depth, between them it is linear."""
+    if len(anchors) == 1 or last == 0:
+        return anchors[0]
+    at = block / last * (len(anchors) - 1)
+    low = min(int(at), len(anchors) - 2)
+    return round(anchors[low] + (at - low) * (anchors[low + 1] - anchors[low]))
+
+
+def block_number(path: str) -> int | None:
+    """The first number in a layer's name, which is that of its block; None: it is in none."""
+    match = _LAYER_INDEX.match(path)
+    return int(match[1]) if match else None
+
+
+def excluded(paths: list[str], exclude: str | list[str] | None) -> list[str]:
+    """`paths` without those that a regex matches whole, or whose ends are in a list."""
+    if isinstance(exclude, str):
+        return [path for path, hit in zip(paths, matching(exclude, paths, "lora.exclude"), strict=True) if not hit]
+    return [path for path in paths if not any(is_suffix(path, suffix) for suffix in exclude or [])]
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name a parameter has in the plain model."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def is_factor(name: str) -> bool:
+    return any(
+        part in ("lora_A", "lora_B", "lora_E", "magnitude", "lora_bias", "token_rows") for part in name.split(".")
+    )
+
+
+def _stacked(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D parameters that are no layer's weight, by their names in the plain model: matrices, one upon the other."""
+    modules = dict(model.named_modules())
+    return {
+        plain_name(model, name): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "." in name and not is_factor(name)
+        if not isinstance(modules[name.rpartition(".")[0]], nn.modules.conv._ConvNd)
+    }
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """Where a mixture keeps its experts, which the presets mlp and all-linear reach: 3-D parameters of modules so called.
+
+    Not biases, and not routers, which have two dimensions.
+    """
+    return [
+        name
+        for name, parameter in _stacked(model).items()
+        if min(parameter.shape) > 1 and parameter.is_floating_point() and "bias" not in name.rsplit(".", 1)[-1]
+        if _OF_EXPERTS.search(name.rpartition(".")[0])
+    ]
+
+
+def resolve_parameters(model: nn.Module, names: list[str]) -> list[str]:
+    """The full names of the 3-D parameters meant by a list of name suffixes, in model order; PEFT's `target_parameters`.
+
+    Raises:
+        VeneerError: a name matches nothing, or a parameter of other dimensions, or a layer's weight; all at once.
+    """
+    stacked = _stacked(model)
+    others = {plain_name(model, n): p for n, p in model.named_parameters() if not is_factor(n)}
+    problems = []
+    for suffix in names:
+        if any(is_suffix(name, suffix) for name in stacked):
+            continue
+        wrong = next((name for name in others if is_suffix(name, suffix)), None)
+        if wrong is None:
+            kinds = sorted({".".join(name.rsplit(".", 2)[-2:]) for name in stacked})
+            there = nearest(suffix, kinds) if kinds else "this model has no 3-D parameters, as a mixture's experts are"
+            problems.append(f"lora.parameters: {suffix!r} matches no parameter; {there}")
+        else:
+            problems.append(
+                f"lora.parameters: {suffix!r} is {wrong} {tuple(others[wrong].shape)}, expected a parameter (experts, rows, "
+                "columns) that is no layer's weight; layers are named in lora.targets"
+            )
+    if problems:
+        raise VeneerError(problems)
+    return [name for name in stacked if any(is_suffix(name, suffix) for suffix in names)]
+
+
+def left_out_of(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | None:
+    """What to warn of: parameters that the words of `targets` fit, or a preset means, and that no adapter reaches."""
+    stacked = {name: p for name, p in _stacked(model).items() if name not in paths and len(p) > 1}
+    if config.targets in ("mlp", "all-linear"):
+        experts = expert_parameters(model)
+        if config.parameters or _no_parameters(config):  # else what is missing was left out by layers, exclude or depth
+            stacked = {name: p for name, p in stacked.items() if name in experts or config.targets == "all-linear"}
+        else:
+            stacked = {name: p for name, p in stacked.items() if name not in experts and config.targets == "all-linear"}
+        why = f"with {' and '.join(_no_parameters(config))}, " if _no_parameters(config) else ""
+        words = f"{config.targets} {why}does not reach"
+    elif isinstance(config.targets, list):
+        stacked = {n: p for n, p in stacked.items() if any(is_suffix(n, suffix) for suffix in config.targets)}
+        words = f"{config.targets} reaches layers only, not"
+    else:
+        return None
+    if not stacked:
+        return None
+    where = list(dict.fromkeys(name.rpartition(".")[0] for name in stacked))
+    more = f" and {len(where) - 3} more" if len(where) > 3 else ""
+    return (
+        f"lora.targets: {words} these parameters, as a mixture's experts are: {sum(p.numel() for p in stacked.values()):,} "
+        f"parameters stay frozen in {', '.join(where[:3])}{more}"
+    )
+
+
+def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
+    """The full names of the layers meant by `targets`, in model order.
+
+    A preset (attention, qv, mlp, all-linear: linears, never the output head nor what routes to experts), a list of name suffixes, or a regex that
+    must match a layer's whole name; the last two mean what PEFT's `target_modules` means, and also reach convolutions and
+    embeddings.
+
+    Raises:
+        VeneerError: a part matches nothing; lists the names that exist.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    layers = dict(_adaptable(model))
+    mixtures = {name.rsplit(".", 2)[0] for name in expert_parameters(model)}
+    hidden = [
+        name
+        for name, module in layers.items()
+        if isinstance(module, LINEAR) and module is not head
+        if not (name.rpartition(".")[0] in mixtures and _ROUTER.fullmatch(name.rpartition(".")[2]))
+    ]
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            found = hidden
+        elif targets in TARGET_PRESETS:
+            parent = _PRESET_PARENT["attention" if targets == "qv" else targets]
+            found = [name for name in hidden if any(parent.search(part) for part in name.split(".")[:-1])]
+            if targets == "qv":
+                found = _query_value(found)
+        else:
+            found = [
+                name for name, hit in zip(layers, matching(targets, list(layers), "lora.targets"), strict=True) if hit
+            ]
+        missing = [] if found else [targets]
+    else:
+        found = [name for name in layers if any(is_suffix(name, suffix) for suffix in targets)]
+        missing = [suffix for suffix in targets if not any(is_suffix(name, suffix) for name in layers)]
+    if missing:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
+        problems = [
+            f"lora.targets: {part!r} matches no layer that can be adapted"
+            + ("" if part in TARGET_PRESETS else f"; {nearest(part, kinds)}")
+            for part in missing
+        ]
+        if experts := expert_parameters(model):
+            problems[-1] += (
+                f" (the experts of this mixture, as {experts[0]}, are parameters, not linears: "
+                "name them in lora.parameters)"
+            )
+        raise VeneerError(
+            problems, hint=f"layers of this model: {', '.join(kinds)}; presets: {', '.join(TARGET_PRESETS)}"
+        )
+    return found
+
+
+def _query_value(attention: list[str]) -> list[str]:
+    """Of the linears of attention layers the query and value projections; one linear for q, k and v is refused."""
+    found = [name for name in attention if _QUERY_VALUE.fullmatch(name.rsplit(".", 1)[-1])]
+    fused = sorted({name.rsplit(".", 1)[-1] for name in attention if _FUSED_QKV.search(name.rsplit(".", 1)[-1])})
+    if fused and not found:
+        raise VeneerError(
+            f"lora.targets: qv: query, key and value are one layer here ({', '.join(fused)}), which has no q and v apart",
+            hint=f"adapt all three, as targets: [{', '.join(fused)}] does",
+        )
+    return found
+
+
+def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    inside = set()
+    for name, module in model.named_modules():
+        if isinstance(module, LoraParameter):
+            continue
+        if isinstance(module, LoraLayer):
+            inside.add(f"{name}.base_layer")
+            yield name, module
+        elif (
+            isinstance(module, (nn.Linear, QuantizedLinear, Conv1D, nn.Embedding, *CONVOLUTIONS)) and name not in inside
+        ):
+            yield name, module

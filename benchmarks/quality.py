@@ -73,6 +73,7 @@ CELLS = (
     lora("DoRA r16", dora=True),
     replace(lora("LoRA+ r16"), train={"lora_plus": 16}),
     lora("AdaLoRA r16", adalora=True),
+    lora("AdaLoRA r16, rate x2", rate=2, adalora=True),
     lora("qv", targets=QV),
     lora("attention", targets="attention"),
     lora("mlp", targets="mlp"),

@@ -75,6 +75,22 @@ def test_shipped_recipes_are_valid(name):
     assert name in shipped_recipes() and read_recipe(name).lora.r in (16, 32, 64)
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"r": True},
+        {"alpha": True},
+        {"rank_pattern": {"q": True}},
+        {"tokens": [True]},
+        {"layers": [True]},
+        {"depth": [4, True]},
+    ],
+)
+def test_true_is_no_number(values):
+    with pytest.raises(VeneerError, match="found true, expected a number"):
+        LoraConfig(**values)
+
+
 def settings_rows(settings):
     for name, field in settings.model_fields.items():
         if name not in ("lora", "data") and field.annotation is not TrainConfig:

@@ -9,10 +9,10 @@ import difflib
 import math
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from veneer.errors import VeneerError
 
@@ -27,6 +27,16 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 DataFormat = Literal["prompt_completion", "alpaca", "messages", "text"]
 Method = Literal["lora", "full"]
 
+
+def _no_truth(value: Any) -> Any:
+    """YAML's true is Python's, which would pass for 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"found {str(value).lower()}, expected a number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_truth)]
+Number = Annotated[float, BeforeValidator(_no_truth)]
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -53,13 +63,13 @@ class Settings(BaseModel, metaclass=_Strict):
 class AdaLoraConfig(Settings):
     """How AdaLoRA shares its budget of ranks among the layers (Zhang et al. 2023, arXiv 2303.10512)."""
 
-    start: float = Field(1.5, ge=1, le=16, description="ranks a layer starts with, times lora.r")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps before the first rank goes")
-    settle: float = Field(0.3, ge=0, lt=1, description="share of the steps, the last, when none goes any more")
-    every: int = Field(1, ge=1, description="steps between decisions which ranks stay")
-    beta: float = Field(0.85, ge=0, lt=1, description="of the running means of what a rank is worth")
-    orthogonality: float = Field(0.01, ge=0, description="weight of the term that keeps the factors orthogonal")
-    steps: int | None = Field(
+    start: Number = Field(1.5, ge=1, le=16, description="ranks a layer starts with, times lora.r")
+    warmup: Number = Field(0.1, ge=0, lt=1, description="share of the steps before the first rank goes")
+    settle: Number = Field(0.3, ge=0, lt=1, description="share of the steps, the last, when none goes any more")
+    every: Whole = Field(1, ge=1, description="steps between decisions which ranks stay")
+    beta: Number = Field(0.85, ge=0, lt=1, description="of the running means of what a rank is worth")
+    orthogonality: Number = Field(0.01, ge=0, description="weight of the term that keeps the factors orthogonal")
+    steps: Whole | None = Field(
         None, ge=1, description="optimizer steps in all; left out: veneer's training knows, other loops have to say"
     )
 
@@ -78,17 +88,17 @@ class LoraConfig(Settings):
     With `dora` the rows of W' get a trained length of their own (Liu et al. 2024, arXiv 2402.09353).
     """
 
-    r: int = Field(16, ge=1, description="rank")
-    alpha: float = Field(32.0, gt=0, description="numerator of the scaling")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    r: Whole = Field(16, ge=1, description="rank")
+    alpha: Number = Field(32.0, gt=0, description="numerator of the scaling")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     targets: str | list[str] = Field(
         "all-linear", description="attention, qv, mlp, all-linear, a list of name suffixes, or a regex"
     )
     exclude: str | list[str] = Field([], description="name suffixes, or a regex: layers of `targets` to leave out")
-    layers: list[int] | None = Field(None, description="numbers of the blocks to adapt, from 0; left out: all")
-    rank_pattern: dict[str, int] = Field({}, description="other ranks, by name suffix or regex of a name's end")
-    alpha_pattern: dict[str, float] = Field({}, description="other alphas, likewise")
-    depth: list[int] | None = Field(
+    layers: list[Whole] | None = Field(None, description="numbers of the blocks to adapt, from 0; left out: all")
+    rank_pattern: dict[str, Whole] = Field({}, description="other ranks, by name suffix or regex of a name's end")
+    alpha_pattern: dict[str, Number] = Field({}, description="other alphas, likewise")
+    depth: list[Whole] | None = Field(
         None,
         description="ranks at evenly spaced depths, first to last block, those between interpolated, 0: no adapter; "
         "[32, 8] is more early, [0, 16, 0] the middle; alpha follows, so that the scaling stays",
@@ -104,18 +114,19 @@ class LoraConfig(Settings):
     init: Literal["kaiming", "gaussian", "pissa", "loftq", "eva"] = Field(
         "kaiming", description="how A and B start: kaiming or gaussian (A random, B zero), pissa, loftq, eva"
     )
-    svd_niter: int | None = Field(
+    svd_niter: Whole | None = Field(
         4, ge=0, le=100, description="rounds of the fast SVD of pissa and loftq; null: the exact one, slower"
     )
-    loftq_iterations: int = Field(
+    loftq_iterations: Whole = Field(
         1, ge=1, le=100, description="of loftq; above 1 the adapter has a quantised base of its own"
     )
-    eva_rho: float = Field(
+    eva_rho: Number = Field(
         2.0, ge=1, le=100, description="of eva: a layer's rank is at most so many times r; 1: all have r"
     )
     rslora: bool = Field(False, description="scale by alpha / sqrt(r)")
     dtype: Dtype = Field(
-        "float32", description="of A and B; in 16 bits they are half as large, and trained on fp32 masters"
+        "float32",
+        description="of A and B; in 16 bits they are half as large; veneer trains them on fp32 masters, other loops do not",
     )
     lora_bias: bool = Field(False, description="train a bias on B as well, added with the update")
     parameters: list[str] = Field(
@@ -123,7 +134,7 @@ class LoraConfig(Settings):
         description="name suffixes of 3-D parameters to adapt, as experts.down_proj of a mixture's experts; "
         "the presets mlp and all-linear take all experts by themselves",
     )
-    tokens: list[int] | dict[str, list[int]] = Field(
+    tokens: list[Whole] | dict[str, list[Whole]] = Field(
         [],
         description="ids of tokens whose embeddings are trained in full, or lists of them by embedding's name suffix",
     )
@@ -208,7 +219,7 @@ class DataConfig(Settings):
     """Which rows are trained on, and how they become tokens."""
 
     train: str | list[str] = Field(description="file or files: .jsonl, .json, .csv, .parquet")
-    eval: str | float | None = Field(None, description="a held-out file, or the share of `train` to hold out")
+    eval: str | Number | None = Field(None, description="a held-out file, or the share of `train` to hold out")
     format: DataFormat | None = Field(
         None, description="prompt_completion, alpaca, messages or text; left out: detected from the columns"
     )
@@ -217,10 +228,10 @@ class DataConfig(Settings):
     loss_on: Literal["completion", "all"] = Field(
         "completion", description="completion or all: which tokens are learned"
     )
-    max_length: int = Field(1024, ge=8, description="tokens a row; longer ones lose the start of the prompt")
+    max_length: Whole = Field(1024, ge=8, description="tokens a row; longer ones lose the start of the prompt")
     packing: bool = Field(True, description="put several rows in one sequence, isolated from one another")
     strict: bool = Field(False, description="refuse the run when any row is bad")
-    limit: int | None = Field(None, ge=1, description="use only the first so many rows")
+    limit: Whole | None = Field(None, ge=1, description="use only the first so many rows")
 
     @field_validator("eval")
     @classmethod
@@ -233,40 +244,40 @@ class DataConfig(Settings):
 class TrainConfig(Settings):
     """How long, how fast and how safely to train."""
 
-    epochs: float = Field(1.0, gt=0, le=10_000, description="passes over the rows; parts of one are fine")
-    max_steps: int | None = Field(None, ge=1, description="at most so many optimizer steps")
-    batch_size: int = Field(16, ge=1, description="rows in one forward and backward")
-    grad_accumulation: int = Field(1, ge=1, description="batches in one optimizer step")
-    learning_rate: float | Literal["auto"] = Field(
+    epochs: Number = Field(1.0, gt=0, le=10_000, description="passes over the rows; parts of one are fine")
+    max_steps: Whole | None = Field(None, ge=1, description="at most so many optimizer steps")
+    batch_size: Whole = Field(16, ge=1, description="rows in one forward and backward")
+    grad_accumulation: Whole = Field(1, ge=1, description="batches in one optimizer step")
+    learning_rate: Number | Literal["auto"] = Field(
         "auto", description="auto: by the model's width, and a tenth of it with method full"
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="of the learning rate after the warm-up: cosine, linear or constant"
     )
-    warmup_steps: int | None = Field(None, ge=0, description="left out: 3% of the steps")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of the learning rate left at the end")
-    lora_plus: float | None = Field(
+    warmup_steps: Whole | None = Field(None, ge=0, description="left out: 3% of the steps")
+    min_lr_ratio: Number = Field(0.0, ge=0, le=1, description="share of the learning rate left at the end")
+    lora_plus: Number | None = Field(
         None,
         gt=0,
         le=1000,
         description="LoRA+: B learns so many times as fast as A; true: 16 times, as its paper has it",
     )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW's")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="longer gradients are cut to it; null: none is")
-    seed: int = Field(
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW's")
+    betas: tuple[Number, Number] = Field((0.9, 0.999), description="AdamW's")
+    epsilon: Number = Field(1e-8, gt=0, description="AdamW's")
+    max_grad_norm: Number | None = Field(1.0, gt=0, description="longer gradients are cut to it; null: none is")
+    seed: Whole = Field(
         0, ge=0, lt=2**63, description="of the adapter's start, the order of the rows, the split, and dropout"
     )
     recompute: Literal["none", "mlp", "full"] = Field(
         "none",
         description="none, mlp or full: what the backward pass makes again instead of keeping; less memory, slower",
     )
-    eval_every: int | None = Field(None, ge=1, description="steps; left out: at each epoch's end, and at the end")
-    early_stopping: int | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
-    save_every: int = Field(50, ge=1, description="steps between checkpoints")
-    keep_last: int = Field(2, ge=1, description="checkpoints kept")
-    log_every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    eval_every: Whole | None = Field(None, ge=1, description="steps; left out: at each epoch's end, and at the end")
+    early_stopping: Whole | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
+    save_every: Whole = Field(50, ge=1, description="steps between checkpoints")
+    keep_last: Whole = Field(2, ge=1, description="checkpoints kept")
+    log_every: Whole = Field(1, ge=1, description="steps between lines of metrics.jsonl")
     out: str | None = Field(None, description="output folder: new or empty")
 
     @model_validator(mode="before")

@@ -196,6 +196,36 @@ def test_another_loop_has_to_say_how_long_it_is_and_is_never_silently_plain_lora
         steps(model, 1)
 
 
+def test_a_layer_that_takes_no_part_does_not_stop_the_sharing():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unused, self.a, self.b = (nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x)))
+
+    torch.manual_seed(0)
+    model = Model()
+    config = veneer.LoraConfig(r=2, targets=["unused", "a", "b"], adalora={"start": 4, "steps": 10})
+    veneer.attach(model, config, seed=0)
+    optimizer = torch.optim.AdamW(trainable(model), lr=0.01)
+    for _ in range(10):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+    found = allocator(model)
+    assert int(found.done) == 10 and sum(int(mask.sum()) for mask in found.alive.values()) == 6
+    assert not found.alive["unused"].any()
+
+
+def test_parts_of_it_in_several_optimizers_are_refused():
+    model = attached()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with pytest.raises(veneer.VeneerError, match=r"1 of the 12 parameters that learn, expected all in one"):
+        torch.optim.AdamW([trainable(model)[0]]).step()
+
+
 def test_a_copied_model_is_allocated_too():
     model = copy.deepcopy(attached())
     steps(model, 12)

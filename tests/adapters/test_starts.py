@@ -66,7 +66,9 @@ def test_the_fast_svd_is_near_the_exact_one_and_always_the_same(shape):
     assert float((w - u * s @ vh).norm()) <= 1.00001 * least
 
 
-@pytest.mark.parametrize("settings", [{}, {"rslora": True}, {"svd_niter": None}, {"rank_pattern": {"q_proj": 7}}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"rslora": True}, {"svd_niter": None}, {"rank_pattern": {"q_proj": 7}}, {"dtype": "bfloat16"}]
+)
 def test_pissa_starts_as_the_base_from_its_first_singular_terms(settings):
     model = base()
     before = logits(model)
@@ -263,7 +265,7 @@ def test_an_eva_file_has_its_ranks_and_the_same_scaling(tmp_path):
 @pytest.mark.parametrize(
     ("quantize", "init"),
     [(None, {"init": "pissa"}), ("nf4", {"init": "pissa"}), ("nf4", {"init": "loftq", "loftq_iterations": 3}),
-     (None, {"init": "eva"})],
+     (None, {"init": "pissa", "dtype": "bfloat16"}), (None, {"init": "eva"})],
 )  # fmt: skip
 def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, commands, monkeypatch, quantize, init):
     data = veneer.DataConfig(train=str(commands), eval=0.2)

@@ -117,6 +117,12 @@ def test_names_without_their_first_part_are_found(base, tmp_path):
     assert inspect_adapter(tmp_path / "a", str(base))["relative_norm"]
 
 
+def test_a_tied_head_is_compared_with_the_embeddings(base, tmp_path):
+    adapter(base, tmp_path / "a", targets=["q_proj", "lm_head"])
+    rows = {row["layer"]: row for row in inspect_adapter(tmp_path / "a", str(base))["by_layer"]}
+    assert rows["lm_head"]["base_norm"] == pytest.approx(float(make_model().lm_head.weight.norm()), rel=1e-2)
+
+
 def test_a_fresh_adapter_has_no_update(base, tmp_path):
     adapter(base, tmp_path / "a", change=lambda name, a, b: b.zero_())
     found = inspect_adapter(tmp_path / "a")

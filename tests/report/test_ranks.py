@@ -124,3 +124,8 @@ def test_bad_input():
 def test_the_embedded_model_from_its_header():
     found = ranks.rank_table("smollm2", ranks=(16,))
     assert found["parameters"] == 134_515_008 and cells(found)["all-linear", 16]["parameters"] == 4_884_480
+
+
+def test_a_matrix_without_columns_is_none():
+    with pytest.raises(veneer.VeneerError):
+        ranks.rank_table("4096x0")

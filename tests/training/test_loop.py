@@ -136,6 +136,13 @@ def test_adalora_needs_no_calls_and_ends_with_the_ranks_asked_for(tmp_path, toke
     torch.testing.assert_close(other(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_adalora_with_another_number_of_steps_is_refused(tmp_path, tokenizer, commands):
+    with pytest.raises(
+        veneer.VeneerError, match=r"adalora.steps: found 100, but this run has 6 steps(.|\n)*leave it out"
+    ):
+        run(fresh(adalora={"steps": 100}), tokenizer, commands, tmp_path / "run", max_steps=6)
+
+
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, tokenizer, commands):
     run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=7)
     folder = tmp_path / "run/checkpoints"

@@ -146,11 +146,19 @@ class Allocator:
         return layer.a(self.name).detach()[alive], layer.b(self.name).detach()[:, alive]
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
-        diagonals = next(iter(self.layers.values())).lora_E
-        first = diagonals.get(self.name)  # None: the adapter was removed
-        if first is None or first.grad is None:
-            return False
-        return any(first is p for g in optimizer.param_groups for p in g["params"])
+        """Whether this optimizer takes the step: it holds what has a gradient now.
+
+        Raises:
+            VeneerError: it holds a part of that; one step must be one step of all ranks.
+        """
+        moved = {id(p) for p in self.parameters if p.grad is not None}
+        there = sum(id(p) in moved for group in optimizer.param_groups for p in group["params"])
+        if 0 < there < len(moved):
+            raise VeneerError(
+                f"AdaLoRA: found an optimizer with {there} of the {len(moved)} parameters that learn, expected all in one",
+                hint="use one optimizer, with parameter groups where rates differ",
+            )
+        return there > 0
 
 
 def start(layer: LoraLayer, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -187,12 +187,12 @@ class LoraLayer(nn.Module):
         return int(a.shape[0])
 
     def a(self, name: str) -> Tensor:
-        """A as it is multiplied: AdaLoRA's rows are scaled by its diagonal, which is counted in units of sqrt(out / 3).
+        """A as it is multiplied, in fp32: AdaLoRA's rows are scaled by its diagonal, which is counted in units of sqrt(out / 3).
 
         Adam moves every number alike. LoRA's update grows by rate x sqrt(out) x the length of a row of A, 1/sqrt(3); a
         singular value by the rate alone: in these units both learn at the same rate (docs/numerics.md has the figures).
         """
-        a = self.lora_A[name]
+        a = self.lora_A[name].float()
         if name not in self.lora_E:
             return a
         diagonal = self.lora_E[name] * math.sqrt(self.out_features / 3)
@@ -200,8 +200,8 @@ class LoraLayer(nn.Module):
         return a if name not in self.kept else a.index_select(0, self.kept[name])
 
     def b(self, name: str) -> Tensor:
-        """B as it is multiplied."""
-        b = self.lora_B[name]
+        """B as it is multiplied, in fp32."""
+        b = self.lora_B[name].float()
         return b if name not in self.kept else b.index_select(1, self.kept[name])
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
@@ -217,7 +217,7 @@ class LoraLayer(nn.Module):
 
     def delta(self, name: str) -> Tensor:
         """The update scaling * B A in the layout of the weight, fp32, before DoRA scales the sum."""
-        return self.scaling[name] * self._update(self.a(name).detach().float(), self.b(name).detach().float())
+        return self.scaling[name] * self._update(self.a(name).detach(), self.b(name).detach())
 
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a
@@ -307,7 +307,7 @@ class LoraLinear(LoraLayer):
 
         The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
         """
-        a, b = self.a(name).float(), self.b(name).float()
+        a, b = self.a(name), self.b(name)
         dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
         with torch.no_grad():
             weight = frozen_weight(self.base_layer, dtype)
@@ -349,7 +349,7 @@ class LoraLinear(LoraLayer):
         if self.active is None:
             return plain_linear(self.base_layer)
         linear = plain_linear(self.base_layer)._replace(
-            a=self.a(self.active).float(), b=self.b(self.active).float(), scaling=self.scaling[self.active]
+            a=self.a(self.active), b=self.b(self.active), scaling=self.scaling[self.active]
         )
         if self.active in self.magnitude:
             linear = linear._replace(scale=self.row_scale(self.active))

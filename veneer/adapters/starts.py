@@ -74,11 +74,14 @@ def top_svd(w: Tensor, r: int, niter: int | None) -> tuple[Tensor, Tensor, Tenso
     return u[:, :r], s[:r], vh[:r]
 
 
-def factors(w: Tensor, r: int, scaling: float, niter: int | None) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r) with scaling * B A = w_r, the singular values shared by both alike, as PEFT has it."""
-    u, s, vh = top_svd(w, r, niter)
-    root = (s / scaling).sqrt()
-    return (root[:, None] * vh).contiguous(), (u * root).contiguous()
+def factors(w: Tensor, r: int, scaling: float, config: LoraConfig) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with scaling * B A = w_r, the singular values shared by both alike, as PEFT has it.
+
+    In fp32, rounded to what the adapter is kept in: the base has to miss what the factors are, not what they were.
+    """
+    u, s, vh = top_svd(w, r, config.svd_niter)
+    root, kept = (s / scaling).sqrt(), getattr(torch, config.dtype)
+    return (root[:, None] * vh).contiguous().to(kept).float(), (u * root).contiguous().to(kept).float()
 
 
 @torch.no_grad()
@@ -88,13 +91,13 @@ def of_weights(layer: LoraLinear, weight: Tensor, r: int, scaling: float, config
     weight = weight.to(device=base.weight.device, dtype=torch.float32)
     dense = weight.T if isinstance(base, Conv1D) else weight  # (out, in)
     if config.init == "pissa":
-        a, b = factors(dense, r, scaling, config.svd_niter)
+        a, b = factors(dense, r, scaling, config)
         return Start(a, b, _with_weight(base, weight - scaling * layer._update(a, b)))
     rounded = base
-    a, b = factors(weight - base.dequantize(torch.float32), r, scaling, config.svd_niter)
+    a, b = factors(weight - base.dequantize(torch.float32), r, scaling, config)
     for _ in range(config.loftq_iterations - 1):
         rounded = _with_weight(base, weight - scaling * (b @ a))
-        a, b = factors(weight - rounded.dequantize(torch.float32), r, scaling, config.svd_niter)
+        a, b = factors(weight - rounded.dequantize(torch.float32), r, scaling, config)
     return Start(a, b, None if rounded is base else rounded)  # after one iteration Q is q(W), the base there is
 
 
@@ -179,7 +182,7 @@ def fingerprint(layers: dict[str, LoraLayer], name: str) -> str | None:
     for path, tensors in began.items():
         digest.update(path.encode())
         for tensor in tensors:
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest() if began else None
 
 

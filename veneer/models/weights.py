@@ -14,6 +14,9 @@ from veneer.errors import VeneerError
 from veneer.models.load import weight_files
 from veneer.quant.bnb_format import SCALE, STATE, unpack_layer
 
+HEADS = ("lm_head", "embed_out", "output")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+
 
 class BaseWeights:
     """The matrices of a model folder by layer; one at a time is in memory, quantised ones decoded.
@@ -75,6 +78,10 @@ class BaseWeights:
                 keys = [key for key in self._file if key.startswith(f"{name}.")]
                 quantised = any(key == f"{name}.{SCALE}" or key.startswith(f"{name}.{STATE}") for key in keys)
                 return self._decoded(name, keys) if quantised else self._read(f"{name}.weight")
+        if layer.rpartition(".")[2] in HEADS:  # not in the file: it is the embeddings' own
+            embeddings = [key for key in self._file if key.rpartition(".weight")[0].rpartition(".")[2] in EMBEDDINGS]
+            if len(embeddings) == 1:
+                return self._read(embeddings[0])
         return None
 
     def _decoded(self, name: str, keys: list[str]) -> Tensor:

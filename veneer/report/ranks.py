@@ -17,7 +17,7 @@ from veneer.errors import VeneerError
 from veneer.models.load import skeleton, skeleton_of
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
-MATRIX = re.compile(r"(\d{1,7})x(\d{1,7})")
+MATRIX = re.compile(r"([1-9]\d{0,6})x([1-9]\d{0,6})")
 
 
 def _llama(

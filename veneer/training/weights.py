@@ -105,8 +105,14 @@ class AdapterWeights(Masters):
         return [{**group, "weight_decay": config.weight_decay} for group in groups]
 
     def begin(self, steps: int) -> None:
-        if (allocator := self._allocator) is not None and allocator.config.steps is None:
-            allocator.steps = steps
+        if (allocator := self._allocator) is None:
+            return
+        if allocator.config.steps not in (None, steps):
+            raise VeneerError(
+                f"lora.adalora.steps: found {allocator.config.steps}, but this run has {steps} steps",
+                hint="leave it out: it is for other training loops",
+            )
+        allocator.steps = steps
 
     def changed(self) -> None:
         super().changed()

@@ -170,7 +170,7 @@ def test_an_attach_that_fails_leaves_the_model_and_its_active_adapter_as_they_we
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"config": {"r": 2}}, "found a dict, expected a LoraConfig"),
+        ({"config": {"r": 2}}, "found <class 'dict'>, expected a veneer.LoraConfig"),
         ({"name": None}, "adapter name: found None"),
         ({"name": 5}, "adapter name: found 5"),
         ({"seed": "a"}, "seed: found 'a'"),

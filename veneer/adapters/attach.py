@@ -134,7 +134,7 @@ def _check_arguments(config: LoraConfig, name: str, seed: int | None) -> torch.G
     """The generator of the seed."""
     if not isinstance(config, LoraConfig):
         raise VeneerError(
-            f"config: found a {type(config).__name__}, expected a LoraConfig",
+            f"config: found {type(config)}, expected a veneer.LoraConfig",
             hint="veneer.attach(model, veneer.LoraConfig(r=8)); LoraConfig(**settings) makes one of a dict",
         )
     if not isinstance(name, str):
@@ -224,7 +224,7 @@ def _to_replace(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict[
             problems.append(f"lora.modules_to_save: {suffix!r} matches no module; {nearest(suffix, kinds)}")
         elif quantized := next((n for n, m in _modules(model, matches) if is_quantized(m)), None):
             problems.append(
-                f"lora.modules_to_save: {suffix!r}: the quantised weight of {quantized} cannot be trained in full; adapt it "
+                f"lora.modules_to_save: {suffix!r}: the quantised weight of {plain_name(model, quantized)} cannot be trained in full; adapt it "
                 "(lora.targets), or load the model without quantize"
             )
         elif not inside:

@@ -28,7 +28,6 @@ _LAYER_INDEX = re.compile(r".*?\.(\d+)\.")
 _QUERY_VALUE = re.compile(r"(to_|w)?(q|query|v|value)(_proj|_lin)?", re.I)
 _FUSED_QKV = re.compile(r"qkv|query_key_value|c_attn", re.I)
 
-
 _UNCALLED = "nn.MultiheadAttention reads the weights of its own layers and never calls them"
 _FOREIGN = "found a weight that another library has quantised, expected a dense one or one that Veneer has"
 _FOREIGN_HINT = "read the model with veneer.load(model, quantize='nf4'), or without its quantization_config"
@@ -143,14 +142,11 @@ def _unknown_words(model: nn.Module, config: LoraConfig, resolved: list[str]) ->
     else:
         words = [word for word in config.exclude if not any(is_suffix(name, word) for name in weighted)]
     for word in words:
-        wrong = (
-            f"{word!r} matches no layer; {nearest(word, kinds)}"
-            if word
-            else "expected name suffixes; found an empty one"
-        )
-        if word and isinstance(config.exclude, str):
-            wrong += _whole_name(word, everything)
-        problems.append(f"lora.exclude: {wrong}")
+        if not word:
+            problems.append("lora.exclude: expected name suffixes; found an empty one")
+            continue
+        near = _whole_name(word, everything) if isinstance(config.exclude, str) else ""
+        problems.append(f"lora.exclude: {word!r} matches no layer{near or '; ' + nearest(word, kinds)}")
     return problems
 
 
@@ -335,19 +331,18 @@ def left_out_of(model: nn.Module, config: LoraConfig, paths: list[str]) -> list[
     for key, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         if idle := [word for word in pattern if not any(by_pattern({word: 1}, resolved, 0, f"lora.{key}"))]:
             found.append(f"lora.{key}: {', '.join(idle)}: for no layer of lora.targets, so without effect")
-    if isinstance(config.targets, str) and config.targets in TARGET_PRESETS:
-        uncalled = []
-    else:
-        uncalled = [name for name in _uncalled(model) if _is_meant(name, config.targets)]
-    if uncalled:
+    if uncalled := _meant(_uncalled(model), config.targets):
         found.append(f"lora.targets: {', '.join(uncalled)} not adapted: {_UNCALLED}")
     return [words for words in found if words is not None]
 
 
-def _is_meant(name: str, targets: str | list[str]) -> bool:
-    if isinstance(targets, str):
-        return matching(targets, [name], "lora.targets")[0]
-    return any(is_suffix(name, suffix) for suffix in targets)
+def _meant(names: list[str], targets: str | list[str]) -> list[str]:
+    """Those of `names` that a list of suffixes or a regex fits; a preset fits none."""
+    if not isinstance(targets, str):
+        return [name for name in names if any(is_suffix(name, suffix) for suffix in targets)]
+    if not names or targets in TARGET_PRESETS:
+        return []
+    return [name for name, hit in zip(names, matching(targets, names, "lora.targets"), strict=True) if hit]
 
 
 def _parameters_left_out(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | None:
@@ -360,13 +355,9 @@ def _parameters_left_out(model: nn.Module, config: LoraConfig, paths: list[str])
             stacked = {name: p for name, p in stacked.items() if name not in experts and config.targets == "all-linear"}
         why = f"with {' and '.join(_no_parameters(config))}, " if _no_parameters(config) else ""
         words = f"{config.targets} {why}does not reach"
-    elif isinstance(config.targets, list):
-        stacked = {n: p for n, p in stacked.items() if any(is_suffix(n, suffix) for suffix in config.targets)}
-        words = f"{config.targets} reaches layers only, not"
     else:
-        hits = matching(config.targets, list(stacked), "lora.targets")
-        stacked = {name: p for (name, p), hit in zip(stacked.items(), hits, strict=True) if hit}
-        words = f"{config.targets!r} reaches layers only, not"
+        stacked = {name: stacked[name] for name in _meant(list(stacked), config.targets)}
+        words = f"{config.targets} reaches layers only, not"
     if not stacked:
         return None
     where = list(dict.fromkeys(name.rpartition(".")[0] for name in stacked))
@@ -426,7 +417,7 @@ def resolve_targets(model: nn.Module, targets: str | list[str], without: Sequenc
             problems[-1] += f" (the experts of this mixture, as {experts[0]}, are parameters, not linears: " + (
                 f"with {' and '.join(without)} they cannot be adapted)" if without else "name them in lora.parameters)"
             )
-        if any(_is_meant(name, targets) for name in _uncalled(model)):
+        if _meant(_uncalled(model), targets):
             problems[-1] += f" ({_UNCALLED})"
         raise VeneerError(
             problems, hint=f"layers of this model: {', '.join(kinds)}; presets: {', '.join(TARGET_PRESETS)}"

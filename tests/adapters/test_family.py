@@ -49,6 +49,17 @@ def test_ranks_by_depth_keep_the_scaling_and_are_read_back(tmp_path):
     assert torch.equal(other(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_rank_of_its_own_keeps_the_scaling_that_depth_promises(rslora):
+    model = make_model()
+    config = veneer.LoraConfig(
+        r=4, alpha=8, rslora=rslora, targets=["q_proj", "v_proj"], depth=[8, 2], rank_pattern={"q_proj": 4}
+    )
+    veneer.attach(model, config)
+    assert {layer.scaling["default"] for layer in lora_layers(model).values()} == {config.scaling}
+    assert [ranks(model)[f"model.layers.{n}.self_attn.{key}_proj"] for n in (0, 1) for key in "qv"] == [4, 8, 4, 2]
+
+
 def test_layers_and_exclusions():
     model = make_model(num_hidden_layers=3)
     veneer.attach(model, veneer.LoraConfig(r=2, targets="all-linear", exclude=["k_proj", "mlp.up_proj"], layers=[0, 2]))
@@ -132,6 +143,39 @@ def test_dora_follows_a_model_that_moves():
     assert layer._square_norms() is layer._square_norms()
     model.to("meta")
     assert layer._square_norms().device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [({"dora": True}, "lora.dora: c is a convolution"), ({"adalora": True}, "lora.adalora: c is a convolution"), ({"r": 3}, "lora.r: found 3, .* 2 groups for c")],
+)  # fmt: skip
+def test_what_a_convolution_with_groups_does_not_allow_is_said_before_anything_changes(setting, words):
+    model = nn.Sequential()
+    model.add_module("a", nn.Linear(8, 8))
+    model.add_module("c", nn.Conv1d(8, 8, 3, groups=2))
+    with pytest.raises(veneer.VeneerError, match=words):
+        veneer.attach(model, veneer.LoraConfig(**({"r": 2} | setting), targets=["a", "c"]))
+    assert not lora_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_dora_on_a_convolution_with_another_border_is_refused():
+    model = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"))
+    with pytest.raises(veneer.VeneerError, match=r"lora\.dora: 0 is a convolution .* circular"):
+        veneer.attach(model, veneer.LoraConfig(r=2, targets=["0"], dora=True))
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_quantised_weight_is_not_trained_in_full(whole):
+    model = make_model(dtype=torch.bfloat16, attention_bias=True)
+    quantize_model(model, "nf4")
+    with pytest.raises(
+        veneer.VeneerError, match=r"quantised weight of model\.layers\.0\.self_attn\.q_proj cannot be trained"
+    ):
+        veneer.attach(
+            model,
+            veneer.LoraConfig(r=2, targets="mlp", modules_to_save=["self_attn" if whole else "q_proj"]),
+        )
+    veneer.attach(model, veneer.LoraConfig(r=2, targets="mlp", modules_to_save=["norm"]))
 
 
 def test_convolutions_with_groups_are_trained_but_not_merged():

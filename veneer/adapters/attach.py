@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,16 @@ from torch import nn
 from veneer.adapters import adalora, starts
 from veneer.adapters.experts import LoraExperts, LoraParameter
 from veneer.adapters.lora import LoraLayer, check_adapter_name
-from veneer.adapters.targets import Place, is_factor, layer_at, left_out_of, plain_name, plan_places, require_layer
+from veneer.adapters.targets import (
+    Place,
+    is_factor,
+    is_quantized,
+    layer_at,
+    left_out_of,
+    plain_name,
+    plan_places,
+    require_layer,
+)
 from veneer.adapters.tokens import TokenRows, move, set_token_rows, token_layers, token_rows
 from veneer.config import LoraConfig, nearest
 from veneer.errors import VeneerError
@@ -61,7 +70,8 @@ def attach(
     """Freeze `model` and put a new, active, trainable adapter on it, in place. The model's output does not change.
 
     With `init` pissa it changes by rounding, or on a quantised base, as with loftq, towards that of the model before it
-    was quantised. Warns when words of `targets` also fit parameters, as a mixture's experts are, that are left out.
+    was quantised. It starts from the base, whichever adapter was active. Warns of what words of the configuration mean and
+    is left out: parameters, as a mixture's experts are, layers outside the blocks that `layers` chooses.
 
     Args:
         seed: of A's random start; left out, torch's global generator is used.
@@ -70,17 +80,23 @@ def attach(
         data: for eva: the model's inputs batch by batch, as `model(**batch)` takes them; only rows to train on.
 
     Raises:
-        VeneerError: no layer matches, a rank is larger than a layer allows, or the name is taken; all at once. Or `init`
-            cannot be had: layers that are not linear, no original weights, no data.
+        VeneerError: words that match no layer, a rank that a layer does not allow, layers another library has quantised,
+            or the name is taken; all at once. Or `init` cannot be had: layers that are not linear, no original weights,
+            no data. The model is as it was then.
     """
-    config = config or LoraConfig()
-    check_adapter_name(name)
+    config = LoraConfig() if config is None else config
+    generator = _check_arguments(config, name, seed)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
-    places, replaced, tokens = _plan(model, config)
-    left_out = left_out_of(model, config, [place.path for place in places])
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    places, found = _starts(model, config, places, original, data)
+    before = active_adapter(model)
+    set_adapter(model, None)  # a new adapter starts from the base, not from what another one has trained
+    try:
+        places, replaced, tokens = _plan(model, config)
+        left_out = left_out_of(model, config, [place.path for place in places])
+        places, found = _starts(model, config, places, original, data)
+    except BaseException:
+        set_adapter(model, before)
+        raise
     freeze_base(model)
     for path, r, scaling in places:
         layer = adapted(model, path)
@@ -100,8 +116,7 @@ def attach(
             layer.magnitude[name] = nn.Parameter(layer.first_magnitude(weight))
     for path, ids in tokens.items():
         TokenRows.of(model, path).add(name, ids)
-    own = model.__dict__.get("veneer_base", {})  # where another adapter's versions are in place now
-    copies = {path: nn.Parameter(own.get(path, base).detach().clone()) for path, base in replaced.items()}
+    copies = {path: nn.Parameter(base.detach().clone()) for path, base in replaced.items()}
     adapters(model)[name] = adapter = Adapter(config, replaced=copies)
     if config.adalora is not None:
         layers = {place.path: adapted(model, place.path) for place in places}
@@ -110,9 +125,25 @@ def attach(
     from veneer.adapters.reference import answer_save_pretrained  # here: it imports this module
 
     answer_save_pretrained(model)
-    if left_out:
-        warnings.warn(left_out, stacklevel=2)
+    for words in left_out:
+        warnings.warn(words, stacklevel=2)
     return model
+
+
+def _check_arguments(config: LoraConfig, name: str, seed: int | None) -> torch.Generator | None:
+    """The generator of the seed."""
+    if not isinstance(config, LoraConfig):
+        raise VeneerError(
+            f"config: found {type(config)}, expected a veneer.LoraConfig",
+            hint="veneer.attach(model, veneer.LoraConfig(r=8)); LoraConfig(**settings) makes one of a dict",
+        )
+    if not isinstance(name, str):
+        raise VeneerError(f"adapter name: found {name!r}, expected 1 to 64 letters, digits, _ or -")
+    check_adapter_name(name)
+    try:
+        return None if seed is None else torch.Generator().manual_seed(seed)
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        raise VeneerError(f"seed: found {seed!r}, expected an integer of 64 bits") from None
 
 
 def _plan(model: nn.Module, config: LoraConfig) -> tuple[list[Place], dict[str, nn.Parameter], dict[str, list[int]]]:
@@ -164,12 +195,7 @@ def _starts(
         )
     ranks = {place.path: place.r for place in places}
     most = {path: min(max(1, round(r * config.eva_rho)), *layers[path].sides) for path, r in ranks.items()}
-    active = active_adapter(model)
-    set_adapter(model, None)
-    try:
-        found = starts.input_directions(model, most, data)
-    finally:
-        set_adapter(model, active)
+    found = starts.input_directions(model, most, data)
     ranks = starts.spread_ranks(ranks, {path: shares for path, (_, shares) in found.items()})
     return [place._replace(r=ranks[place.path]) for place in places], {
         path: starts.Start(found[path][0][:r].clone(), torch.zeros(layers[path].shapes(r)[1]))
@@ -196,8 +222,13 @@ def _to_replace(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict[
         if not matches:
             kinds = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
             problems.append(f"lora.modules_to_save: {suffix!r} matches no module; {nearest(suffix, kinds)}")
+        elif quantized := next((n for n, m in _modules(model, matches) if is_quantized(m)), None):
+            problems.append(
+                f"lora.modules_to_save: {suffix!r}: the quantised weight of {plain_name(model, quantized)} cannot be trained in full; adapt it "
+                "(lora.targets), or load the model without quantize"
+            )
         elif not inside:
-            problems.append(f"lora.modules_to_save: {suffix!r} has no weights that can be trained (4-bit ones cannot)")
+            problems.append(f"lora.modules_to_save: {suffix!r} has no weights that can be trained")
         both = [path for path in paths if any(path == name or path.startswith(f"{name}.") for name in matches)]
         if both:
             problems.append(f"lora.modules_to_save: {suffix!r} is also in lora.targets ({both[0]})")
@@ -211,6 +242,12 @@ def _to_replace(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict[
         if config.bias == "all" or (config.bias == "lora_only" and plain.rpartition(".")[0] in paths):
             found[plain] = parameter
     return found
+
+
+def _modules(model: nn.Module, paths: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules at `paths` and all in them, by name."""
+    for path in paths:
+        yield from model.get_submodule(path).named_modules(prefix=path)
 
 
 def freeze_base(model: nn.Module) -> None:
@@ -339,7 +376,7 @@ def active_adapter(model: nn.Module) -> str | None:
 
 
 def require_adapter(model: nn.Module, name: str | None) -> None:
-    if name is not None and name not in adapters(model):
+    if name is not None and (not isinstance(name, str) or name not in adapters(model)):
         there = ", ".join(adapters(model)) or "none"
         raise VeneerError(f"adapter {name!r} is not on this model", hint=f"adapters there are: {there}")
 

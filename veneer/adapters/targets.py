@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.adapters.experts import LoraExperts, LoraParameter
-from veneer.adapters.lora import CONVOLUTIONS, LoraEmbedding, LoraLayer, LoraLinear, lora_layer
+from veneer.adapters.lora import CONVOLUTIONS, LoraConv, LoraEmbedding, LoraLayer, LoraLinear, lora_layer
 from veneer.adapters.patterns import by_pattern, is_suffix, matching
 from veneer.config import TARGET_PRESETS, LoraConfig, nearest
 from veneer.errors import VeneerError
@@ -29,6 +28,10 @@ _LAYER_INDEX = re.compile(r".*?\.(\d+)\.")
 _QUERY_VALUE = re.compile(r"(to_|w)?(q|query|v|value)(_proj|_lin)?", re.I)
 _FUSED_QKV = re.compile(r"qkv|query_key_value|c_attn", re.I)
 
+_UNCALLED = "nn.MultiheadAttention reads the weights of its own layers and never calls them"
+_FOREIGN = "found a weight that another library has quantised, expected a dense one or one that Veneer has"
+_FOREIGN_HINT = "read the model with veneer.load(model, quantize='nf4'), or without its quantization_config"
+
 
 class Place(NamedTuple):
     """A layer to adapt, by its name in the plain model."""
@@ -44,8 +47,9 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
     Raises:
         VeneerError: a name matches nothing, a rank is larger than a layer allows; all at once.
     """
-    paths = excluded(resolve_all(model, config), config.exclude)
-    problems, found = [], []
+    resolved = resolve_all(model, config)
+    problems, found = _unknown_words(model, config, resolved), []
+    paths = excluded(resolved, config.exclude) if config.exclude else resolved
     if config.layers is not None or config.depth is not None:
         blocks = [block_number(path) for path in paths]
         last = max((n for n in blocks if n is not None), default=None)
@@ -61,24 +65,33 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
         block = block_number(path)
         if config.layers is not None and block not in config.layers:
             continue
-        r, alpha = config.r, config.alpha
+        r, scaling = own_rank or config.r, None
         if config.depth is not None and block is not None and last is not None:
-            r, alpha = depth_rank(config.depth, block, last), config.scaling
-            alpha *= math.sqrt(r) if config.rslora else r
-            if r == 0:
+            at_depth = depth_rank(config.depth, block, last)
+            if at_depth == 0:
                 continue
-        r = own_rank or r
-        found.append(Place(path, r, config.scaling_at(r, own_alpha or alpha)))
+            r, scaling = own_rank or at_depth, config.scaling  # whichever rank it is
+        if own_alpha or scaling is None:
+            scaling = config.scaling_at(r, own_alpha or config.alpha)
+        found.append(Place(path, r, scaling))
+    modules = dict(model.named_modules())
+    if foreign := [place.path for place in found if is_foreign(modules.get(place.path))]:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise VeneerError([*problems, f"lora.targets: {foreign[0]}{more}: {_FOREIGN}"], hint=_FOREIGN_HINT)
+    layers = {place.path: require_layer(model, place.path) for place in found}
     too_large = {  # layers of one name and shape, as there is one in each block, are one problem
-        (path.rsplit(".", 1)[-1], r, *_sides(model, path)): None for path, r, _ in found if r > min(_sides(model, path))
+        (path.rsplit(".", 1)[-1], r, *layers[path].sides): None for path, r, _ in found if r > min(layers[path].sides)
     }
-    no_bias = sorted({p.rsplit(".", 1)[-1] for p, _, _ in found if isinstance(layer_at(model, p), LoraEmbedding)})
+    no_bias = sorted({path.rsplit(".", 1)[-1] for path, layer in layers.items() if isinstance(layer, LoraEmbedding)})
     if config.lora_bias and no_bias:
         problems.append(f"lora.lora_bias: {', '.join(no_bias)} are embeddings, whose adapters have no bias")
     problems += [
         f"lora.r: found {r}, expected at most {min(rows, width)} for {kind} ({rows} x {width})"
         for kind, r, rows, width in too_large
     ]
+    for path, r, _ in found:
+        if isinstance(layer := layers[path], LoraConv):
+            problems += _convolution_problems(path, layer, r, config)
     if not found and not problems:
         problems.append("lora.exclude, lora.layers: no layer of lora.targets is left")
     if problems:
@@ -87,6 +100,77 @@ def plan_places(model: nn.Module, config: LoraConfig) -> list[Place]:
             hint="choose a smaller rank, or leave those layers out of lora.targets" if too_large else None,
         )
     return found
+
+
+def _convolution_problems(path: str, layer: LoraConv, r: int, config: LoraConfig) -> list[str]:
+    """What of a configuration a convolution's groups or border do not allow (`LoraConv`)."""
+    groups, border = layer.base_layer.groups, layer.base_layer.padding_mode
+    problems = []
+    if config.dora and (groups > 1 or border != "zeros"):
+        problems.append(
+            f"lora.dora: {path} is a convolution with {groups} groups and {border} beyond its border, whose rows "
+            "have no lengths with the adapter in them: leave it out of lora.targets"
+        )
+    if config.adalora is not None and groups > 1:
+        problems.append(
+            f"lora.adalora: {path} is a convolution with {groups} groups, to which ranks belong: they cannot go one by one; "
+            "leave it out of lora.targets"
+        )
+    elif r % groups:
+        problems.append(f"lora.r: found {r}, expected a multiple of the convolution's {groups} groups for {path}")
+    return problems
+
+
+def _unknown_words(model: nn.Module, config: LoraConfig, resolved: list[str]) -> list[str]:
+    """Problems of the keys of patterns and of the exclusions that are for nothing in this model that could be adapted.
+
+    resolved: what `targets` and `parameters` mean.
+    """
+    everything = [name for name, _ in _adaptable(model)] + list(_stacked(model))
+    kinds = sorted({name.rsplit(".", 1)[-1] for name in everything})
+    problems = []
+    for key, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for word in pattern:
+            if not word:
+                problems.append(f"lora.{key}: expected name suffixes or regexes as keys; found an empty one")
+            elif not any(any(by_pattern({word: 1}, names, 0, f"lora.{key}")) for names in (resolved, everything)):
+                problems.append(f"lora.{key}: {word!r} matches no layer; {nearest(word, kinds)}")
+    # What cannot be adapted, as a router, may be excluded all the same.
+    weighted = everything + [plain_name(model, n) for n, m in model.named_modules() if "weight" in m._parameters]
+    if isinstance(config.exclude, str):
+        words = [] if config.exclude and any(matching(config.exclude, weighted, "lora.exclude")) else [config.exclude]
+    else:
+        words = [word for word in config.exclude if not any(is_suffix(name, word) for name in weighted)]
+    for word in words:
+        if not word:
+            problems.append("lora.exclude: expected name suffixes; found an empty one")
+            continue
+        near = _whole_name(word, everything) if isinstance(config.exclude, str) else ""
+        problems.append(f"lora.exclude: {word!r} matches no layer{near or '; ' + nearest(word, kinds)}")
+    return problems
+
+
+def _whole_name(word: str, names: list[str]) -> str:
+    """What to say of a string that fits the ends of names, where it is a regex for all of one."""
+    if not any(is_suffix(name, word) for name in names):
+        return ""
+    return f" (a string is a regex for a layer's whole name: write [{word}] for names that end so)"
+
+
+def is_foreign(module: nn.Module | None) -> bool:
+    """Whether another library keeps this linear's weight quantised, as bitsandbytes does under transformers."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module.weight
+    return (
+        weight.shape != (module.out_features, module.in_features)
+        or not weight.is_floating_point()
+        or weight.element_size() < 2
+    )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLinear) or is_foreign(module)
 
 
 def resolve_all(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -106,7 +190,7 @@ def resolve_all(model: nn.Module, config: LoraConfig) -> list[str]:
     elif config.targets in ("mlp", "all-linear") and not _no_parameters(config):
         found = expert_parameters(model)
     try:
-        layers = resolve_targets(model, config.targets)
+        layers = resolve_targets(model, config.targets, _no_parameters(config))
     except VeneerError as error:
         if not found or config.targets != "mlp":  # every MLP of a model can be a mixture
             problems, hint = problems + error.problems, error.hint
@@ -127,18 +211,21 @@ def require_layer(model: nn.Module, path: str) -> LoraLayer:
     return layer
 
 
-def _sides(model: nn.Module, path: str) -> tuple[int, int]:
-    return require_layer(model, path).sides
-
-
 def layer_at(model: nn.Module, path: str) -> LoraLayer | None:
     """The adapted layer of this name in the plain model; where there is none yet, one of its kind that is not put there.
 
     None: nothing of this name can be adapted.
+
+    Raises:
+        VeneerError: another library has quantised it.
     """
     parent, _, key = path.rpartition(".")
     try:
         module: Any = model.get_submodule(path)
+        if is_foreign(module):
+            raise VeneerError(f"{path}: {_FOREIGN}", hint=_FOREIGN_HINT)
+        if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            return None  # never called: its weight is read
         return module if isinstance(module, LoraLayer) else lora_layer(module)
     except AttributeError:  # a parameter, or nothing
         if path not in _stacked(model):
@@ -231,8 +318,34 @@ def resolve_parameters(model: nn.Module, names: list[str]) -> list[str]:
     return [name for name in stacked if any(is_suffix(name, suffix) for suffix in names)]
 
 
-def left_out_of(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | None:
-    """What to warn of: parameters that the words of `targets` fit, or a preset means, and that no adapter reaches."""
+def left_out_of(model: nn.Module, config: LoraConfig, paths: list[str]) -> list[str]:
+    """What to warn of: what words of a configuration mean and no adapter reaches. paths: what is adapted."""
+    found = [_parameters_left_out(model, config, paths)]
+    resolved = resolve_all(model, config)
+    if config.layers is not None and config.targets not in TARGET_PRESETS:
+        outside = [p for p in excluded(resolved, config.exclude) if block_number(p) is None]
+        if outside:
+            found.append(
+                f"lora.targets: {', '.join(outside)} not adapted: in none of the numbered blocks that lora.layers chooses"
+            )
+    for key, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        if idle := [word for word in pattern if not any(by_pattern({word: 1}, resolved, 0, f"lora.{key}"))]:
+            found.append(f"lora.{key}: {', '.join(idle)}: for no layer of lora.targets, so without effect")
+    if uncalled := _meant(_uncalled(model), config.targets):
+        found.append(f"lora.targets: {', '.join(uncalled)} not adapted: {_UNCALLED}")
+    return [words for words in found if words is not None]
+
+
+def _meant(names: list[str], targets: str | list[str]) -> list[str]:
+    """Those of `names` that a list of suffixes or a regex fits; a preset fits none."""
+    if not isinstance(targets, str):
+        return [name for name in names if any(is_suffix(name, suffix) for suffix in targets)]
+    if not names or targets in TARGET_PRESETS:
+        return []
+    return [name for name, hit in zip(names, matching(targets, names, "lora.targets"), strict=True) if hit]
+
+
+def _parameters_left_out(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | None:
     stacked = {name: p for name, p in _stacked(model).items() if name not in paths and len(p) > 1}
     if config.targets in ("mlp", "all-linear"):
         experts = expert_parameters(model)
@@ -242,11 +355,9 @@ def left_out_of(model: nn.Module, config: LoraConfig, paths: list[str]) -> str |
             stacked = {name: p for name, p in stacked.items() if name not in experts and config.targets == "all-linear"}
         why = f"with {' and '.join(_no_parameters(config))}, " if _no_parameters(config) else ""
         words = f"{config.targets} {why}does not reach"
-    elif isinstance(config.targets, list):
-        stacked = {n: p for n, p in stacked.items() if any(is_suffix(n, suffix) for suffix in config.targets)}
-        words = f"{config.targets} reaches layers only, not"
     else:
-        return None
+        stacked = {name: stacked[name] for name in _meant(list(stacked), config.targets)}
+        words = f"{config.targets} reaches layers only, not"
     if not stacked:
         return None
     where = list(dict.fromkeys(name.rpartition(".")[0] for name in stacked))
@@ -257,12 +368,15 @@ def left_out_of(model: nn.Module, config: LoraConfig, paths: list[str]) -> str |
     )
 
 
-def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
+def resolve_targets(model: nn.Module, targets: str | list[str], without: Sequence[str] = ()) -> list[str]:
     """The full names of the layers meant by `targets`, in model order.
 
     A preset (attention, qv, mlp, all-linear: linears, never the output head nor what routes to experts), a list of name suffixes, or a regex that
     must match a layer's whole name; the last two mean what PEFT's `target_modules` means, and also reach convolutions and
     embeddings.
+
+    Args:
+        without: settings for which a mixture's experts cannot be adapted, for the error.
 
     Raises:
         VeneerError: a part matches nothing; lists the names that exist.
@@ -294,16 +408,17 @@ def resolve_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
         missing = [suffix for suffix in targets if not any(is_suffix(name, suffix) for name in layers)]
     if missing:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in layers})
-        problems = [
-            f"lora.targets: {part!r} matches no layer that can be adapted"
-            + ("" if part in TARGET_PRESETS else f"; {nearest(part, kinds)}")
-            for part in missing
-        ]
+        problems = []
+        for part in missing:
+            near = _whole_name(part, list(layers)) if isinstance(targets, str) else ""
+            near = "" if part in TARGET_PRESETS else near or f"; {nearest(part, kinds)}"
+            problems.append(f"lora.targets: {part!r} matches no layer that can be adapted{near}")
         if experts := expert_parameters(model):
-            problems[-1] += (
-                f" (the experts of this mixture, as {experts[0]}, are parameters, not linears: "
-                "name them in lora.parameters)"
+            problems[-1] += f" (the experts of this mixture, as {experts[0]}, are parameters, not linears: " + (
+                f"with {' and '.join(without)} they cannot be adapted)" if without else "name them in lora.parameters)"
             )
+        if _meant(_uncalled(model), targets):
+            problems[-1] += f" ({_UNCALLED})"
         raise VeneerError(
             problems, hint=f"layers of this model: {', '.join(kinds)}; presets: {', '.join(TARGET_PRESETS)}"
         )
@@ -322,8 +437,19 @@ def _query_value(attention: list[str]) -> list[str]:
     return found
 
 
+def _uncalled(model: nn.Module) -> list[str]:
+    """The linears of torch's attention, which it does not call: it reads their weights."""
+    return [
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for key, child in module.named_children()
+        if isinstance(child, nn.Linear)
+    ]
+
+
 def _adaptable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    inside = set()
+    inside = set(_uncalled(model))
     for name, module in model.named_modules():
         if isinstance(module, LoraParameter):
             continue

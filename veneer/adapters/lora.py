@@ -475,6 +475,6 @@ def initial_factor(shape: tuple[int, ...], r: int, init: str, generator: torch.G
 
 def check_adapter_name(name: str) -> str:
     """Names become file and parameter names, so only letters, digits, `_` and `-` are allowed."""
-    if not ADAPTER_NAME.fullmatch(name):
+    if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
         raise VeneerError(f"adapter name: found {name!r}, expected 1 to 64 letters, digits, _ or -")
     return name

@@ -182,9 +182,13 @@ def file_keys(model: nn.Module, name: str) -> dict[str, str]:
 def tied_keys(model: nn.Module, name: str) -> dict[str, str]:
     """What files call the parameters that are tied to one an adapter has trained in full, and that one of
     `adapter_parameters`."""
-    tied, replaced = _tied(model), adapters(model)[name].replaced
-    # Of two of one tie the last is in use.
-    return {KEY_PREFIX + other: ours for ours in replaced for other in tied[ours] if len(tied[ours]) > 1}
+    return {KEY_PREFIX + key: ours for ours, names in _tied_in_full(model, name).items() for key in names}
+
+
+def _tied_in_full(model: nn.Module, name: str) -> dict[str, list[str]]:
+    """The names of parameters with several, by the one an adapter has its version under."""
+    tied = _tied(model)
+    return {key: tied[key] for key in adapters(model)[name].replaced if len(tied[key]) > 1}
 
 
 def _base(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -211,9 +215,14 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
     if any(name in layer.began for layer in layers.values()):  # written with twice the rank and the same scaling
         r, alpha = 2 * r, alpha * (math.sqrt(2) if config.rslora else 2)
     ranks = _ranks(model, name)
-    tied = sorted({key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in tied_keys(model, name)})
-    tied = [path for path in tied if config.modules_to_save and f"{path}.bias" not in adapter.replaced]
-    unnamed = [path for path in tied if not any(path.endswith(suffix) for suffix in config.modules_to_save)]
+    in_full = config.modules_to_save
+    tied = {
+        key: any(is_of(key, suffix) for suffix in in_full)
+        for names in _tied_in_full(model, name).values()
+        for key in names
+        if any(is_of(key, suffix) for key in names for suffix in in_full)  # biases that are trained as such are not
+    }
+    in_full = [*in_full, *sorted({key.rpartition(".")[0] for key, named in tied.items() if not named})]
     blocks = None
     if original:
         targets = original["target_modules"]
@@ -244,7 +253,7 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "bias": config.bias,
-        "modules_to_save": [*config.modules_to_save, *unnamed] or None,
+        "modules_to_save": in_full or None,
         "trainable_token_indices": config.tokens or None,
         "lora_bias": config.lora_bias,
         **({"ensure_weight_tying": True} if tied else {}),

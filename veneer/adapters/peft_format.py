@@ -169,8 +169,8 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
     path = Path(path)
     try:
         there = path.is_dir()
-    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL in it
-        raise VeneerError(f"adapter {shown(str(path))}: {error.args[-1]}") from None
+    except OSError as error:  # a name that is too long, or one that may not be looked at
+        raise VeneerError(f"adapter {shown(str(path))}: {error.strerror}") from None
     if not there:
         raise VeneerError(f"adapter {path}: no such folder", hint=f"expected a folder with {CONFIG_FILE}")
     if not (path / WEIGHTS_FILE).is_file():

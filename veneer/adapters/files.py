@@ -53,7 +53,7 @@ from veneer.storage import (
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *, replace: bool = False) -> Path:
-    """Write one adapter (the active one by default) as PEFT's folder, atomically: factors in their dtype, config, model card.
+    """Write one adapter (the active one by default) as PEFT's folder, atomically: tensors in their dtype, config, card.
 
     One with a base of its own (PiSSA; LoftQ of several iterations) is written for the model that was loaded, before it
     was quantised, as a plain LoRA of twice the rank: B A - B_0 A_0. A module trained in full whose weight is tied to
@@ -156,8 +156,8 @@ def without_starts(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> d
 def file_keys(model: nn.Module, name: str) -> dict[str, str]:
     """What PEFT's files call each of `adapter_parameters`.
 
-    The bias of a layer that this adapter adapts is `<layer>.base_layer.bias`. Adapted parameters of one module have no names there, only
-    wrappers one in the other: the last parameter of the module is the outermost.
+    The bias of a layer that this adapter adapts is `<layer>.base_layer.bias`. Adapted parameters of one module have no
+    names there, only wrappers one in the other: the last parameter of the module is the outermost.
     """
     parameters = {p: m for p, m in lora_layers(model).items() if isinstance(m, LoraParameter) and name in m.lora_A}
     wrapped = {}
@@ -368,8 +368,8 @@ def load_adapter(
     if broken and not problems:
         raise RefusedError(
             [f"adapter {path}: {problem}" for problem in broken],
-            hint="untie them on the model before it is loaded (layer.weight = nn.Parameter(layer.weight.detach().clone())), "
-            "or train with ensure_weight_tying",
+            hint="untie them on the model first: head.weight = nn.Parameter(head.weight.detach().clone()) and "
+            "model.config.tie_word_embeddings = False; or train again with ensure_weight_tying",
         )
     if problems:
         problems += broken

@@ -120,8 +120,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
 }
 _OPTIONAL = (
-    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_dora",
-    "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "rank_pattern", "alpha_pattern",
+    "base_model_name_or_path", "use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias",
 )  # fmt: skip
 
 

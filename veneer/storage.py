@@ -144,8 +144,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size > JSON_LIMIT:
         raise VeneerError(f"{path}: found {path.stat().st_size:,} bytes, expected a JSON file below {JSON_LIMIT:,}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a BOM
+    except (ValueError, RecursionError) as error:  # damaged, not UTF-8, or a number of thousands of digits
         raise VeneerError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise VeneerError(f"{path}: found a JSON {type(value).__name__}, expected an object")

@@ -73,3 +73,11 @@ def test_explosions_in_targets_and_in_patterns_are_errors(monkeypatch):
 def test_what_is_no_regex(pattern):
     with pytest.raises(veneer.VeneerError, match="regex"):
         matching(pattern, NAMES)
+
+
+def test_full_names_need_no_other_process(monkeypatch):
+    monkeypatch.setattr(patterns.subprocess, "run", lambda *args, **settings: pytest.fail("a process was started"))
+    pattern = {re.escape(name): at for at, name in enumerate(NAMES)} | {r".*\.\d+\.mlp": -2}
+    assert by_pattern(pattern, NAMES[:-1], -1) == list(range(len(NAMES) - 1))
+    with pytest.raises(pytest.fail.Exception):  # one run of anything more than are harmless
+        by_pattern({".*a.*b.*": 1}, NAMES, 0)

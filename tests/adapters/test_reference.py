@@ -1,12 +1,13 @@
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_model
 
 import veneer
-from veneer.adapters.attach import adapters, lora_layers
+from veneer.adapters.attach import adapter_parameters, adapters, lora_layers
 from veneer.errors import VeneerError
 from veneer.quant.linear import quantize_model
 
@@ -113,3 +114,18 @@ def test_save_pretrained_is_transformers_again_without_adapters(tmp_path):
     veneer.remove_adapter(model, "default")
     with pytest.raises(VeneerError, match=r"veneer\.save_model"):
         model.save_pretrained(tmp_path / "four")
+
+
+def test_a_trainers_checkpoint_with_a_tied_head_is_read_back(tmp_path):
+    """The file has it under both names; the model trains it under one."""
+    model = veneer.attach(make_model(), veneer.LoraConfig(r=2, targets=["q_proj"], modules_to_save=["lm_head"]))
+    trained = adapter_parameters(model, "default")
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    kept = {key: parameter.detach().clone() for key, parameter in trained.items()}
+    model.save_pretrained(tmp_path)
+    trainer = veneer.adapter_checkpoints(SimpleNamespace(model=model))
+    for parameter in trained.values():
+        torch.nn.init.zeros_(parameter)
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert all(torch.equal(parameter, kept[key]) for key, parameter in trained.items())

@@ -17,8 +17,9 @@ from transformers import (
 )  # fmt: skip
 
 import veneer
-from veneer.adapters.attach import adapter_parameters, lora_layers
+from veneer.adapters.attach import adapter_parameters, adapters, lora_layers
 from veneer.adapters.files import file_keys
+from veneer.errors import RefusedError
 
 peft = pytest.importorskip("peft")
 
@@ -151,7 +152,7 @@ def built(kind):
 
 
 def run(model, kind):
-    if KINDS[kind][0] is Pictures:
+    if kind in KINDS and KINDS[kind][0] is Pictures:
         return model(torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)))
     return model(input_ids=IDS).logits
 
@@ -316,3 +317,90 @@ def test_what_peft_refuses_for_parameters_tokens_and_biases_is_refused_here():
         peft.LoraConfig(lora_bias=True, use_dora=True)
     with pytest.raises(ValueError, match="lora_bias=True is not supported for Embedding"):
         peft.get_peft_model(built("embedding"), peft.LoraConfig(target_modules=["embed_tokens"], lora_bias=True))
+
+
+def tied():
+    return make_model(fused=False, attention_bias=True).eval()
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"]])
+def test_tied_modules_that_peft_trained_alone_are_refused_until_they_are_untied(tmp_path, names):
+    model = peft.get_peft_model(tied(), peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=names)).eval()
+    randomised(p for _, p in sorted(model.named_parameters()) if p.requires_grad)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours = tied()
+    with pytest.raises(RefusedError, match=r"is tied to .* here; PEFT trained a copy of .* alone(.|\n)*untie them"):
+        veneer.load_adapter(ours, tmp_path)
+    ours.lm_head.weight = nn.Parameter(ours.lm_head.weight.detach().clone())
+    veneer.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(run(ours, "tied"), run(model, "tied"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("names", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_tied_modules_that_peft_kept_tied_are_the_same_here(tmp_path, names):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=names, ensure_weight_tying=True)
+    model = peft.get_peft_model(tied(), config).eval()
+    randomised(p for _, p in sorted(model.named_parameters()) if p.requires_grad)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours = veneer.load_adapter(tied(), tmp_path / "theirs")
+    torch.testing.assert_close(run(ours, "tied"), run(model, "tied"), rtol=1e-5, atol=1e-5)
+    veneer.save_adapter(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(tied(), tmp_path / "ours").eval()
+    torch.testing.assert_close(run(back, "tied"), run(ours, "tied"), rtol=1e-5, atol=1e-5)
+
+
+def test_targets_that_peft_kept_tied_are_the_same_here(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = peft.get_peft_model(tied(), config).eval()
+    randomised(p for _, p in sorted(model.named_parameters()) if p.requires_grad)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours = veneer.load_adapter(tied(), tmp_path)
+    torch.testing.assert_close(run(ours, "tied"), run(model, "tied"), rtol=1e-5, atol=1e-5)
+
+
+def test_biases_that_peft_writes_twice_beside_modules_to_save(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], bias="all", modules_to_save=["k_proj"])
+    model = peft.get_peft_model(tied(), config).eval()
+    randomised(p for _, p in sorted(model.named_parameters()) if p.requires_grad)
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    ours = veneer.load_adapter(tied(), tmp_path)
+    torch.testing.assert_close(run(ours, "tied"), run(model, "tied"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"targets": ["q_proj", "embed_tokens"], "depth": [4, 0]},
+        {"targets": ["q_proj", "lm_head"], "depth": [4, 2]},
+        {"targets": r".*\.(q|v)_proj", "layers": [1]},
+        {"targets": r".*\.(q|v)_proj", "depth": [0, 4]},
+        {"targets": ["q_proj"], "depth": [0, 4]},
+        {"targets": "mlp", "layers": [0]},
+        {"bias": "all", "other": ["v_proj"]},
+        {"modules_to_save": ["o_proj"], "other": ["o_proj"]},
+        {
+            "bias": "lora_only",
+            "adalora": True,
+            "targets": ["q_proj", "v_proj"],
+            "dead": "model.layers.0.self_attn.v_proj",
+        },
+    ],
+)
+def test_ties_blocks_biases_and_other_adapters_are_written_as_peft_means_them(tmp_path, settings):
+    settings = {"targets": ["q_proj"], **settings}
+    other, dead = settings.pop("other", None), settings.pop("dead", None)
+    ours = veneer.attach(tied(), veneer.LoraConfig(r=4, alpha=6, **settings))
+    randomised(adapter_parameters(ours, "default").values())
+    if dead:
+        adapters(ours)["default"].allocator.alive[dead][:] = False
+        nn.init.zeros_(adapter_parameters(ours, "default")[f"{dead}.lora_E"])
+    if other:
+        veneer.attach(ours, veneer.LoraConfig(r=2, targets=other), name="other")
+        veneer.set_adapter(ours, "default")
+    veneer.save_adapter(ours, tmp_path, "default")
+    back = peft.PeftModel.from_pretrained(tied(), tmp_path).eval()
+    torch.testing.assert_close(run(back, "tied"), run(ours, "tied"), rtol=1e-5, atol=1e-5)
+    again = veneer.load_adapter(tied(), tmp_path)
+    torch.testing.assert_close(run(again, "tied"), run(ours, "tied"), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +30,21 @@ from veneer.adapters.attach import (
 )
 from veneer.adapters.experts import LoraParameter
 from veneer.adapters.lora import LoraLayer, check_adapter_name
-from veneer.adapters.peft_format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, read_adapter
+from veneer.adapters.patterns import is_suffix, matching
+from veneer.adapters.peft_format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, is_of, read_adapter
 from veneer.adapters.reference import answer_save_pretrained
-from veneer.adapters.targets import block_number, excluded, layer_at, plain_name, resolve_parameters, resolve_targets
+from veneer.adapters.targets import (
+    block_number,
+    excluded,
+    is_factor,
+    layer_at,
+    plain_name,
+    resolve_parameters,
+    resolve_targets,
+)
 from veneer.adapters.tokens import TokenRows, token_layers
 from veneer.config import TARGET_PRESETS, Dtype, LoraConfig
-from veneer.errors import VeneerError
+from veneer.errors import RefusedError, VeneerError
 from veneer.storage import (
     atomic_folder,
     write_json,
@@ -44,10 +53,11 @@ from veneer.storage import (
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *, replace: bool = False) -> Path:
-    """Write one adapter (the active one by default) as PEFT's folder, atomically: fp32 factors, config, model card.
+    """Write one adapter (the active one by default) as PEFT's folder, atomically: tensors in their dtype, config, card.
 
     One with a base of its own (PiSSA; LoftQ of several iterations) is written for the model that was loaded, before it
-    was quantised, as a plain LoRA of twice the rank: B A - B_0 A_0.
+    was quantised, as a plain LoRA of twice the rank: B A - B_0 A_0. A module trained in full whose weight is tied to
+    another's is written under both names, with `ensure_weight_tying`: PEFT would train a copy of the named one alone.
 
     Args:
         replace: an adapter already in that folder is replaced; otherwise the folder must be empty or absent.
@@ -69,16 +79,16 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
         keys = [f"{layer_path}.{key}" for key in layer.KEYS]
         factors |= zip(keys, starts.on_the_original(layer, name), strict=True)
     trained_on = None if own else getattr(model, "veneer_quantization", None)
+    tensors = {key: factors[ours] for ours, key in file_keys(model, name).items() if ours in factors}
+    tensors |= {key: factors[ours].clone() for key, ours in tied_keys(model, name).items()}
     with atomic_folder(path, replace=replace) as folder:
         write_json(folder / CONFIG_FILE, config)
         write_tensors(
             folder / WEIGHTS_FILE,
-            {key: factors[ours] for ours, key in file_keys(model, name).items() if ours in factors},
+            tensors,
             metadata={"veneer.base_quantization": str(trained_on or "none")},
         )
-        (folder / "README.md").write_text(
-            _model_card(config, sum(v.numel() for v in factors.values())), encoding="utf-8"
-        )
+        (folder / "README.md").write_text(_model_card(config, factors), encoding="utf-8")
     return path
 
 
@@ -86,14 +96,34 @@ def _plain(model: nn.Module, name: str) -> dict[str, Tensor]:
     """What an adapter's file holds, by the names of `adapter_parameters`: AdaLoRA's ranks that live, as plain LoRA."""
     factors: dict[str, Tensor] = {**adapter_parameters(model, name)}
     if (allocator := adapters(model)[name].allocator) is not None:
+        ranks = _ranks(model, name)
         for path, layer in allocator.layers.items():
             del factors[f"{path}.lora_E"]
-            for key, value in zip(layer.KEYS, allocator.plain(path), strict=True):
-                if value.numel():
-                    factors[f"{path}.{key}"] = value
+            for key, value, shape in zip(layer.KEYS, allocator.plain(path), layer.shapes(1), strict=True):
+                if path in ranks:
+                    factors[f"{path}.{key}"] = value if value.numel() else torch.zeros(shape)
                 else:  # a layer without a rank is none that is adapted
                     del factors[f"{path}.{key}"]
     return factors
+
+
+def _ranks(model: nn.Module, name: str) -> dict[str, int]:
+    """The rank at which an adapter's file adapts each layer and parameter.
+
+    Of AdaLoRA's layers without a rank only those are in it, with a rank of zeros, that have a trained bias as `lora_only`
+    means it: PEFT has no place for it elsewhere.
+    """
+    adapter = adapters(model)[name]
+    if adapter.allocator is None:
+        return {
+            path: layer.rank(name) * (1 + (name in layer.began))
+            for path, layer in lora_layers(model).items()
+            if name in layer.lora_A
+        }
+    lora_only = adapter.config.bias == "lora_only"
+    least = {path: int(lora_only and f"{path}.bias" in adapter.replaced) for path in adapter.allocator.alive}
+    found = {path: max(int(alive.sum()), least[path]) for path, alive in adapter.allocator.alive.items()}
+    return {path: rank for path, rank in found.items() if rank}
 
 
 def own_bases(model: nn.Module, name: str) -> dict[str, LoraLayer]:
@@ -126,8 +156,8 @@ def without_starts(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> d
 def file_keys(model: nn.Module, name: str) -> dict[str, str]:
     """What PEFT's files call each of `adapter_parameters`.
 
-    The bias of an adapted layer is `<layer>.base_layer.bias`. Adapted parameters of one module have no names there, only
-    wrappers one in the other: the last parameter of the module is the outermost.
+    The bias of a layer that this adapter adapts is `<layer>.base_layer.bias`. Adapted parameters of one module have no
+    names there, only wrappers one in the other: the last parameter of the module is the outermost.
     """
     parameters = {p: m for p, m in lora_layers(model).items() if isinstance(m, LoraParameter) and name in m.lora_A}
     wrapped = {}
@@ -135,18 +165,45 @@ def file_keys(model: nn.Module, name: str) -> dict[str, str]:
         owner = path.rpartition(".")[0]
         order = [key for key in layer.owner._parameters if f"{owner}.{key}" in parameters]
         wrapped[path] = owner + ".base_layer" * (len(order) - 1 - order.index(layer.key))
-    found = {}
+    found, layers = {}, _ranks(model, name)
     for ours in adapter_parameters(model, name):
         parent, _, last = ours.rpartition(".")
         layer_path = parent.rpartition(".")[0]
         if layer_path in wrapped:
             key = wrapped[layer_path] + ours.removeprefix(layer_path)
-        elif last == "bias" and not parent.endswith(".lora_B") and isinstance(model.get_submodule(parent), LoraLayer):
+        elif last == "bias" and parent in layers:
             key = f"{parent}.base_layer.bias"
         else:
             key = ours
         found[ours] = KEY_PREFIX + key
     return found
+
+
+def tied_keys(model: nn.Module, name: str) -> dict[str, str]:
+    """What files call the parameters that are tied to one an adapter has trained in full, and that one of
+    `adapter_parameters`."""
+    return {KEY_PREFIX + key: ours for ours, names in _tied_in_full(model, name).items() for key in names}
+
+
+def _tied_in_full(model: nn.Module, name: str) -> dict[str, list[str]]:
+    """The names of parameters with several, by the one an adapter has its version under."""
+    tied = _tied(model)
+    return {key: tied[key] for key in adapters(model)[name].replaced if len(tied[key]) > 1}
+
+
+def _base(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters by their names in the plain model; a tied one under each of its names."""
+    everything = model.named_parameters(remove_duplicate=False)
+    return {plain_name(model, key): parameter for key, parameter in everything if not is_factor(key)}
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """All names of the parameter that each name of the plain model is for."""
+    names: dict[int, list[str]] = {}
+    base = _base(model)
+    for key, parameter in base.items():
+        names.setdefault(id(parameter), []).append(key)
+    return {key: names[id(parameter)] for key, parameter in base.items()}
 
 
 def file_config(model: nn.Module, name: str) -> dict[str, Any]:
@@ -155,25 +212,24 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
     layers = {path: layer for path, layer in everything.items() if not isinstance(layer, LoraParameter)}
     config, original = adapter.config, adapter.file_config
     r, alpha = config.r, config.alpha
-    twice = any(name in layer.began for layer in layers.values())
-    if twice:  # written with twice the rank and the same scaling
+    if any(name in layer.began for layer in layers.values()):  # written with twice the rank and the same scaling
         r, alpha = 2 * r, alpha * (math.sqrt(2) if config.rslora else 2)
-    ranks = {path: layer.rank(name) * (1 + twice) for path, layer in everything.items()}
-    if adapter.allocator is not None:
-        ranks = {path: int(alive.sum()) for path, alive in adapter.allocator.alive.items() if alive.any()}
+    ranks = _ranks(model, name)
+    in_full = config.modules_to_save
+    tied = {
+        key: any(is_of(key, suffix) for suffix in in_full)
+        for names in _tied_in_full(model, name).values()
+        for key in names
+        if any(is_of(key, suffix) for key in names for suffix in in_full)  # biases that are trained as such are not
+    }
+    in_full = [*in_full, *sorted({key.rpartition(".")[0] for key, named in tied.items() if not named})]
+    blocks = None
     if original:
         targets = original["target_modules"]
-    elif len(ranks) < len(everything):  # some layers were left no rank: only the others are adapted
-        targets = sorted(ranks)
-        everything = layers = {path: layers[path] for path in ranks}
-    elif isinstance(config.targets, list):
-        targets = config.targets
-    elif config.targets in TARGET_PRESETS:  # presets are ours: write the suffixes they meant
-        suffixes = sorted({path.rsplit(".", 1)[-1] for path in layers})
-        # A suffix may also name a layer outside the preset (another tower's q_proj): then write the full names.
-        targets = suffixes if set(resolve_targets(model, suffixes)) == set(layers) else sorted(layers)
     else:
-        targets = config.targets
+        if len(ranks) < len(everything):  # some layers were left no rank: only the others are adapted
+            everything = layers = {path: layers[path] for path in ranks}
+        targets, blocks = _names(model, config, layers)
     return {
         "auto_mapping": None,
         "exclude_modules": config.exclude or None,
@@ -181,7 +237,7 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "layer_replication": None,
         "layers_pattern": None,
-        "layers_to_transform": config.layers if config.depth is None else _blocks(model, targets, layers),
+        "layers_to_transform": blocks,
         "revision": None,
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         **_patterns(config, {path: layer.scaling[name] for path, layer in everything.items()}, ranks, r, alpha),
@@ -197,9 +253,10 @@ def file_config(model: nn.Module, name: str) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "bias": config.bias,
-        "modules_to_save": config.modules_to_save or None,
+        "modules_to_save": in_full or None,
         "trainable_token_indices": config.tokens or None,
         "lora_bias": config.lora_bias,
+        **({"ensure_weight_tying": True} if tied else {}),
     }
 
 
@@ -214,10 +271,20 @@ def _parameter_names(model: nn.Module, config: LoraConfig, paths: list[str]) -> 
     return paths
 
 
-def _blocks(model: nn.Module, targets: str | list[str], layers: dict[str, LoraLayer]) -> list[int] | None:
-    """The blocks that have adapters; None: all that the targets name."""
-    there, asked = ({block_number(path) for path in paths} for paths in (layers, resolve_targets(model, targets)))
-    return sorted(n for n in there if n is not None) if there != asked else None
+def _names(
+    model: nn.Module, config: LoraConfig, layers: dict[str, LoraLayer]
+) -> tuple[str | list[str], list[int] | None]:
+    """target_modules and layers_to_transform with which PEFT adapts these layers and no others."""
+    targets = config.targets
+    if isinstance(targets, str) and targets in TARGET_PRESETS:  # presets are ours: write the suffixes they meant
+        targets = sorted({path.rsplit(".", 1)[-1] for path in layers})
+    inside = sorted({n for path in layers if (n := block_number(path)) is not None})
+    for blocks in [config.layers] if config.layers else [None, inside] if config.depth else [None]:
+        if blocks is None or isinstance(targets, list):  # PEFT reads no file with a regex and blocks
+            raw = {"target_modules": targets, "layers_to_transform": blocks, "exclude_modules": config.exclude}
+            if _expected(model, raw) == set(layers):
+                return targets, blocks
+    return sorted(layers), None  # as for a suffix that also fits a layer outside the preset, another tower's q_proj
 
 
 def _patterns(
@@ -253,16 +320,17 @@ def load_adapter(
         VeneerError: files missing, damaged or pickle; fields that change the maths and are not supported; tensors of
             another base (names and shapes), missing or left over, or with NaN; all at once, and the model unchanged.
     """
-    path = Path(path)
+    if wrong := _wrong_settings(path, name, dtype, device):
+        raise VeneerError(wrong)
     check_adapter_name(name)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
-    waits = _device(device)
+    path, waits = Path(path), None if device is None else torch.device(device)
     file = read_adapter(path, model)
     raw, config = file.raw, file.config.model_copy(update={"dtype": dtype})
     problems = []
     for layer, found in file.factors.items():
-        kind = layer_at(model, layer)
+        kind = None if "base_layer" in layer.split(".") else layer_at(model, layer)
         if kind is None:
             problems.append(f"{layer}: found in the adapter, but this model has no such layer that can be adapted")
             continue
@@ -281,16 +349,14 @@ def load_adapter(
             for part, (tensor, shape) in expected.items()
             if tuple(tensor.shape) != shape
         ]
-    base = {plain_name(model, key): parameter for key, parameter in model.named_parameters(remove_duplicate=False)}
+    base = _base(model)
     for key, tensor in file.replaced.items():
         if key not in base:
             problems.append(f"{key}: found in the adapter, but this model has no such weight")
         elif base[key].shape != tensor.shape:
             problems.append(f"{key}: found {tuple(tensor.shape)}, expected {tuple(base[key].shape)}")
-    left_out = sorted(_expected(model, raw) - file.factors.keys())
-    problems += [f"{layer}: in target_modules, but not in {WEIGHTS_FILE}" for layer in left_out]
-    left_out = sorted(_expected_parameters(model, config) - file.factors.keys())
-    problems += [f"{layer}: in target_parameters, but not in {WEIGHTS_FILE}" for layer in left_out]
+    problems += _left_over_or_missing(model, file)
+    broken = _broken_ties(model, file)
     replaced_there = {key: base[key] for key in file.replaced if key in base}
     try:
         tokens = token_layers(model, config.tokens, list(file.factors), replaced_there)
@@ -299,7 +365,14 @@ def load_adapter(
         problems += [problem.replace("lora.tokens", "trainable_token_indices", 1) for problem in error.problems]
     else:
         problems += _token_problems(base, tokens, file.tokens)
+    if broken and not problems:
+        raise RefusedError(
+            [f"adapter {path}: {problem}" for problem in broken],
+            hint="untie them on the model first: head.weight = nn.Parameter(head.weight.detach().clone()) and "
+            "model.config.tie_word_embeddings = False; or train again with ensure_weight_tying",
+        )
     if problems:
+        problems += broken
         made_for = raw.get("base_model_name_or_path")
         raise VeneerError(
             [f"adapter {path}: {problem}" for problem in problems],
@@ -313,9 +386,11 @@ def load_adapter(
         adapted(model, layer).add(name, found.a, found.b, scaling=found.scaling, dropout=config.dropout, **more)
     for embedding, ids in tokens.items():
         TokenRows.of(model, embedding).add(name, ids, file.tokens[embedding])
+    tied = _tied(model)
     replaced = {
         key: nn.Parameter(tensor.to(device=base[key].device, dtype=base[key].dtype))
         for key, tensor in file.replaced.items()
+        if not any(other in file.replaced for other in tied[key][: tied[key].index(key)])  # a tied one once
     }
     adapters(model)[name] = Adapter(config, raw, replaced, device=waits)
     set_adapter(model, name if activate else active_adapter(model))
@@ -323,11 +398,76 @@ def load_adapter(
     return model
 
 
-def _device(name: str | None) -> torch.device | None:
-    try:
-        return None if name is None else torch.device(name)
-    except RuntimeError:
-        raise VeneerError(f"device: found {name!r}, expected cpu, cuda or cuda:0") from None
+def _wrong_settings(path: Any, name: Any, dtype: Any, device: Any) -> list[str]:
+    problems = []
+    if not isinstance(path, str | Path):
+        problems.append(f"path: found {path!r}, expected an adapter's folder")
+    if not isinstance(name, str):
+        problems.append(f"name: found {name!r}, expected a string")
+    if dtype not in get_args(Dtype):
+        problems.append(f"dtype: found {dtype!r}, expected {', '.join(get_args(Dtype))}")
+    if device is not None:
+        try:
+            found = torch.device(device)
+            there = found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < torch.cuda.device_count())
+        except (RuntimeError, TypeError):
+            there = False
+        if not there:
+            problems.append(f"device: found {device!r}, expected cpu, or a GPU of this machine as cuda or cuda:0")
+    return problems
+
+
+def _left_over_or_missing(model: nn.Module, file: AdapterFile) -> list[str]:
+    """Where an adapter's tensors are not those that its config means on this model; PEFT would drop or leave them out
+    without a word."""
+    raw, config, base, tied = file.raw, file.config, _base(model), _tied(model)
+    tie = bool(raw.get("ensure_weight_tying"))
+    problems = []
+    layers, parameters = _expected(model, raw), _expected_parameters(model, config)
+    problems += [f"{p}: in target_modules, but not in {WEIGHTS_FILE}" for p in sorted(layers - file.factors.keys())]
+    problems += [
+        f"{p}: in target_parameters, but not in {WEIGHTS_FILE}" for p in sorted(parameters - file.factors.keys())
+    ]
+    if tie:  # PEFT adapts what is tied to a target too, and does not list it
+        layers |= {other.rpartition(".")[0] for path in layers for other in tied.get(f"{path}.weight", [])}
+    problems += [
+        f"{path}: found in the adapter, but not meant by target_modules, layers_to_transform and the like"
+        for path in sorted(file.factors.keys() - layers - parameters)
+        if layer_at(model, path) is not None
+    ]
+    in_full = {key for key in base if any(is_of(key, suffix) for suffix in config.modules_to_save)}
+    biases = {key for key in base if config.bias == "all" and key.rpartition(".")[2] == "bias"}
+    if config.bias == "lora_only":
+        biases = {f"{path}.bias" for path in file.factors} & base.keys()
+    copies = {other for key in in_full for other in tied[key]} if tie else set()
+    found = file.replaced.keys()
+    for field, wanted in (("modules_to_save", in_full), (f"bias {config.bias}", biases - in_full)):
+        problems += [
+            f"{key}: meant by {field}, but not in {WEIGHTS_FILE}"
+            for key in sorted(wanted - found)
+            if not (tie and found & set(tied[key]))
+        ]
+    problems += [
+        f"{key}: found in the adapter, but not meant by modules_to_save and bias"
+        for key in sorted((found & base.keys()) - in_full - biases - copies)
+    ]
+    return problems
+
+
+def _broken_ties(model: nn.Module, file: AdapterFile) -> list[str]:
+    """Parameters that are one here, and of which PEFT trained one place only, or each on its own."""
+    found = []
+    for names in {id(names): names for names in _tied(model).values()}.values():
+        there = [key for key in names if key in file.replaced]
+        first, *others = there or [""]
+        if any(not torch.equal(file.replaced[first], file.replaced[key]) for key in others):
+            found.append(
+                f"modules_to_save: {' and '.join(there)} are tied here, expected equal weights, found different ones"
+            )
+        elif there and len(there) < len(names) and not file.raw.get("ensure_weight_tying"):
+            rest = " and ".join(key for key in names if key not in there)
+            found.append(f"modules_to_save: {first} is tied to {rest} here; PEFT trained a copy of {first} alone")
+    return found
 
 
 def _token_problems(base: dict[str, nn.Parameter], wanted: dict[str, list[int]], found: dict[str, Tensor]) -> list[str]:
@@ -348,15 +488,28 @@ def _expected(model: nn.Module, raw: dict[str, Any]) -> set[str]:
     """The layers PEFT would adapt for this config; as there, a name that matches nothing is no error."""
     targets = raw["target_modules"]
     names: list[str] = []
-    for part in [targets] if isinstance(targets, str) else [[suffix] for suffix in targets]:
-        with contextlib.suppress(VeneerError):
-            names += resolve_targets(model, part)
+    with contextlib.suppress(VeneerError):  # a model may have none
+        names = resolve_targets(model, "all-linear" if targets == "all-linear" else ".*")
+    if isinstance(targets, list):
+        names = [name for name in names if any(is_suffix(name, suffix) for suffix in targets)]
+    elif targets != "all-linear":
+        names = [name for name, hit in zip(names, matching(targets, names, "target_modules"), strict=True) if hit]
     names = excluded(names, raw.get("exclude_modules"))
+    in_full = raw.get("modules_to_save") or []
+    names = [name for name in names if not any(f".{suffix}." in f".{name}." for suffix in in_full)]
     chosen = raw.get("layers_to_transform")
-    if chosen not in (None, []):
+    if chosen not in (None, []) and isinstance(targets, list):
         wanted = {chosen} if isinstance(chosen, int) else set(chosen)
-        names = [name for name in names if block_number(name) in wanted]
+        parents = raw.get("layers_pattern") or []
+        names = [name for name in names if _block(name, [parents] if isinstance(parents, str) else parents) in wanted]
     return set(names)
+
+
+def _block(name: str, parents: list[str]) -> int | None:
+    """The number of a layer's block as PEFT reads it: the first after two other parts, or after one of `parents`."""
+    before = "|".join(rf"(?:.*?\.)?{re.escape(parent)}" for parent in parents) or r".*?\.[^.]*"
+    match = re.match(rf"(?:{before})\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def _expected_parameters(model: nn.Module, config: LoraConfig) -> set[str]:
@@ -367,7 +520,9 @@ def _expected_parameters(model: nn.Module, config: LoraConfig) -> set[str]:
     return set(names)
 
 
-def _model_card(config: dict[str, Any], parameters: int) -> str:
+def _model_card(config: dict[str, Any], factors: dict[str, Tensor]) -> str:
+    parameters = sum(factor.numel() for factor in factors.values())
+    dtypes = sorted({str(factor.dtype).removeprefix("torch.") for factor in factors.values()})
     base = config["base_model_name_or_path"] or "unknown"
     front = {"library_name": "peft", "tags": ["lora", "veneer"]}
     if base and "/" in str(base) and not str(base).startswith((".", "/")):
@@ -375,6 +530,6 @@ def _model_card(config: dict[str, Any], parameters: int) -> str:
     lines = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     return (
         f"---\n{lines}\n---\n\n# LoRA adapter for {Path(str(base)).name}\n\n"
-        f"Rank {config['r']}, alpha {config['lora_alpha']}, {parameters:,} parameters in fp32, "
+        f"Rank {config['r']}, alpha {config['lora_alpha']}, {parameters:,} parameters in {' and '.join(dtypes)}, "
         f"on {json.dumps(config['target_modules'])}. Trained with Veneer; any tool that reads PEFT's LoRA files can load it.\n"
     )

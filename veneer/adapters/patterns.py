@@ -22,6 +22,7 @@ Value = TypeVar("Value")
 
 # Words, escaped dots, and up to three runs of anything: no worse than the cube of a name's length.
 _HARMLESS = re.compile(r"(?:[\w\-]|\\[.\-dw]|\.(?![*+?{]))*")
+_ENDS = (r"(?:.*\.)?(?:", ")")
 _RUN = re.compile(r"\.[*+]|\\d\+")
 _CHILD = (
     "import json, re, sys; pattern, names = json.load(sys.stdin); match = re.compile(pattern).fullmatch; "
@@ -43,7 +44,7 @@ def is_regex(pattern: str) -> bool:
 
 def ends_in(key: str) -> str:
     """The regex for names that end in what the regex `key` matches, as PEFT reads the keys of its patterns."""
-    return rf"(?:.*\.)?(?:{key})"
+    return f"{_ENDS[0]}{key}{_ENDS[1]}"
 
 
 def matching(pattern: str, names: Sequence[str], what: str = "regex") -> list[bool]:
@@ -66,8 +67,9 @@ def _matching(pattern: str, names: tuple[str, ...], what: str) -> tuple[bool, ..
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise VeneerError(f"{what}: {pattern!r} is not a valid regex: {error}") from None
-    plain, runs = _RUN.subn("", pattern)
-    if runs <= 3 and _HARMLESS.fullmatch(plain):
+    inner = pattern.removeprefix(_ENDS[0]).removesuffix(_ENDS[1]) if pattern.startswith(_ENDS[0]) else pattern
+    plain, runs = _RUN.subn("", inner)
+    if runs + (inner != pattern) <= 3 and _HARMLESS.fullmatch(plain):
         return tuple(bool(compiled.fullmatch(name)) for name in names)
     try:
         child = subprocess.run(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 import warnings
 from collections.abc import Callable
@@ -24,6 +23,8 @@ from veneer.storage import (
     read_tensors,
 )
 
+LONGEST = 120  # characters of a value in a message
+FP32_MAX = torch.finfo(torch.float32).max
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 _FACTOR = re.compile(
@@ -34,6 +35,8 @@ _WHICH = {
     "lora_A.weight": "a", "lora_embedding_A": "a", "lora_B.weight": "b", "lora_embedding_B": "b",
     "lora_magnitude_vector": "magnitude", "lora_B.bias": "bias",
 }  # fmt: skip
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Fields of PEFT's LoraConfig that change the result and that we do not support yet: field -> values that change nothing.
 _MATHS_FIELDS: dict[str, tuple[Any, ...]] = {
@@ -53,9 +56,15 @@ _MATHS_FIELDS: dict[str, tuple[Any, ...]] = {
 # What PEFT writes besides: it says how an adapter was started, saved or is run elsewhere, or is read with another field.
 _HARMLESS_FIELDS = (
     "peft_type", "peft_version", "task_type", "auto_mapping", "revision", "inference_mode", "fan_in_fan_out",
-    "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
-    "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+    "qalora_group_size", "runtime_config",
 )  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """A value for a message: as Python writes it, the middle left out where that is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... ({len(text):,} characters)"
 
 
 def _whole(value: Any, least: int = 1) -> bool:
@@ -63,7 +72,8 @@ def _whole(value: Any, least: int = 1) -> bool:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    """Not more than fp32 holds, either."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < FP32_MAX
 
 
 def _names_or_regex(value: Any) -> bool:
@@ -74,6 +84,8 @@ def _names_or_regex(value: Any) -> bool:
 
 def _token_ids(value: Any) -> bool:
     lists = list(value.values()) if isinstance(value, dict) else [value]
+    if isinstance(value, dict) and not (all(value) and all(lists)):  # an empty name, or no ids for one
+        return False
     return all(isinstance(ids, list) and all(_whole(i, 0) for i in ids) and len({*ids}) == len(ids) for ids in lists)
 
 
@@ -81,10 +93,11 @@ def _token_ids(value: Any) -> bool:
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "target_modules": ("a list of names or a regex", lambda v: bool(v) and _names_or_regex(v)),
     "target_parameters": ("a list of names", lambda v: isinstance(v, list) and _names_or_regex(v)),
-    "trainable_token_indices": ("ids of tokens, each once, or lists of them by name", _token_ids),
+    "trainable_token_indices": ("ids of tokens, each once, or lists of them, not empty, by name", _token_ids),
     "lora_bias": ("true or false", lambda v: isinstance(v, bool)),
+    "ensure_weight_tying": ("true or false", lambda v: isinstance(v, bool)),
     "r": ("a whole number from 1", _whole),
-    "lora_alpha": ("a number above 0", _positive),
+    "lora_alpha": ("a number above 0 that fp32 can hold", _positive),
     "lora_dropout": ("a number from 0 to below 1", lambda v: v == 0 or (_positive(v) and v < 1)),
     "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
     "use_dora": ("true or false", lambda v: isinstance(v, bool)),
@@ -95,19 +108,20 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a layer's number or a list of them",
         lambda v: all(_whole(i, 0) for i in (v if isinstance(v, list) else [v])),
     ),
+    "layers_pattern": ("a name or a list of names", _names_or_regex),
     "rank_pattern": (
         "whole numbers from 1 by name or regex",
         lambda v: isinstance(v, dict) and all(is_regex(ends_in(k)) and _whole(n) for k, n in v.items()),
     ),
     "alpha_pattern": (
-        "numbers above 0 by name or regex",
+        "numbers above 0 that fp32 can hold, by name or regex",
         lambda v: isinstance(v, dict) and all(is_regex(ends_in(k)) and _positive(n) for k, n in v.items()),
     ),
     "base_model_name_or_path": ("a name", lambda v: isinstance(v, str)),
 }
 _OPTIONAL = (
-    "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "base_model_name_or_path", "use_dora",
-    "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying", "rank_pattern", "alpha_pattern",
+    "base_model_name_or_path", "use_dora", "modules_to_save", "target_parameters", "trainable_token_indices", "lora_bias",
 )  # fmt: skip
 
 
@@ -153,7 +167,11 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
         RefusedError: nothing is wrong, but a field asks for what is not supported and changes the result.
     """
     path = Path(path)
-    if not path.is_dir():
+    try:
+        there = path.is_dir()
+    except OSError as error:  # a name that is too long, or one that may not be looked at
+        raise VeneerError(f"adapter {shown(str(path))}: {error.strerror}") from None
+    if not there:
         raise VeneerError(f"adapter {path}: no such folder", hint=f"expected a folder with {CONFIG_FILE}")
     if not (path / WEIGHTS_FILE).is_file():
         for file in sorted(path.iterdir()):
@@ -161,23 +179,27 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
                 raise pickle_error(file)
     raw = read_json(path / CONFIG_FILE)
     if raw.get("peft_type") != "LORA":
-        raise VeneerError(f"{path / CONFIG_FILE}: found peft_type {raw.get('peft_type')!r}, expected 'LORA'")
+        raise VeneerError(
+            f"{path / CONFIG_FILE}: found peft_type {shown(raw.get('peft_type'))}, expected 'LORA'",
+            hint="only LoRA and what PEFT saves as LORA is read here (DoRA, PiSSA and EVA are); merge this one into its "
+            "base with PEFT's merge_and_unload, or save it as a LoRA with the tool that wrote it",
+        )
     raw.setdefault("target_modules", None)
     if not raw["target_modules"] and raw.get("target_parameters"):
         raw["target_modules"] = []  # parameters alone
     problems = [
-        f"{field}: found {raw[field]!r}, expected {expected}"
+        f"{field}: found {shown(raw[field])}, expected {expected}"
         for field, (expected, fits) in _FIELDS.items()
         if field in raw and not (fits(raw[field]) or (raw[field] is None and field in _OPTIONAL))
         if not (field == "target_modules" and raw[field] == [])
     ]
     problems += [
-        f"{field}: found {raw[field]!r}, which does not go with {other}"
+        f"{field}: found {shown(raw[field])}, which does not go with {other}"
         for field, other in _NOT_WITH
         if raw.get(field) and raw.get(other)
     ]
     refused = [
-        f"{field} is {raw[field]!r}, which changes the result and is not supported"
+        f"{field} is {shown(raw[field])}, which changes the result and is not supported"
         for field, harmless in _MATHS_FIELDS.items()
         if field in raw and raw[field] not in harmless
     ]
@@ -229,14 +251,20 @@ def _read_tensors(
     paths = sorted({names.get(layer, layer) for layer in layers})
     ranks = dict(zip(paths, by_pattern(config.rank_pattern, paths, config.r, "rank_pattern"), strict=True))
     alphas = dict(zip(paths, by_pattern(config.alpha_pattern, paths, config.alpha, "alpha_pattern"), strict=True))
+    twice = [key for key in tensors if f"{KEY_PREFIX}{key}" in tensors]
+    problems += [f"tensor {key}: found with {KEY_PREFIX} before it as well, expected one of them" for key in twice]
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            problems.append(f"tensor {key}: found {str(tensor.dtype).removeprefix('torch.')}, expected floating point")
+        if tensor.dtype not in _DTYPES:
+            found_dtype, *expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_DTYPES))
+            problems.append(f"tensor {key}: found {found_dtype}, expected floating point: {', '.join(expected)}")
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
         match = _FACTOR.fullmatch(key)
         if match is None:
-            in_full = any(_is_of(key, suffix) for suffix in config.modules_to_save)
+            if config.bias == "all" and key.endswith((".original_module.bias", ".modules_to_save.bias")):
+                continue  # PEFT writes these biases of its wrappers besides the trained one
+            in_full = any(is_of(key, suffix) for suffix in config.modules_to_save)
+            in_full |= bool(raw.get("ensure_weight_tying") and config.modules_to_save)  # what is tied to one of them
             if config.tokens and key.endswith(f".{TokenRows.KEY}"):
                 tokens[key.removeprefix(KEY_PREFIX).removesuffix(f".{TokenRows.KEY}")] = tensor
             elif in_full or (config.bias != "none" and key.endswith(".bias")):
@@ -274,7 +302,7 @@ def _read_tensors(
     problems += [
         f"no weights of {suffix!r}, which is in modules_to_save"
         for suffix in config.modules_to_save
-        if not any(_is_of(key, suffix) for key in replaced)
+        if not any(is_of(key, suffix) for key in replaced)
     ]
     if not found:
         problems.append("no lora_A and lora_B tensors in it")
@@ -332,7 +360,7 @@ def _names_module(name: str, targets: str | list[str]) -> bool:
     return any(is_suffix(name, suffix) for suffix in targets)
 
 
-def _is_of(key: str, suffix: str) -> bool:
+def is_of(key: str, suffix: str) -> bool:
     """Whether a tensor belongs to a module that `modules_to_save` means by a suffix; PEFT's rule."""
     path = key.split(".")[:-1]
     return any(".".join(path[:n]).endswith(suffix) for n in range(1, len(path) + 1))

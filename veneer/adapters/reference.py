@@ -93,7 +93,7 @@ def adapter_checkpoints(trainer: T) -> T:
     """
 
     def load(folder: str) -> None:
-        from veneer.adapters.files import file_keys, without_starts
+        from veneer.adapters.files import file_keys, tied_keys, without_starts
         from veneer.adapters.peft_format import WEIGHTS_FILE, read_adapter
 
         model = trainer.model  # type: ignore[attr-defined]
@@ -101,7 +101,7 @@ def adapter_checkpoints(trainer: T) -> T:
         if name is None:
             raise VeneerError("there is no active adapter on this model", hint="attach one before the trainer is made")
         read_adapter(folder, model)  # every check there is of a file
-        ours = {theirs: key for key, theirs in file_keys(model, name).items()}
+        ours = {**tied_keys(model, name), **{theirs: key for key, theirs in file_keys(model, name).items()}}
         found = {ours.get(key, key): t for key, t in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
         found = without_starts(model, name, found)
         trained = adapter_parameters(model, name)

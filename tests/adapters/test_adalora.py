@@ -2,6 +2,7 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -224,6 +225,15 @@ def test_parts_of_it_in_several_optimizers_are_refused():
     model(input_ids=IDS, labels=IDS).loss.backward()
     with pytest.raises(veneer.VeneerError, match=r"1 of the 12 parameters that learn, expected all in one"):
         torch.optim.AdamW([trainable(model)[0]]).step()
+
+
+def test_what_is_saved_before_the_end_says_so(tmp_path):
+    model = attached(start=2)
+    steps(model, 4)
+    with pytest.warns(UserWarning, match="AdaLoRA is at step 4 of 12: [23]. ranks live, 16 were asked for"):
+        veneer.save_adapter(model, tmp_path / "a")
+    with pytest.raises(veneer.VeneerError, match="AdaLoRA cannot be read back"):
+        veneer.adapter_checkpoints(SimpleNamespace(model=model))
 
 
 def test_a_copied_model_is_allocated_too():

@@ -249,6 +249,20 @@ def test_an_adapter_in_16_bits_is_half_as_large_and_trains(tmp_path, kind):
     }
 
 
+def test_both_sides_of_a_tie_are_one_parameter_and_the_base_comes_back(tmp_path):
+    model = make_model()
+    before = model(input_ids=IDS).logits
+    veneer.attach(model, veneer.LoraConfig(r=2, targets=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    trained = randomised(model)(input_ids=IDS).logits
+    assert len([key for key in adapter_parameters(model, "default") if "lora" not in key]) == 1
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    veneer.save_adapter(model, tmp_path / "a")
+    veneer.set_adapter(model, None)
+    assert torch.equal(model(input_ids=IDS).logits, before)
+    again = veneer.load_adapter(make_model(), tmp_path / "a")
+    torch.testing.assert_close(again(input_ids=IDS).logits, trained, rtol=1e-5, atol=1e-5)
+
+
 def test_several_adapters_change_places_in_milliseconds(tmp_path):
     model = make_model()
     logits = {None: model(input_ids=IDS).logits}

@@ -16,6 +16,7 @@ would have brought it. What is saved is plain LoRA: `Allocator.plain`.
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from typing import Any
 
@@ -136,6 +137,14 @@ class Allocator:
         """What each rank of each layer was worth after the last step: S (r,)."""
         of = iter(self.worth)
         return {path: q + e + p for path, (q, e, p) in zip(self.layers, zip(of, of, of, strict=True), strict=True)}
+
+    def warn_if_early(self) -> None:
+        """Warn where more ranks live than were asked for: the training was stopped, or is shorter than it said."""
+        if int(self.done) > 0 and self._living() > self.budget:
+            warnings.warn(
+                f"AdaLoRA is at step {int(self.done):,} of {self.steps:,}: {self._living():,} ranks live, {self.budget:,} were asked for",
+                stacklevel=3,
+            )
 
     def plain(self, path: str) -> tuple[Tensor, Tensor]:
         """A and B of a layer as plain LoRA with its living ranks only: diag(E) Q and P."""

@@ -241,7 +241,8 @@ def _to_replace(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict[
             continue
         if config.bias == "all" or (config.bias == "lora_only" and plain.rpartition(".")[0] in paths):
             found[plain] = parameter
-    return found
+    first = {id(parameter): path for path, parameter in reversed(found.items())}  # a tied one is one, by its first name
+    return {path: parameter for path, parameter in found.items() if first[id(parameter)] == path}
 
 
 def _modules(model: nn.Module, paths: list[str]) -> Iterator[tuple[str, nn.Module]]:

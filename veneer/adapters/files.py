@@ -69,6 +69,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
     if name is None:
         raise VeneerError("there is no active adapter on this model", hint="attach or load one first")
     require_adapter(model, name)
+    if (allocator := adapters(model)[name].allocator) is not None:
+        allocator.warn_if_early()
     factors = _plain(model, name)
     bad = [key for key, value in factors.items() if not bool(torch.isfinite(value).all())]
     if bad:

@@ -90,7 +90,16 @@ def adapter_checkpoints(trainer: T) -> T:
     """Let a `transformers.Trainer` (TRL's are such) read back the adapters in its checkpoints, in place.
 
     It knows PEFT's class and whole models only; `resume_from_checkpoint` and `load_best_model_at_end` need this.
+
+    Raises:
+        VeneerError: the adapter is AdaLoRA, whose files are plain LoRA: where the sharing of ranks stood is not in them.
     """
+    active = active_adapter(trainer.model)  # type: ignore[attr-defined]
+    if active is not None and adapters(trainer.model)[active].allocator is not None:  # type: ignore[attr-defined]
+        raise VeneerError(
+            "AdaLoRA cannot be read back from another trainer's checkpoints, which hold it as plain LoRA",
+            hint="train without resume_from_checkpoint and load_best_model_at_end, or with veneer.train, which resumes it",
+        )
 
     def load(folder: str) -> None:
         from veneer.adapters.files import file_keys, tied_keys, without_starts

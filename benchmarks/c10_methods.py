@@ -54,7 +54,7 @@ CELLS = (
 def steps(options: Options, by: str, base: str) -> Record:
     """Steps as in C1 of every method by turns: the first warm up, one is for the peak of memory, the others are timed.
 
-    Returns, for each method: step_seconds, losses and grad_norms of all its steps, peak_bytes of one step over what was
+    Returns, for each method: step_seconds, losses and grad_norms of the first steps, peak_bytes of one step over what was
     held before it.
     """
     imports("veneer")
@@ -78,8 +78,9 @@ def steps(options: Options, by: str, base: str) -> Record:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds = time.perf_counter() - began
-            found[name]["losses"].append(float(loss.detach()))
-            found[name]["grad_norms"].append(float(norm))
+            if number <= options.warmup + options.steps:  # later ones are apart by rounding alone
+                found[name]["losses"].append(float(loss.detach()))
+                found[name]["grad_norms"].append(float(norm))
             if memory is not None:
                 found[name]["peak_bytes"] = memory.over_import()
             elif number > options.warmup:

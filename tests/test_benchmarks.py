@@ -131,7 +131,7 @@ def test_methods_take_turns_and_dora_is_what_the_peer_trains(options):
         assert ours[method]["grad_norms"] == pytest.approx(theirs[method]["grad_norms"], rel=5e-2)
     for record in ours.values():
         timed = c10_methods.MORE * options.steps
-        assert len(record["losses"]) == options.warmup + 1 + timed and len(record["step_seconds"]) == timed
+        assert len(record["losses"]) == options.warmup + 1 + options.steps and len(record["step_seconds"]) == timed
     # the same start, other steps: what each method is shows in its losses
     assert len({record["losses"][-1] for record in ours.values()}) == len(ours)
     assert ours["LoRA"]["losses"][0] == ours["LoRA+"]["losses"][0] != ours["rsLoRA"]["losses"][0]

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from veneer.adapters.attach import adapter_parameters
 from veneer.models.fuse import fuse
 
 TEMPLATE = (
@@ -57,6 +58,15 @@ def make_mixture(kind="mixtral"):
         eos_token_id=256, **own[kind],
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def randomised(model, name="default"):
+    """Every parameter of an adapter moved, the same way each time."""
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapter_parameters(model, name).values():
+            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
+    return model
 
 
 @pytest.fixture(autouse=True)

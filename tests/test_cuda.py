@@ -6,8 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
-from adapters.test_family import randomised
-from conftest import make_model
+from conftest import make_model, randomised
 from models.test_fuse import build, drop, gradients
 from ops.test_quantize import DTYPES, SHAPES, weights
 from torch.nn import functional as F

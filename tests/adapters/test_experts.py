@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_mixture as mixture
+from conftest import randomised
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -33,14 +34,6 @@ def built(kind="mixtral", seed=0):
         for name, parameter in model.named_parameters():
             if parameter.ndim == 3 or name.endswith("bias"):
                 parameter.normal_(std=0.2)
-    return model
-
-
-def randomised(model, name="default"):
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model, name).values():
-            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
     return model
 
 

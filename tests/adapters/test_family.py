@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import make_mixture, make_model
+from conftest import make_mixture, make_model, randomised
 from torch import nn
 
 import veneer
@@ -15,14 +15,6 @@ from veneer.optim.groups import parameter_groups
 from veneer.quant.linear import QuantizedLinear, quantize_model
 
 IDS = torch.arange(1, 30)[None]
-
-
-def randomised(model, name="default"):
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model, name).values():
-            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
-    return model
 
 
 def ranks(model, name="default"):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, randomised
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -25,14 +25,6 @@ NAME = f"model.embed_tokens.{TokenRows.KEY}"
 def attached(tokens=TOKENS, fused=True, model=None, **changes):
     model = model or make_model(fused=fused, **changes)
     veneer.attach(model, veneer.LoraConfig(r=2, targets=["q_proj"], tokens=tokens), seed=0)
-    return model
-
-
-def randomised(model, name="default"):
-    g = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in adapter_parameters(model, name).values():
-            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
     return model
 
 

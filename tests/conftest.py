@@ -65,7 +65,7 @@ def randomised(model, name="default"):
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in adapter_parameters(model, name).values():
-            parameter.add_(torch.randn(parameter.shape, generator=g) * 0.1)
+            parameter.add_((torch.randn(parameter.shape, generator=g) * 0.1).to(parameter))
     return model
 
 

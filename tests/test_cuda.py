@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import make_model, randomised
+from conftest import make_mixture, make_model, randomised
 from models.test_fuse import build, drop, gradients
 from ops.test_quantize import DTYPES, SHAPES, weights
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ import veneer
 from veneer import cli, ops
 from veneer.adapters.attach import adapter_parameters
 from veneer.inference.generate import generate_greedy
-from veneer.models.fuse import set_recompute
+from veneer.models.fuse import fuse, set_recompute
 from veneer.ops import reference
 from veneer.quant.linear import QuantizedLinear, quantize_model
 from veneer.training.data import Sample
@@ -318,6 +318,79 @@ def test_it_trains_in_transformers_trainer(tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 6 and losses[-1] < losses[0] and next(model.parameters()).is_cuda
+
+
+# ---- the LoRA family ----------------------------------------------------------------------------------------------
+
+FAMILY = {
+    "DoRA": {"dora": True},
+    "DoRA of 16 bits": {"dora": True, "dtype": "bfloat16"},
+    "embedding and head": {"targets": ["embed_tokens", "lm_head", "q_proj"]},
+    "tokens and modules": {"tokens": [3, 7], "modules_to_save": ["norm"]},
+    "biases": {"lora_bias": True, "bias": "lora_only"},
+    "ranks": {"rslora": True, "rank_pattern": {"q_proj": 9}, "alpha_pattern": {"v_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+@pytest.mark.parametrize("which", FAMILY)
+def test_a_step_of_every_method_is_that_of_the_cpu(which, kind):
+    found = []
+    for device in ("cpu", GPU):
+        model = make_model(tie_word_embeddings="head" not in which, fused=False)
+        if kind:
+            quantize_model(model, kind, compute_dtype=torch.float32)
+        fuse(model)
+        veneer.attach(model.to(device), veneer.LoraConfig(**{"r": 4, **FAMILY[which]}), seed=0)
+        found.append(step(randomised(model), {**BATCHES["packed"](), "skip_logits": True}))
+    (exact_loss, exact), (loss, gradient) = found
+    tolerance = 1e-2 if "16 bits" in which else 1e-4
+    assert loss == pytest.approx(exact_loss, rel=tolerance) and apart(gradient, exact) < tolerance
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_a_step_through_experts_is_that_of_the_cpu(kind, implementation):
+    found, ids = [], torch.arange(3, 27).reshape(2, 12)
+    for device in ("cpu", GPU):
+        torch.manual_seed(0)
+        model = make_mixture(kind).eval()
+        if implementation == "grouped_mm" and device == GPU:
+            model = model.to(torch.bfloat16)  # torch's product of groups takes no fp32 there
+        model.set_experts_implementation("eager" if device == "cpu" else implementation)
+        veneer.attach(model.to(device), veneer.LoraConfig(r=4, targets="all-linear"), seed=0)
+        found.append(step(randomised(model), {"input_ids": ids, "labels": ids}))
+    (exact_loss, exact), (loss, gradient) = found
+    assert apart(gradient, exact) < (0.15 if implementation == "grouped_mm" else 1e-4)
+    assert loss == pytest.approx(exact_loss, rel=0.02 if implementation == "grouped_mm" else 1e-5)
+
+
+def test_adalora_leaves_the_ranks_that_the_cpu_leaves():
+    left, losses, ids = [], [], torch.arange(1, 30)[None]
+    for device in ("cpu", GPU):
+        config = veneer.LoraConfig(r=4, targets=["q_proj", "down_proj"], adalora={"steps": 12})
+        model = veneer.attach(make_model().to(device), config, seed=0)
+        optimizer = torch.optim.AdamW(adapter_parameters(model, "default").values(), lr=0.02, weight_decay=0)
+        for _ in range(12):
+            optimizer.zero_grad()
+            loss = model(input_ids=ids.to(device), labels=ids.to(device)).loss
+            loss.backward()
+            optimizer.step()
+        losses.append(float(loss))
+        left.append({k: v.detach().cpu() != 0 for k, v in adapter_parameters(model, "default").items() if "lora_E" in k})
+    assert left[0].keys() == left[1].keys() and all(torch.equal(left[0][key], left[1][key]) for key in left[0])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("start", ["pissa", "loftq"])
+def test_a_start_from_the_weights_is_that_of_the_cpu(start):
+    found = []
+    for device in ("cpu", GPU):
+        model, original = make_model(), make_model().to(device)
+        quantize_model(model, "nf4", compute_dtype=torch.float32)
+        veneer.attach(model.to(device), veneer.LoraConfig(r=4, init=start), seed=0, original=original)
+        found.append(model(input_ids=torch.arange(1, 30, device=device)[None]).logits.detach().cpu())
+    assert apart(found[1], found[0]) < 1e-3
 
 
 def test_an_adapter_waits_on_the_cpu_while_another_is_active(tmp_path):

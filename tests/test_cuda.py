@@ -377,7 +377,9 @@ def test_adalora_leaves_the_ranks_that_the_cpu_leaves():
             loss.backward()
             optimizer.step()
         losses.append(float(loss))
-        left.append({k: v.detach().cpu() != 0 for k, v in adapter_parameters(model, "default").items() if "lora_E" in k})
+        left.append(
+            {k: v.detach().cpu() != 0 for k, v in adapter_parameters(model, "default").items() if "lora_E" in k}
+        )
     assert left[0].keys() == left[1].keys() and all(torch.equal(left[0][key], left[1][key]) for key in left[0])
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 

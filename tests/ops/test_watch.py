@@ -46,7 +46,7 @@ def test_watch_is_the_papers():
 
 
 def test_orthogonal(isa, nan_empties):
-    pairs = [(shape, dim) for shape, dim in SHAPES if len(shape) > 1]
+    pairs = [(shape, dim) for shape, dim in SHAPES if len(shape) > 1] * 2
     g = torch.Generator().manual_seed(0)
     matrices = [torch.randn(shape, generator=g) / 3 for shape, _ in pairs]
     start = [torch.randn(shape, generator=g) for shape, _ in pairs]
@@ -57,7 +57,12 @@ def test_orthogonal(isa, nan_empties):
         rows = m.transpose(0, dim).flatten(1)
         penalty = ((rows @ rows.T - torch.eye(len(rows))) ** 2).sum()
         expected.append((gradient + 0.1 / 4 * torch.autograd.grad(penalty, m)[0]).float())
-    for form in (reference.orthogonal, *([] if native.missing() else [native.orthogonal]), ops.orthogonal):
+    for form in (
+        reference.orthogonal,
+        products.orthogonal,
+        *([] if native.missing() else [native.orthogonal]),
+        ops.orthogonal,
+    ):
         found = [x.clone() for x in start]
         form(matrices, found, dims, 0.1)
         for one, other in zip(found, expected, strict=True):

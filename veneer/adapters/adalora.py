@@ -98,8 +98,9 @@ class Allocator:
             self._watch()
             if budget < total and (step % self.config.every == 0 or self._living() > budget):
                 self._share_out(budget)
-        for path, layer in self.layers.items():
-            layer.lora_E[self.name].mul_(self.alive[path].to(layer.weight.device))
+        diagonals = [layer.lora_E[self.name] for layer in self.layers.values()]
+        masks = self._split(torch.cat(list(self.alive.values())).to(diagonals[0].device, diagonals[0].dtype))
+        torch._foreach_mul_(diagonals, [mask.to(e.device) for mask, e in zip(masks, diagonals, strict=True)])
         self.refresh()
 
     def settled(self) -> bool:
@@ -125,13 +126,16 @@ class Allocator:
         self.worth = ops.watch(self.parameters, grads, self.sensitivity, self.uncertainty, dims, self.config.beta)
 
     def _share_out(self, budget: int) -> None:
-        scores = self.scores()
-        flat = torch.cat([score.cpu() for score in scores.values()])
+        scores = list(self.scores().values())
+        flat = torch.cat([score.to(scores[0].device) for score in scores]).cpu()
         best = torch.zeros(len(flat), dtype=torch.bool)
         best[flat.topk(budget).indices] = True
-        parts = best.split([len(score) for score in scores.values()])
-        for mask, part in zip(self.alive.values(), parts, strict=True):
+        for mask, part in zip(self.alive.values(), self._split(best), strict=True):
             mask.copy_(part)
+
+    def _split(self, ranks: Tensor) -> tuple[Tensor, ...]:
+        """What holds one value for every rank of all layers, by layer."""
+        return ranks.split([len(mask) for mask in self.alive.values()])
 
     def scores(self) -> dict[str, Tensor]:
         """What each rank of each layer was worth after the last step: S (r,)."""

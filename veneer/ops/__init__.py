@@ -39,7 +39,7 @@ TABLE = {
     "outer_sum": Operation(reference.outer_sum, native=native.outer_sum, torch=products.outer_sum, bf16=True),
     "row_norms": Operation(reference.row_norms, native=native.row_norms, torch=products.row_norms, bf16=True),
     "watch": Operation(reference.watch, native=native.watch, torch=products.watch),
-    "orthogonal": Operation(reference.orthogonal, native=native.orthogonal),
+    "orthogonal": Operation(reference.orthogonal, native=native.orthogonal, torch=products.orthogonal),
     "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
     "rms_norm": Operation(
         lambda x, norm, rest=None: reference.rms_norm(x, norm.weight, norm.epsilon, norm.shift, rest),

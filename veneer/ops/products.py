@@ -55,5 +55,25 @@ def watch(
     return [w.transpose(0, dim).flatten(1).mean(1) if w.dim() > 1 else w for w, dim in zip(worth, dims, strict=True)]
 
 
+def orthogonal(matrices: Sequence[Tensor], gradients: Sequence[Tensor], dims: Sequence[int], factor: float) -> None:
+    """Those of one shape together in one product."""
+    alike: dict[tuple[torch.Size, int], list[int]] = {}
+    for at, (m, dim) in enumerate(zip(matrices, dims, strict=True)):
+        alike.setdefault((m.shape, dim), []).append(at)
+    for (shape, dim), places in alike.items():
+        rows = torch.stack([matrices[at] for at in places]).transpose(1, dim + 1).flatten(2)
+        gram = rows @ rows.transpose(1, 2)
+        gram.diagonal(dim1=1, dim2=2).sub_(1)
+        terms = (gram @ rows).view(len(places), *_moved(shape, dim)).transpose(1, dim + 1)
+        torch._foreach_add_([gradients[at] for at in places], list(terms.unbind()), alpha=factor)
+
+
+def _moved(shape: torch.Size, dim: int) -> tuple[int, ...]:
+    """A shape with `dim` and its first dimension exchanged."""
+    moved = list(shape)
+    moved[0], moved[dim] = moved[dim], moved[0]
+    return tuple(moved)
+
+
 def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tensor:
     return (right.T @ left if transposed else left.T @ right).float()

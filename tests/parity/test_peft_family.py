@@ -1,5 +1,6 @@
 """Every kind of layer times every method, against PEFT: its files read, ours read by it, outputs and gradients equal."""
 
+import copy
 import json
 
 import pytest
@@ -356,6 +357,31 @@ def test_targets_that_peft_kept_tied_are_the_same_here(tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     ours = veneer.load_adapter(tied(), tmp_path)
     torch.testing.assert_close(run(ours, "tied"), run(model, "tied"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("targets", "save"), [(["embed_tokens"], "auto"), (["lm_head", "q_proj"], "auto"), (["q_proj"], True)]
+)
+def test_copies_of_the_base_in_their_file_are_compared_with_it(tmp_path, targets, save, dtype):
+    base = qwen2().eval().to(dtype)
+    config = peft.LoraConfig(r=2, target_modules=targets)
+    model = peft.get_peft_model(copy.deepcopy(base).float(), config).eval()
+    randomised(p for _, p in sorted(model.named_parameters()) if p.requires_grad)
+    model.save_pretrained(tmp_path, save_embedding_layers=save)
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert any(key.endswith("weight") and "lora" not in key for key in written)
+    ours = veneer.load_adapter(copy.deepcopy(base), tmp_path)
+    if dtype == torch.float32:
+        torch.testing.assert_close(run(ours, "linear"), run(model, "linear"), rtol=1e-5, atol=1e-5)
+    resized, changed = copy.deepcopy(base), copy.deepcopy(base)
+    resized.resize_token_embeddings(90)
+    with torch.no_grad():
+        changed.get_input_embeddings().weight[0] += 0.5
+        changed.lm_head.weight[0] += 0.5
+    for other in (resized, changed):
+        with pytest.raises(veneer.VeneerError, match="is another; it was changed or resized before the training"):
+            veneer.load_adapter(other, tmp_path)
 
 
 def test_biases_that_peft_writes_twice_beside_modules_to_save(tmp_path):

@@ -357,6 +357,14 @@ def load_adapter(
             problems.append(f"{key}: found in the adapter, but this model has no such weight")
         elif base[key].shape != tensor.shape:
             problems.append(f"{key}: found {tuple(tensor.shape)}, expected {tuple(base[key].shape)}")
+    for key, tensor in file.copies.items():
+        if key not in base:
+            problems.append(f"{key}: found in the adapter, but this model has no such weight")
+        elif not _same(tensor, base[key]):
+            problems.append(
+                f"{key}: found with the adapter, {tuple(tensor.shape)}, but this base's, {tuple(base[key].shape)}, is another; "
+                "it was changed or resized before the training, or the adapter is of another base"
+            )
     problems += _left_over_or_missing(model, file)
     broken = _broken_ties(model, file)
     replaced_there = {key: base[key] for key in file.replaced if key in base}
@@ -417,6 +425,12 @@ def _wrong_settings(path: Any, name: Any, dtype: Any, device: Any) -> list[str]:
         if not there:
             problems.append(f"device: found {device!r}, expected cpu, or a GPU of this machine as cuda or cuda:0")
     return problems
+
+
+def _same(copy: Tensor, weight: Tensor) -> bool:
+    """Whether a file's copy is this weight, as far as the narrower of their types can tell."""
+    dtype = min(copy.dtype, weight.dtype, key=lambda kind: kind.itemsize)
+    return copy.shape == weight.shape and torch.equal(copy.to(weight.device, dtype), weight.detach().to(dtype))
 
 
 def _left_over_or_missing(model: nn.Module, file: AdapterFile) -> list[str]:

@@ -36,6 +36,12 @@ _WHICH = {
     "lora_magnitude_vector": "magnitude", "lora_B.bias": "bias",
 }  # fmt: skip
 
+# The base's embeddings and head, which PEFT writes too where one of them is adapted, or it is told to.
+_COPY = re.compile(
+    r"(?:base_model\.model\.)?(.+\.)?(embed_tokens|wte|embed_in|word_embeddings|lm_head|embed_out|output)"
+    r"(?:\.base_layer)?\.(?:weight|bias)"
+)
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Fields of PEFT's LoraConfig that change the result and that we do not support yet: field -> values that change nothing.
@@ -145,13 +151,14 @@ class Factors(NamedTuple):
 
 class AdapterFile(NamedTuple):
     """An adapter folder: its config as it stands there and as ours, factors by layer (or adapted parameter), parameters
-    trained in full, and rows of tokens by embedding."""
+    trained in full, rows of tokens by embedding, and weights that are the base's own."""
 
     raw: dict[str, Any]
     config: LoraConfig
     factors: dict[str, Factors]
     replaced: dict[str, Tensor]
     tokens: dict[str, Tensor]
+    copies: dict[str, Tensor]
 
 
 def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
@@ -239,11 +246,12 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
 
 def _read_tensors(
     path: Path, raw: dict[str, Any], config: LoraConfig, model: nn.Module | None
-) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     problems: list[str] = []
     found: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
     tensors = read_tensors(path)
     layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
     names, unnamed = _parameters_by_wrapper(layers, config, model)
@@ -269,6 +277,8 @@ def _read_tensors(
                 tokens[key.removeprefix(KEY_PREFIX).removesuffix(f".{TokenRows.KEY}")] = tensor
             elif in_full or (config.bias != "none" and key.endswith(".bias")):
                 replaced[key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")] = tensor
+            elif _COPY.fullmatch(key):
+                copies[key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")] = tensor
             else:
                 problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
             continue
@@ -312,7 +322,7 @@ def _read_tensors(
         layer: Factors(ranks[layer], config.scaling_at(ranks[layer], alphas[layer]), **parts)
         for layer, parts in found.items()
     }
-    return factors, replaced, tokens
+    return factors, replaced, tokens, copies
 
 
 def _parameters_by_wrapper(

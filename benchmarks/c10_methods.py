@@ -38,6 +38,7 @@ LORA_PLUS = 16.0
 MORE = 4  # times `Options.steps`: a few per cent are asked about, and the first timed step of DoRA meets fresh memory
 GOALS = {"rsLoRA": 1.05, "LoRA+": 1.05, DORA: 1.10, ADALORA: 1.05}
 PEER = {"veneer bf16": "PEFT bf16", "veneer nf4": "PEFT + bitsandbytes nf4"}
+EXACT = "PEFT fp32"  # DoRA's first steps without 16-bit rounding: they say how far apart bf16 runs may be
 
 
 def _cell(name: str, by: str, base: str) -> Cell:
@@ -48,6 +49,7 @@ def _cell(name: str, by: str, base: str) -> Cell:
 CELLS = (
     *(_cell(ours, "veneer", ours.split()[1]) for ours in PEER),
     *(_cell(theirs, "peft", ours.split()[1]) for ours, theirs in PEER.items()),
+    Cell(EXACT, "benchmarks.c10_methods:exact_steps", needs=("peft",), once=True),
 )
 
 
@@ -62,7 +64,10 @@ def steps(options: Options, by: str, base: str) -> Record:
     dora = dora_adapter(options)
     model, loss_of = adapted_model(options, by, base)
     methods = dict(_veneer_methods(model, options, dora) if by == "veneer" else _peft_methods(model, options, dora))
-    batches = list(blocks(options, options.warmup + 1 + MORE * options.steps))
+    return _taken(model, loss_of, methods, list(blocks(options, options.warmup + 1 + MORE * options.steps)), options)
+
+
+def _taken(model: Any, loss_of: Any, methods: dict[str, Any], batches: list[Any], options: Options) -> Record:
     found: Record = {name: {"step_seconds": [], "losses": [], "grad_norms": [], "peak_bytes": 0} for name in methods}
     for number, ids in enumerate(batches):
         # another is first each time: what runs after the same one always would have its caches, warm or cold
@@ -86,6 +91,15 @@ def steps(options: Options, by: str, base: str) -> Record:
             elif number > options.warmup:
                 found[name]["step_seconds"].append(seconds)
     return found
+
+
+def exact_steps(options: Options) -> Record:
+    """The first steps of PEFT's DoRA in fp32: losses and grad_norms as in `steps`, nothing timed."""
+    imports("veneer")
+    imports("peft", "fp32")
+    model, loss_of = adapted_model(options, "peft", "fp32")
+    methods = {name: method for name, method in _peft_methods(model, options, dora_adapter(options)) if name == DORA}
+    return _taken(model, loss_of, methods, list(blocks(options, options.warmup + 1 + options.steps)), options)
 
 
 def dora_adapter(options: Options) -> Path:
@@ -187,8 +201,10 @@ def report(results: Results, limits: Result, options: Options) -> list[Table]:
             times = ratio(found.figure(seconds), plain.figure(seconds))
             reason = None
             if ours and method == DORA:
-                reason = Agreement(_method(results[PEER[contender]], DORA), None).void(found)
-                table.notes += [reason] if reason else []
+                exact = _method(results[EXACT], DORA) if "bf16" in contender else None
+                agreement = Agreement(_method(results[PEER[contender]], DORA), exact)
+                reason = agreement.void(found)
+                table.notes += [agreement.note(), *([reason] if reason else [])]
             row["of plain LoRA's"] = "VOID" if reason else times
             row["of plain LoRA's peak"] = ratio(found.figure("peak_bytes"), plain.figure("peak_bytes"))
             if "AdaLoRA" in method:

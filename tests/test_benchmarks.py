@@ -129,6 +129,10 @@ def test_methods_take_turns_and_dora_is_what_the_peer_trains(options):
     for method in theirs:
         assert ours[method]["losses"] == pytest.approx(theirs[method]["losses"], rel=1e-2)
         assert ours[method]["grad_norms"] == pytest.approx(theirs[method]["grad_norms"], rel=5e-2)
+    (exact,) = (cell for cell in c10_methods.CELLS if cell.once)
+    exact = c10_methods.exact_steps(options, **exact.arguments)
+    assert list(exact) == ["DoRA"] and exact["DoRA"]["losses"] != theirs["DoRA"]["losses"]
+    assert exact["DoRA"]["losses"] == pytest.approx(theirs["DoRA"]["losses"], rel=1e-2)
     for record in ours.values():
         timed = c10_methods.MORE * options.steps
         assert len(record["losses"]) == options.warmup + 1 + options.steps and len(record["step_seconds"]) == timed

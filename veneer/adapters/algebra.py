@@ -1,14 +1,18 @@
-"""What the factors of an update say about it, without ever making the dense matrix: its SVD, its rank, how low it could be.
+"""What the factors of an update say about it, without ever making the dense matrix: its SVD, its rank, how low it could be;
+and factors of a dense matrix that no memory need hold.
 
     scaling * B A,  A (r, in), B (out, r):   B = Q_b R_b,  A^T = Q_a R_a,  R_b R_a^T = U S V^T (r x r)
     so  scaling * B A = (Q_b U) (scaling S) (Q_a V)^T,  at O((in + out) r^2) instead of O(in out r).
 
-All of it in fp64 on the CPU: the factors are small, and singular values far below the largest mean something.
+All that is of factors in fp64 on the CPU: they are small, and singular values far below the largest mean something.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,3 +66,110 @@ def rank_keeping(s: Tensor, share: float) -> int:
     if not s.numel() or kept[-1] <= 0:
         return 0
     return int((kept < share * kept[-1] * (1 - 1e-12)).sum()) + 1
+
+
+class LowRank(NamedTuple):
+    """B A, the nearest matrix of its rank to another one: B (out, k), A (k, in) fp32 of equal lengths; the squared Frobenius
+    norm of the whole, and of what B A leaves out."""
+
+    b: Tensor
+    a: Tensor
+    squared: float
+    lost: float
+
+
+NOTHING = 1e-9  # a singular value below this share of the largest is rounding of fp32 factors
+
+
+def truncated(a: Tensor, b: Tensor, rank: int | None = None, max_error: float | None = None) -> LowRank:
+    """B A of a lower rank: `rank`, or the smallest whose error is at most `max_error` of its norm; left out, its own.
+
+    Optimal in the Frobenius norm (Eckart & Young 1936). a (r, in), b (out, r), of any floating-point type.
+    """
+    u, s, vh = factored_svd(a, b)
+    rounding = 1e-14 * float(torch.linalg.vector_norm(a.double()) * torch.linalg.vector_norm(b.double()))
+    s = torch.where(s > rounding, s, 0.0)  # what is left where updates cancel out
+    k = kept_rank(s, int((s > NOTHING * s[0]).sum()), rank, max_error)
+    root = s[:k].sqrt()
+    squared = float(s.square().sum())
+    return LowRank((u[:, :k] * root).float(), (root[:, None] * vh[:k]).float(), squared, float(s[k:].square().sum()))
+
+
+def kept_rank(s: Tensor, own: int, rank: int | None, max_error: float | None) -> int:
+    """How many of the singular values s stay: at most `own` and `rank`, few enough for `max_error`, at least one."""
+    k = own if max_error is None else min(own, rank_keeping(s, 1 - max_error**2))
+    return max(1, k if rank is None else min(k, rank))
+
+
+DIRECT = 2048  # the smaller side up to which a dense matrix is decomposed through its Gram matrix
+OVERSAMPLED, PASSES = 16, 7  # of the block Krylov method: columns beyond the rank, times the matrix is made
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """A dense matrix made one block of rows at a time: the same block of the same rows every time it is asked."""
+
+    shape: tuple[int, int]
+    block: int  # rows
+    rows: Callable[[int, int], Tensor]  # (start, stop) -> fp32 (stop - start, width)
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        """Each block with its first row."""
+        for start in range(0, self.shape[0], self.block):
+            yield start, self.rows(start, min(start + self.block, self.shape[0]))
+
+
+def nearest_factors(matrix: RowBlocks, rank: int | None = None, max_error: float | None = None) -> LowRank:
+    """`truncated` of a dense matrix: through the Gram matrix of its smaller side where that is small, else with a block
+    Krylov method (Musco & Musco 2015, arXiv 1504.05477) that keeps factors and one block of rows in memory."""
+    out, width = matrix.shape
+    if min(out, width) <= DIRECT:
+        return _by_gram(torch.cat([rows for _, rows in matrix]), rank, max_error)
+    return _by_krylov(matrix, rank, max_error)
+
+
+def _by_gram(m: Tensor, rank: int | None, max_error: float | None) -> LowRank:
+    tall = m.shape[0] > m.shape[1]
+    wide = m.T if tall else m
+    if max_error is not None:  # squares of small singular values are told from zero in fp64 only
+        wide = wide.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    s = values.flip(0).clamp_(min=0).sqrt_()
+    k = kept_rank(s.double(), len(s), rank, max_error)
+    basis = vectors.flip(1)[:, :k].to(m.dtype)  # orthonormal: what M has along it is the best of rank k
+    along = basis.T @ (m.T if tall else m)
+    root = torch.linalg.vector_norm(along, dim=1).sqrt_()
+    along, basis = along / root.clamp(min=torch.finfo(m.dtype).tiny)[:, None], basis * root
+    b, a = (along.T.contiguous(), basis.T.contiguous()) if tall else (basis, along)
+    lost = torch.linalg.vector_norm(torch.addmm(m, b, a, alpha=-1), dtype=torch.float64)
+    return LowRank(b, a, float(torch.linalg.vector_norm(m, dtype=torch.float64).square()), float(lost.square()))
+
+
+def _by_krylov(matrix: RowBlocks, rank: int | None, max_error: float | None) -> LowRank:
+    out, width = matrix.shape
+    columns = min((rank or DIRECT // 8) + OVERSAMPLED, width)
+    passes = min(PASSES, max(1, width // columns))
+    x = torch.randn(width, columns, generator=torch.Generator().manual_seed(0))
+    spaces: list[Tensor] = []
+    squared = 0.0
+    for _ in range(passes):  # each: x <- M^T M x, orthogonal to those before
+        x = torch.linalg.qr(x)[0]
+        for _ in range(2):
+            x = torch.linalg.qr(x - sum((q @ (q.T @ x) for q in spaces), torch.zeros(())))[0]
+        spaces.append(x)
+        x = sum((rows.T @ (rows @ x) for _, rows in matrix), torch.zeros(()))
+    q = torch.linalg.qr(torch.cat(spaces, 1))[0]
+    projected = torch.empty(out, q.shape[1])
+    for start, rows in matrix:
+        projected[start : start + len(rows)] = rows @ q
+        squared += float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+    values, vectors = torch.linalg.eigh(projected.double().T @ projected.double())
+    s = values.flip(0).clamp_(min=0).sqrt_()
+    if max_error is not None and float(s.square().sum()) < (1 - max_error**2) * squared:
+        max_error = 0.0  # what was looked at does not hold enough: all of it is the most there is
+    k = kept_rank(s, len(s), rank, max_error)
+    root = s[:k].sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    turned = vectors.flip(1)[:, :k]
+    b = (projected.double() @ turned / root).float()
+    a = (root[:, None] * (turned.T @ q.T.double())).float()
+    return LowRank(b, a, squared, max(0.0, squared - float(s[:k].square().sum())))

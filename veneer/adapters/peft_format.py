@@ -151,7 +151,7 @@ class Factors(NamedTuple):
 
 class AdapterFile(NamedTuple):
     """An adapter folder: its config as it stands there and as ours, factors by layer (or adapted parameter), parameters
-    trained in full, rows of tokens by embedding, and weights that are the base's own."""
+    trained in full, rows of tokens by embedding, weights that are the base's own, and the factors' names in the file."""
 
     raw: dict[str, Any]
     config: LoraConfig
@@ -159,6 +159,7 @@ class AdapterFile(NamedTuple):
     replaced: dict[str, Tensor]
     tokens: dict[str, Tensor]
     copies: dict[str, Tensor]
+    keys: dict[str, dict[str, str]]
 
 
 def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
@@ -246,12 +247,13 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
 
 def _read_tensors(
     path: Path, raw: dict[str, Any], config: LoraConfig, model: nn.Module | None
-) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, str]]]:
     problems: list[str] = []
     found: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
     tokens: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
+    keys: dict[str, dict[str, str]] = {}
     tensors = read_tensors(path)
     layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
     names, unnamed = _parameters_by_wrapper(layers, config, model)
@@ -284,6 +286,7 @@ def _read_tensors(
             continue
         part, layer = _WHICH[match[2]], names.get(match[1], match[1])
         found.setdefault(layer, {})[part] = tensor
+        keys.setdefault(layer, {})[part] = KEY_PREFIX + key.removeprefix(KEY_PREFIX)
         if part in ("magnitude", "bias"):
             if part == "magnitude" and not config.dora:
                 problems.append(f"tensor {key}: found a magnitude, but use_dora is not true")
@@ -322,7 +325,7 @@ def _read_tensors(
         layer: Factors(ranks[layer], config.scaling_at(ranks[layer], alphas[layer]), **parts)
         for layer, parts in found.items()
     }
-    return factors, replaced, tokens, copies
+    return factors, replaced, tokens, copies, keys
 
 
 def _parameters_by_wrapper(

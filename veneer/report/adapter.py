@@ -35,7 +35,8 @@ def inspect_adapter(path: str | Path, model: str | None = None) -> dict[str, Any
     Raises:
         VeneerError: `read_adapter` finds something, or the base that was named is another model than the adapter's.
     """
-    raw, config, factors, replaced, tokens = read_adapter(path)
+    file = read_adapter(path)
+    raw, config, factors, replaced, tokens = file.raw, file.config, file.factors, file.replaced, file.tokens
     tensors = [tensor for parts in factors.values() for tensor in parts if isinstance(tensor, Tensor)]
     tensors += [*replaced.values(), *tokens.values()]
     layers = [_layer(name, parts) for name, parts in factors.items()]

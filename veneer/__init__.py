@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from veneer.adapters.attach import active_adapter, attach, count_parameters, remove_adapter, set_adapter
+    from veneer.adapters.combine import combine
     from veneer.adapters.files import load_adapter, save_adapter
     from veneer.adapters.merge import merge
     from veneer.adapters.reference import adapter_checkpoints, adapter_off, base_model
@@ -32,6 +33,7 @@ __all__ = [
     "adapter_off",
     "attach",
     "base_model",
+    "combine",
     "count_parameters",
     "evaluate",
     "load",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 _HOMES = {
     "veneer.adapters.attach": ("active_adapter", "attach", "count_parameters", "remove_adapter", "set_adapter"),
+    "veneer.adapters.combine": ("combine",),
     "veneer.adapters.files": ("load_adapter", "save_adapter"),
     "veneer.adapters.merge": ("merge",),
     "veneer.adapters.reference": ("adapter_checkpoints", "adapter_off", "base_model"),

@@ -244,6 +244,76 @@ def merge(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER ...", help="Folders with LoRA adapters.")],
+    out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
+    method: Annotated[
+        str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or della.")
+    ] = "linear",
+    weights: Annotated[
+        str | None, typer.Option(help="One for each adapter, as 0.7,0.3 or 1,-1. Left out: an average.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the result. Left out: what the method needs.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="The lowest rank whose error is at most this share of each layer's update.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of each update that a pruning method keeps.")] = None,
+    sign: Annotated[str, typer.Option(help="How signs are elected: total (the larger sum) or frequency.")] = "total",
+    seed: Annotated[int, typer.Option(help="Of the methods that keep at random.")] = 0,
+    any_base: Annotated[bool, typer.Option("--any-base", help="Although they name different base models.")] = False,
+    analyze: Annotated[
+        bool, typer.Option("--analyze", help="Only compare them: can they be combined? Writes nothing.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="With --analyze: a heat map by layer, .png or .svg.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make several adapters one, and say how near the result is to what the method means."""
+    from veneer.adapters.combine import combine as combine_adapters
+    from veneer.report import interference
+    from veneer.training.progress import counter
+
+    if plot is not None and not analyze:
+        raise VeneerError("--plot: found without --analyze, expected both")
+    if analyze:
+        found = interference.analyze(adapters, counter("layers compared"))
+        if plot is not None:
+            found["plot"] = str(interference.plot(found, plot))
+        if as_json:
+            _print_json(found)
+        else:
+            print(interference.describe(found))
+        return
+    if out is None:
+        raise VeneerError("--out: found none, expected the folder to write")
+    report = combine_adapters(
+        adapters, out, method=method, weights=_numbers(weights), rank=rank, max_error=max_error, density=density,
+        sign=sign, seed=seed, any_base=any_base, progress=counter("layers combined"),  # type: ignore[arg-type]
+    )  # fmt: skip
+    if as_json:
+        _print_json({"out": str(out), **report})
+        return
+    ranks = report["ranks"]
+    print(
+        f"{report['method']} of {len(report['adapters'])} adapters: {out}\n"
+        f"{report['layers']} layers, rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]} to {ranks[-1]}'}, "
+        f"{report['parameters']:,} parameters\n"
+        f"left out by the rank: {100 * report['error']:.2g}% of the update's norm (most in one layer: "
+        f"{100 * report['largest_error']:.2g}%, {report['largest_error_at']})"
+    )
+    for note in report["notes"]:
+        print(f"note: {note}")
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise VeneerError(f"--weights: found {text!r}, expected numbers with commas between, as 0.7,0.3") from None
+
+
+@app.command()
 def inspect(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="An adapter folder, a model folder, a .gguf file, or smollm2.")

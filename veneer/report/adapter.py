@@ -201,19 +201,10 @@ def plot(found: dict[str, Any], path: str | Path) -> Path:
     Raises:
         VeneerError: matplotlib is not installed, or another kind of file.
     """
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise VeneerError(f"plot {path}: found {path.suffix or 'no ending'!r}, expected a name ending in .png or .svg")
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no display, no global state
-    except ImportError:
-        raise VeneerError(
-            "plots need matplotlib, which is not installed", hint="pip install 'veneer[report]'"
-        ) from None
+    path, figure = figure_of(path, (13, 5))
     layers = found["by_layer"]
     kinds = list(dict.fromkeys(row["layer"].rsplit(".", 1)[-1] for row in layers))
     relative = found["relative_norm"] is not None
-    figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, kind in enumerate(kinds):
         rows = [row for row in layers if row["layer"].rsplit(".", 1)[-1] == kind]
@@ -236,3 +227,21 @@ def plot(found: dict[str, Any], path: str | Path) -> Path:
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)
     return path
+
+
+def figure_of(path: str | Path, inches: tuple[float, float]) -> tuple[Path, Any]:
+    """An empty matplotlib figure for a file.
+
+    Raises:
+        VeneerError: matplotlib is not installed, or the file is to be neither .png nor .svg.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise VeneerError(f"plot {path}: found {path.suffix or 'no ending'!r}, expected a name ending in .png or .svg")
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no display, no global state
+    except ImportError:
+        raise VeneerError(
+            "plots need matplotlib, which is not installed", hint="pip install 'veneer[report]'"
+        ) from None
+    return path, Figure(figsize=inches, layout="constrained")

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,27 @@ class Progress:
         keep = not self.live or "eval_loss" in row or not row["applied"] or done == self.steps
         print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, end="\n" if keep else "", flush=True)
         self.pending = not keep
+
+
+def counter(what: str) -> Callable[[int, int], None]:
+    """A call for each of so many things done: one line on stderr about anything that takes longer than 2 s."""
+    began, live, last = time.monotonic(), sys.stderr.isatty(), 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - began < 2 or (now - last < (0.2 if live else 10) and not (last and done == total)):
+            return
+        last = now
+        text = f"{done:,} of {total:,} {what}, {(now - began) / done * (total - done):,.0f} s left"
+        print(
+            f"\r\x1b[K{text}" if live else text,
+            file=sys.stderr,
+            end="\n" if done == total or not live else "",
+            flush=True,
+        )
+
+    return progress
 
 
 class Metrics:

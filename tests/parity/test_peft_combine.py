@@ -5,7 +5,7 @@ import torch
 from conftest import make_model
 
 import veneer
-from veneer.adapters import sparsify
+from veneer import ops
 from veneer.adapters.attach import adapter_parameters
 from veneer.adapters.combine import combine
 from veneer.adapters.peft_format import read_adapter
@@ -67,24 +67,25 @@ def test_ours_is_theirs_where_ranks_are_equal(tmp_path, method, kind, more, weig
 @pytest.mark.parametrize(("method", "kind"), [("dare_linear", "dare_linear_svd"), ("dare_ties", "dare_ties_svd")])
 def test_dare_is_theirs_under_the_same_masks(tmp_path, method, kind, monkeypatch):
     paths = [written(tmp_path, seed) for seed in range(3)]
-    masked = {}  # each update, and as we prune it
-    real = sparsify._pruned
+    masked = []  # each update, and what is left of it here
+    real = ops.sparse_sum
 
-    def seen(d, rule, limit, key):
-        before = d.clone()
-        masked[len(masked)] = (before, real(d, rule, limit, key).clone())
-        return d
+    def seen(parts, weights, limits, seeds, p, elect):
+        alone = [real([part], [1.0], [0.0], [seed], p) for part, seed in zip(parts, seeds, strict=True)]
+        masked.extend(zip(parts, alone, strict=True))
+        return real(parts, weights, limits, seeds, p, elect)
 
-    monkeypatch.setattr(sparsify, "_pruned", seen)
+    monkeypatch.setattr(ops, "sparse_sum", seen)
     found = ours(tmp_path, paths, method, (1, 0.5, 2), density=0.6)
 
     def same_mask(tensor, density, rescale):
         assert density == 0.6 and rescale
-        return next(
+        alike = (
             after
-            for before, after in masked.values()
+            for before, after in masked
             if before.shape == tensor.shape and torch.allclose(before, tensor, atol=1e-5)
         )
+        return next(alike)
 
     monkeypatch.setattr(peft.utils.merge_utils, "random_pruning", same_mask)
     assert apart(found, theirs(paths, kind, (1, 0.5, 2), density=0.6)) < 1e-3

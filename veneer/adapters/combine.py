@@ -32,7 +32,6 @@ from veneer.adapters.peft_format import (
     WEIGHTS_FILE,
     AdapterFile,
     Factors,
-    base_quantization,
     read_adapter,
 )
 from veneer.adapters.sparsify import Prune, Rule, Sign, Update, dense_sum
@@ -185,7 +184,7 @@ def _content(file: AdapterFile) -> bytes:
         one = file.factors[layer]
         digest.update(f"{layer} {one.scaling}".encode())
         for factor in (one.a, one.b):
-            digest.update(factor.detach().float().contiguous().numpy().tobytes())
+            digest.update(memoryview(factor.float().contiguous().numpy().reshape(-1)))
     return digest.digest()
 
 
@@ -354,7 +353,7 @@ def _report(
         notes.append("DoRA: directions and lengths were averaged each by itself")
     if squared == 0:
         notes.append("the result is no update at all: the adapters cancel out, or are all zero")
-    kinds = {base_quantization(source.path) or "16-bit, or not known" for source in live}
+    kinds = {source.file.trained_on or "16-bit, or not known" for source in live}
     if len(kinds) > 1:
         notes.append(f"they were trained on different bases: {', '.join(sorted(kinds))}")
     return {
@@ -396,7 +395,7 @@ def _write(
         for key in getattr(live[0].file, part):
             ending = ".token_adapter.trainable_tokens_delta" if part == "tokens" else ""
             tensors[f"{KEY_PREFIX}{key}{ending}"] = _average([(s, getattr(s.file, part)[key]) for s in live])
-    kinds = {base_quantization(source.path) or "none" for source in live}
+    kinds = {source.file.trained_on or "none" for source in live}
     with atomic_folder(out, replace=replace) as folder:
         write_json(folder / CONFIG_FILE, _config(first, live, layers))
         metadata = {"veneer.base_quantization": kinds.pop() if len(kinds) == 1 else "none"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from veneer.adapters.patterns import by_pattern, ends_in, is_regex, is_suffix, matching
@@ -151,7 +152,8 @@ class Factors(NamedTuple):
 
 class AdapterFile(NamedTuple):
     """An adapter folder: its config as it stands there and as ours, factors by layer (or adapted parameter), parameters
-    trained in full, rows of tokens by embedding, weights that are the base's own, and the factors' names in the file."""
+    trained in full, rows of tokens by embedding, weights that are the base's own, the factors' names in the file, and what
+    the base was quantised to when it was trained here (None: not at all, or not known)."""
 
     raw: dict[str, Any]
     config: LoraConfig
@@ -160,6 +162,7 @@ class AdapterFile(NamedTuple):
     tokens: dict[str, Tensor]
     copies: dict[str, Tensor]
     keys: dict[str, dict[str, str]]
+    trained_on: str | None
 
 
 def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
@@ -242,7 +245,10 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
         tokens=raw.get("trainable_token_indices") or [],
         lora_bias=bool(raw.get("lora_bias")),
     )
-    return AdapterFile(raw, config, *_read_tensors(path / WEIGHTS_FILE, raw, config, model))
+    tensors = _read_tensors(path / WEIGHTS_FILE, raw, config, model)
+    with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
+        trained_on = (file.metadata() or {}).get("veneer.base_quantization", "none")
+    return AdapterFile(raw, config, *tensors, None if trained_on == "none" else trained_on)
 
 
 def _read_tensors(
@@ -381,9 +387,4 @@ def is_of(key: str, suffix: str) -> bool:
 
 def base_quantization(path: str | Path) -> str | None:
     """What the base was quantised to when the adapter was trained here ("nf4", "fp4", "int8"); None: not at all, or not known."""
-    from safetensors import safe_open
-
-    read_adapter(path)
-    with safe_open(Path(path) / WEIGHTS_FILE, framework="pt") as file:
-        value = (file.metadata() or {}).get("veneer.base_quantization", "none")
-    return None if value == "none" else str(value)
+    return read_adapter(path).trained_on

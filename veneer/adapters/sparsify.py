@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from veneer import ops
 from veneer.adapters.algebra import RowBlocks
-from veneer.ops.reference import drop_limit, drop_scale
+from veneer.ops.reference import hashed
 
 BLOCK = 1 << 22  # elements of a block of rows; fixed, as another block rounds the products in another way
 
@@ -57,12 +58,11 @@ def dense_sum(updates: list[Update], rule: Rule, seed: int) -> RowBlocks:
     limits = [_limit(RowBlocks(shape, block, _dense(one)), rule) for one in updates]
 
     def rows(start: int, stop: int) -> Tensor:
-        found = []
-        for one, limit in zip(updates, limits, strict=True):
-            d = one.b[start:stop] @ one.a
-            found.append(_pruned(d, rule, limit, one.key + f" {seed} {start}".encode()))
-        weights = [one.weight for one in updates]
-        return _elected(found, weights, rule.elect) if rule.elect else _added(found, weights)
+        seeds = [_seed(one.key + f" {seed} {start}".encode()) for one in updates]
+        parts, p = [one.b[start:stop] @ one.a for one in updates], 1 - rule.density if rule.prune == "random" else 0.0
+        if rule.prune == "della" and rule.density < 1:
+            parts = [_by_rank(d, rule, seed) for d, seed in zip(parts, seeds, strict=True)]
+        return ops.sparse_sum(parts, [one.weight for one in updates], limits, seeds, p, rule.elect)
 
     return RowBlocks(shape, block, rows)
 
@@ -104,46 +104,12 @@ def _counts(matrix: RowBlocks, k: int, key: Callable[[Tensor], Tensor], size: in
     return size - 1 - at, k - int(above[at - 1] if at else 0)
 
 
-def _pruned(d: Tensor, rule: Rule, limit: float, key: bytes) -> Tensor:
-    if rule.density >= 1:
-        return d
-    if rule.prune == "magnitude":
-        return d.masked_fill_(d.abs() < limit, 0)
-    drop = 1 - rule.density
-    if rule.prune == "random":
-        hit = _random(key, d.shape) < drop_limit(drop)
-        return d.mul_(drop_scale(drop)).masked_fill_(hit, 0)
+def _by_rank(d: Tensor, rule: Rule, seed: int) -> Tensor:
+    """DELLA's pruning: the smallest of a row goes with probability 1 - density + window / 2, the largest with - window / 2."""
     order = d.abs().argsort(1).argsort(1).float() / max(d.shape[1] - 1, 1)  # 0 the smallest of its row, 1 the largest
-    limits = ((drop + rule.window * (0.5 - order)) * 65536).round_().clamp_(0, 65535)
-    hit = _random(key, d.shape) < limits
-    return d.mul_(65536 / (65536 - limits)).masked_fill_(hit, 0)
+    limits = ((1 - rule.density + rule.window * (0.5 - order)) * 65536).round_().clamp_(0, 65535)
+    return torch.where(hashed(d.shape[0], d.shape[1], seed) >= limits, d * (65536 / (65536 - limits)), 0.0)
 
 
-def _random(key: bytes, shape: torch.Size) -> Tensor:
-    """Whole numbers below 65,536, int32: Philox counters (Salmon et al. 2011) under the hash of a key."""
-    count = shape.numel()
-    source = np.random.Philox(key=int.from_bytes(hashlib.sha256(key).digest()[:16], "little"))
-    words = source.random_raw((count + 3) // 4).astype("<u8", copy=False).view("<u2")[:count]
-    return torch.from_numpy(words.astype(np.int32)).view(shape)
-
-
-def _added(parts: list[Tensor], weights: list[float]) -> Tensor:
-    total = parts[0].mul_(weights[0])
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        total.add_(part, alpha=weight)
-    return total
-
-
-def _elected(parts: list[Tensor], weights: list[float], sign: Sign) -> Tensor:
-    """The average of the parts that have the elected sign, each times |weight|; zeros have none and do not count."""
-    for part, weight in zip(parts, weights, strict=True):
-        if weight < 0:
-            part.neg_()
-    votes = _added([p.sign() if sign == "frequency" else p.clone() for p in parts], [1.0] * len(parts))
-    positive = votes >= 0
-    total, count = torch.zeros_like(votes), torch.zeros_like(votes)
-    for part, weight in zip(parts, weights, strict=True):
-        agrees = torch.where(positive, part > 0, part < 0)
-        total.add_(part.mul_(agrees), alpha=abs(weight))
-        count.add_(agrees)
-    return total.div_(count.clamp_(min=1))
+def _seed(key: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "little")

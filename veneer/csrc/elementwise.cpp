@@ -105,14 +105,6 @@ inline Words AddBFloat16(Words a, Words b) {
   return (Words)(low | high << 16);
 }
 
-// A hash of 32 bits, each bit of the result depending on every bit of h; T is a number or a vector of them.
-template <class T>
-inline T Mix(T h) {
-  h = (h ^ h >> 16) * 0x7feb352du;
-  h = (h ^ h >> 15) * 0x846ca68bu;
-  return h ^ h >> 16;
-}
-
 }  // namespace
 
 // y (rows, width) = x rstd (weight + shift), rstd (rows) = (mean(x^2) + epsilon)^-1/2. rest: of x, or null. zeros: how
@@ -350,7 +342,6 @@ EXPORT(orthogonal)
 EXPORT(masked)
 (const uint16_t* x, const uint16_t* residual, int64_t rows, int64_t width, uint32_t seed, int limit, uint16_t* out,
  int threads) {
-  constexpr uint32_t kGolden = 0x9e3779b9u;
   Bits lanes;
   for (int i = 0; i < kWidth; ++i) lanes[i] = i * kGolden;
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * width > 65536)

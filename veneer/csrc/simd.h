@@ -147,6 +147,15 @@ inline float Largest(Vec v) {
   return top;
 }
 
+// A hash of 32 bits, each bit of the result depending on every bit of h; T is a number or a vector of them.
+template <class T>
+inline T Mix(T h) {
+  h = (h ^ h >> 16) * 0x7feb352du;
+  h = (h ^ h >> 15) * 0x846ca68bu;
+  return h ^ h >> 16;
+}
+constexpr uint32_t kGolden = 0x9e3779b9u;  // times a row's or a pair of columns' number: what is hashed
+
 // A thread's working memory: grown when needed, kept between calls.
 struct Scratch {
   void* memory = nullptr;

@@ -40,6 +40,7 @@ TABLE = {
     "row_norms": Operation(reference.row_norms, native=native.row_norms, torch=products.row_norms, bf16=True),
     "watch": Operation(reference.watch, native=native.watch, torch=products.watch),
     "orthogonal": Operation(reference.orthogonal, native=native.orthogonal, torch=products.orthogonal),
+    "sparse_sum": Operation(reference.sparse_sum, native=native.sparse_sum),
     "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
     "rms_norm": Operation(
         lambda x, norm, rest=None: reference.rms_norm(x, norm.weight, norm.epsilon, norm.shift, rest),
@@ -186,6 +187,20 @@ def orthogonal(matrices: Sequence[Tensor], gradients: Sequence[Tensor], dims: Se
     """gradient += factor (M M^T - I) M for dim 0, factor M (M^T M - I) for dim 1, fp32, in place: that of
     factor / 4 |M M^T - I|^2, or |M^T M - I|^2. A tensor of more dimensions is a matrix of `dim` and all the others."""
     choose("orthogonal", matrices[0].device, torch.float32)[0](matrices, gradients, dims, factor)
+
+
+def sparse_sum(
+    parts: Sequence[Tensor], weights: Sequence[float], limits: Sequence[float], seeds: Sequence[int], p: float = 0.0,
+    elect: str | None = None,
+) -> Tensor:  # fmt: skip
+    """sum of weight * pruned (rows, width) fp32, of parts (rows, width) fp32: at most 64 in one pass.
+
+    pruned: v where |v| >= its limit, and with p > 0 where `reference.kept` says so under its seed (below 2^32), times
+    `drop_scale(p)`; else 0. elect: a part of negative weight is turned round first; each place elects the sign of the sum
+    ("total"), or of the sum of signs ("frequency"), 0 being positive; the result is the mean of |weight| * pruned over the
+    parts that have it, 0 where none has (TIES: Yadav et al. 2023, arXiv 2306.01708). No gradient flows.
+    """
+    return choose("sparse_sum", parts[0].device)[0](parts, weights, limits, seeds, p, elect)  # type: ignore[no-any-return]
 
 
 def attention(

@@ -19,16 +19,18 @@ import torch  # before the library: it then shares torch's OpenMP threads
 from torch import Tensor
 
 from veneer.errors import VeneerError
-from veneer.ops import products
+from veneer.ops import products, reference
 from veneer.ops.arena import empty
 from veneer.ops.reference import (
     BLOCK,
     CODE_BOOKS,
     DYNAMIC_MAP,
+    ELECTIONS,
     NESTED_BLOCK,
     TINY,
     double_quantize_table,
     drop_limit,
+    drop_scale,
     int8_scale,
 )
 
@@ -40,6 +42,7 @@ ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAX_TERMS = 16  # of one product
+MAX_PARTS = 64  # of one sum
 MAX_WIDTH = 512  # of an attention head
 FEW_ROWS = 32  # below it, packing a 16-bit weight costs more than the product
 WHOLE = {"nf4": 8005.0, "fp4": 41 * 192.0}  # times it, values of a code-book are whole numbers: csrc/few_rows.h
@@ -65,6 +68,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "orthogonal": [c_void_p, c_int64, c_float, c_int],
     "row_norms": [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_void_p, c_int],
     "masked": [c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_int, c_void_p, c_int],
+    "sparse_sum": [c_void_p, c_int, c_int64, c_int64, c_int, c_float, c_int, c_void_p, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_int],
 }  # fmt: skip
 
@@ -87,6 +91,10 @@ class _Term(ctypes.Structure):
         ("four_bit", ctypes.POINTER(_FourBit)), ("int8", ctypes.POINTER(_Int8)), ("kind", c_int64),
         ("row_scale", c_void_p),
     ]  # fmt: skip
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [("values", c_void_p), ("weight", c_float), ("limit", c_float), ("seed", c_uint32)]
 
 
 @functools.cache
@@ -503,6 +511,32 @@ def masked(x: Tensor, p: float, seed: int, residual: Tensor | None = None, out: 
     for y in (x, out) if residual is None else (x, out, residual):
         assert y.shape == x.shape and y.is_contiguous() and y.dtype == torch.bfloat16 and y.device.type == "cpu"
     _run("masked", x.data_ptr(), _pointer(residual), *x.shape, seed, drop_limit(p), out.data_ptr())
+    return out
+
+
+def sparse_sum(
+    parts: Sequence[Tensor], weights: Sequence[float], limits: Sequence[float], seeds: Sequence[int], p: float,
+    elect: str | None,
+) -> Tensor:  # fmt: skip
+    if len(parts) > MAX_PARTS:
+        return reference.sparse_sum(parts, weights, limits, seeds, p, elect)
+    rows, width = parts[0].shape
+    parts = [part.contiguous() for part in parts]
+    assert all(part.shape == (rows, width) and part.device.type == "cpu" for part in parts)
+    fields = (_Part * len(parts))(*(_Part(*one) for one in zip(_fp32(parts), weights, limits, seeds, strict=True)))
+    out = torch.empty(rows, width)
+    how = (None, *ELECTIONS).index(elect)
+    _run(
+        "sparse_sum",
+        ctypes.addressof(fields),
+        len(parts),
+        rows,
+        width,
+        drop_limit(p),
+        drop_scale(p),
+        how,
+        out.data_ptr(),
+    )
     return out
 
 

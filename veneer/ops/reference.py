@@ -271,9 +271,37 @@ def kept(rows: int, width: int, p: float, seed: int) -> Tensor:
     Counter-based random numbers (Salmon et al. 2011): a function of seed (below 2^32), row and column, the same on every
     machine, so that nothing of a mask need be stored. One hash serves two columns.
     """
+    return hashed(rows, width, seed) >= drop_limit(p)
+
+
+def hashed(rows: int, width: int, seed: int) -> Tensor:
+    """Whole numbers below 65,536, int64 (rows, width), of `kept`."""
     row, pair = (torch.arange(n) * 0x9E3779B9 & 0xFFFFFFFF for n in (rows, (width + 1) // 2))
-    hashed = _mix(pair ^ _mix(row ^ seed)[:, None])
-    return torch.stack([hashed & 0xFFFF, hashed >> 16], -1).view(rows, -1)[:, :width] >= drop_limit(p)
+    words = _mix(pair ^ _mix(row ^ seed)[:, None])
+    return torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)[:, :width]
+
+
+ELECTIONS = ("total", "frequency")
+
+
+def sparse_sum(
+    parts: Sequence[Tensor], weights: Sequence[float], limits: Sequence[float], seeds: Sequence[int], p: float,
+    elect: str | None,
+) -> Tensor:  # fmt: skip
+    """Parts (rows, width) fp32, pruned, then added, or added where they have the elected sign; see `ops.sparse_sum`."""
+    pruned = []
+    for part, limit, seed in zip(parts, limits, seeds, strict=True):
+        kept_ = part.abs() >= limit
+        if drop_limit(p):
+            part, kept_ = part * drop_scale(p), kept_ & kept(part.shape[0], part.shape[1], p, seed)
+        pruned.append(torch.where(kept_, part, 0.0))
+    if elect is None:
+        return sum((part * weight for part, weight in zip(pruned, weights, strict=True)), torch.zeros(()))
+    turned = [-part if weight < 0 else part for part, weight in zip(pruned, weights, strict=True)]
+    votes = sum((part.sign() if elect == "frequency" else part for part in turned), torch.zeros(()))
+    agree = [(votes >= 0) & (part > 0) | (votes < 0) & (part < 0) for part in turned]
+    total = sum((part * abs(w) * hit for part, w, hit in zip(turned, weights, agree, strict=True)), torch.zeros(()))
+    return total / torch.stack(agree).sum(0).clamp(min=1)
 
 
 def drop_limit(p: float) -> int:

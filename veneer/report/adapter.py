@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from veneer.adapters import algebra
-from veneer.adapters.peft_format import Factors, base_quantization, read_adapter
+from veneer.adapters.peft_format import Factors, read_adapter
 from veneer.errors import VeneerError
 from veneer.models.load import resolve
 from veneer.models.weights import BaseWeights
@@ -56,7 +56,7 @@ def inspect_adapter(path: str | Path, model: str | None = None) -> dict[str, Any
     return {
         "kind": "adapter",
         "base_model": raw.get("base_model_name_or_path"),
-        "trained_on": base_quantization(path) or "16-bit, or not known",
+        "trained_on": file.trained_on or "16-bit, or not known",
         "r": config.r,
         "alpha": raw.get("lora_alpha", 8),
         "scaling": config.scaling,

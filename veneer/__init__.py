@@ -9,10 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.adapters.attach import active_adapter, attach, count_parameters, remove_adapter, set_adapter
+    from veneer.adapters.attach import active_adapter, attach, count_parameters, remove_adapter, set_adapter, unmerge
     from veneer.adapters.combine import combine
     from veneer.adapters.files import load_adapter, save_adapter
-    from veneer.adapters.merge import merge
+    from veneer.adapters.merge import hot_merge, merge
     from veneer.adapters.reference import adapter_checkpoints, adapter_off, base_model
     from veneer.config import DataConfig, LoraConfig, Recipe, TrainConfig
     from veneer.errors import RefusedError, VeneerError
@@ -36,6 +36,7 @@ __all__ = [
     "combine",
     "count_parameters",
     "evaluate",
+    "hot_merge",
     "load",
     "load_adapter",
     "merge",
@@ -44,12 +45,20 @@ __all__ = [
     "save_model",
     "set_adapter",
     "train",
+    "unmerge",
 ]
 _HOMES = {
-    "veneer.adapters.attach": ("active_adapter", "attach", "count_parameters", "remove_adapter", "set_adapter"),
+    "veneer.adapters.attach": (
+        "active_adapter",
+        "attach",
+        "count_parameters",
+        "remove_adapter",
+        "set_adapter",
+        "unmerge",
+    ),
     "veneer.adapters.combine": ("combine",),
     "veneer.adapters.files": ("load_adapter", "save_adapter"),
-    "veneer.adapters.merge": ("merge",),
+    "veneer.adapters.merge": ("hot_merge", "merge"),
     "veneer.adapters.reference": ("adapter_checkpoints", "adapter_off", "base_model"),
     "veneer.config": ("DataConfig", "LoraConfig", "Recipe", "TrainConfig"),
     "veneer.errors": ("RefusedError", "VeneerError"),

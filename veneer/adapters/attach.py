@@ -318,12 +318,13 @@ def unwrap(model: nn.Module, path: str, layer: LoraLayer) -> None:
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Make one adapter the active and trainable one; None: the bare base, exactly.
+    """Make one adapter the active and trainable one; None: the bare base, exactly. What `hot_merge` did is undone first.
 
     Raises:
         VeneerError: there is no adapter of that name; lists those there are.
     """
     require_adapter(model, name)
+    unmerge(model)
     layers = lora_layers(model)
     if any(layer.bases for layer in layers.values()):
         _replace(model, {})  # first: what is replaced in a base that is not in place would not be found again
@@ -341,6 +342,22 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
             for parameter in adapter_parameters(model, key).values():
                 move(parameter, adapter.device)
     model.__dict__["veneer_active"] = name
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put back the weights that `hot_merge` stands for, bit for bit: they were kept, nothing is subtracted. The adapter is
+    active as before, and computed beside the weights again. Nothing happens where nothing is merged."""
+    merged: dict[str, Any] = model.__dict__.pop("veneer_merged", {})
+    for path, layer in lora_layers(model).items():
+        if path not in merged:
+            continue
+        if isinstance(layer, LoraParameter):
+            layer.owner._parameters[layer.key] = merged[path]
+        elif isinstance(merged[path], nn.Module):
+            layer.base_layer = merged[path].train(layer.base_layer.training)
+        else:
+            layer.base_layer.weight, layer.base_layer.bias = merged[path]
+        layer.active = active_adapter(model)
 
 
 def _replace(model: nn.Module, wanted: dict[str, nn.Parameter]) -> None:

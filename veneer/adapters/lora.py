@@ -235,6 +235,11 @@ class LoraLayer(nn.Module):
             return weight
         return weight * (self._over_rows(self.magnitude[name].detach()) / self._row_norms(weight).clamp_(min=TINY))
 
+    def merged_to(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """`merged`, rounded once to `dtype`; out: a buffer to write into."""
+        weight = self.merged(name)
+        return weight.to(dtype) if out is None else out.copy_(weight)
+
     def merged_bias(self, name: str) -> Tensor | None:
         """The bias with this adapter's in it, fp32; None: it has none.
 
@@ -295,6 +300,15 @@ class LoraLinear(LoraLayer):
 
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).T if isinstance(self.base_layer, Conv1D) else b @ a
+
+    def merged_to(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        base = self.base_of(name)
+        if name in self.magnitude or isinstance(base, QuantizedLinear) or base.weight.dtype != dtype:
+            return super().merged_to(name, dtype, out)
+        left, right = self.b(name).detach() * self.scaling[name], self.a(name).detach()
+        if isinstance(base, Conv1D):
+            left, right = right.T, left.T
+        return ops.add_update(base.weight.detach(), left.to(base.weight.device), right.to(base.weight.device), out)
 
     def _row_norms(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight, dim=int(not isinstance(self.base_layer, Conv1D)), keepdim=True)

@@ -103,3 +103,74 @@ EXPORT(sparse_sum)
     }
   }
 }
+
+namespace {
+
+inline Vec LoadWeight(const float* p) { return Load(p); }
+inline Vec LoadWeight(const uint16_t* p) { return LoadBFloat16(p); }
+inline void StoreWeight(float* p, Vec v) { Store(p, v); }
+inline void StoreWeight(uint16_t* p, Vec v) {
+  const Halves half = __builtin_convertvector(ExactBFloat16(v), Halves);
+  std::memcpy(p, &half, sizeof half);
+}
+
+// kRows rows of out = weight + left right, columns [c, c + kWidth); tails through a buffer.
+template <int kRows, class T>
+inline void AddRows(const T* weight, const float* left, const float* right, int64_t columns, int64_t rank, T* out) {
+  for (int64_t c = 0; c < columns; c += kWidth) {
+    const int64_t here = columns - c < kWidth ? columns - c : kWidth;
+    Vec sums[kRows];
+    T some[kWidth] = {};
+    for (int i = 0; i < kRows; ++i) {
+      const T* from = weight + i * columns + c;
+      if (here < kWidth) std::memcpy(some, from, here * sizeof(T));
+      sums[i] = LoadWeight(here < kWidth ? some : from);
+    }
+    Vec update[kRows] = {};  // summed by itself: beside the weight its small terms would be rounded away
+    for (int64_t k = 0; k < rank; ++k) {
+      const Vec v = LoadSome(right + k * columns + c, here);
+      for (int i = 0; i < kRows; ++i) update[i] = Fma(Set(left[i * rank + k]), v, update[i]);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const Vec v = sums[i] + update[i];
+      T* to = out + i * columns + c;
+      if (here < kWidth) {
+        StoreWeight(some, v);
+        std::memcpy(to, some, here * sizeof(T));
+      } else {
+        StoreWeight(to, v);
+      }
+    }
+  }
+}
+
+template <class T>
+inline void AddUpdate(const T* weight, int64_t rows, int64_t columns, const float* left, const float* right,
+                      int64_t rank, T* out, int threads) {
+  constexpr int kRows = 8;
+  const int64_t blocks = (rows + kRows - 1) / kRows;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * columns > 65536)
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t r = b * kRows;
+    if (r + kRows <= rows) {
+      AddRows<kRows>(weight + r * columns, left + r * rank, right, columns, rank, out + r * columns);
+    } else {
+      for (int64_t i = r; i < rows; ++i)
+        AddRows<1>(weight + i * columns, left + i * rank, right, columns, rank, out + i * columns);
+    }
+  }
+}
+
+}  // namespace
+
+// out (rows, columns) = weight + left right in fp32, rounded once to bf16 (`half`) or not at all; left (rows, rank),
+// right (rank, columns). out may be weight.
+EXPORT(add_update)
+(const void* weight, int half, int64_t rows, int64_t columns, const float* left, const float* right, int64_t rank,
+ void* out, int threads) {
+  if (half)
+    AddUpdate(static_cast<const uint16_t*>(weight), rows, columns, left, right, rank, static_cast<uint16_t*>(out),
+              threads);
+  else
+    AddUpdate(static_cast<const float*>(weight), rows, columns, left, right, rank, static_cast<float*>(out), threads);
+}

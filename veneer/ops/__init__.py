@@ -40,6 +40,7 @@ TABLE = {
     "row_norms": Operation(reference.row_norms, native=native.row_norms, torch=products.row_norms, bf16=True),
     "watch": Operation(reference.watch, native=native.watch, torch=products.watch),
     "orthogonal": Operation(reference.orthogonal, native=native.orthogonal, torch=products.orthogonal),
+    "add_update": Operation(reference.add_update, native=native.add_update),
     "sparse_sum": Operation(reference.sparse_sum, native=native.sparse_sum),
     "attention": Operation(reference.attention, native=blocks.attention, bf16=True),
     "rms_norm": Operation(
@@ -187,6 +188,14 @@ def orthogonal(matrices: Sequence[Tensor], gradients: Sequence[Tensor], dims: Se
     """gradient += factor (M M^T - I) M for dim 0, factor M (M^T M - I) for dim 1, fp32, in place: that of
     factor / 4 |M M^T - I|^2, or |M^T M - I|^2. A tensor of more dimensions is a matrix of `dim` and all the others."""
     choose("orthogonal", matrices[0].device, torch.float32)[0](matrices, gradients, dims, factor)
+
+
+def add_update(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """W + left right, summed in fp32 and rounded once: W (m, n) fp32, bf16 or fp16, left (m, r) and right (r, n) fp32.
+
+    out: a buffer of W's shape and type to write into; it may be W. No gradient flows.
+    """
+    return choose("add_update", weight.device)[0](weight, left, right, out)  # type: ignore[no-any-return]
 
 
 def sparse_sum(

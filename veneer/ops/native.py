@@ -68,6 +68,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "orthogonal": [c_void_p, c_int64, c_float, c_int],
     "row_norms": [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_void_p, c_int],
     "masked": [c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_int, c_void_p, c_int],
+    "add_update": [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int],
     "sparse_sum": [c_void_p, c_int, c_int64, c_int64, c_int, c_float, c_int, c_void_p, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_float, c_int],
 }  # fmt: skip
@@ -511,6 +512,22 @@ def masked(x: Tensor, p: float, seed: int, residual: Tensor | None = None, out: 
     for y in (x, out) if residual is None else (x, out, residual):
         assert y.shape == x.shape and y.is_contiguous() and y.dtype == torch.bfloat16 and y.device.type == "cpu"
     _run("masked", x.data_ptr(), _pointer(residual), *x.shape, seed, drop_limit(p), out.data_ptr())
+    return out
+
+
+def add_update(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return reference.add_update(weight, left, right, out)
+    weight = weight.contiguous()
+    out = torch.empty_like(weight) if out is None else out
+    (rows, columns), rank = weight.shape, left.shape[1]
+    assert left.shape == (rows, rank) and right.shape == (rank, columns) and out.shape == weight.shape
+    assert out.is_contiguous() and out.dtype == weight.dtype and {weight.device.type, out.device.type} == {"cpu"}
+    factors = [left.contiguous(), right.contiguous()]
+    _run(
+        "add_update", weight.data_ptr(), int(weight.dtype == torch.bfloat16), rows, columns, *_fp32(factors), rank,
+        out.data_ptr(),
+    )  # fmt: skip
     return out
 
 

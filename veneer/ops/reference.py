@@ -281,6 +281,12 @@ def hashed(rows: int, width: int, seed: int) -> Tensor:
     return torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)[:, :width]
 
 
+def add_update(weight: Tensor, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """W (m, n) + left (m, r) right (r, n) in fp32, rounded once to W's dtype."""
+    merged = (weight.float() + left @ right).to(weight.dtype)
+    return merged if out is None else out.copy_(merged)
+
+
 ELECTIONS = ("total", "frequency")
 
 

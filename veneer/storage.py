@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,99 @@ def write_tensors(
                 f"{path} could not be written: {error}; found {free / 1e6:,.1f} MB free, expected {needed / 1e6:,.1f} MB",
                 hint="free some space or choose an output folder on another disk",
             ) from error
+
+
+# safetensors' names of the types of numbers.
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+
+class TensorFile:
+    """A safetensors file read one tensor at a time, without mapping it: what was read is not counted twice.
+
+    Raises:
+        VeneerError: missing, damaged, pickle, or a type of numbers that torch here has none for.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        read_tensors(self.path)  # maps the file and checks all of its header; no tensor is read
+        with open(self.path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self._start = 8 + length
+        if unknown := sorted({entry["dtype"] for entry in header.values()} - _TYPES.keys()):
+            raise VeneerError(f"{self.path}: found tensors of {', '.join(unknown)}, expected {', '.join(_TYPES)}")
+        self._places = {name: entry["data_offsets"][0] for name, entry in header.items()}
+        self.tensors = {name: (_TYPES[entry["dtype"]], torch.Size(entry["shape"])) for name, entry in header.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        dtype, shape = self.tensors[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        memory = tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self._start + self._places[name])
+            done = 0
+            while done < len(memory):
+                count = file.readinto(memory[done:])
+                if not count:
+                    raise VeneerError(f"{self.path}: it ends inside {name}", hint="it is damaged; copy it again")
+                done += count
+        return tensor
+
+
+def stream_tensors(
+    path: str | Path,
+    plan: Mapping[str, tuple[torch.dtype, torch.Size]],
+    tensors: Callable[[list[str]], Iterator[torch.Tensor]],
+) -> str:
+    """Write a safetensors file one tensor at a time, atomically; returns its sha256.
+
+    Args:
+        plan: what will be in it.
+        tensors: given the names in the order of the file, makes one after the other.
+
+    Raises:
+        VeneerError: the file cannot be written, mostly because the disk is full.
+    """
+    names = sorted(plan, key=lambda name: (-plan[name][0].itemsize, name))  # large types first: all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    place = 0
+    for name in names:
+        dtype, shape = plan[name]
+        end = place + shape.numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+
+    def pieces() -> Iterator[Any]:
+        for name, tensor in zip(names, tensors(names), strict=True):
+            assert (tensor.dtype, tensor.shape) == plan[name], name
+            yield tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+
+    with atomic_file(path) as temporary:
+        try:
+            with open(temporary, "wb", buffering=0) as file:
+                for piece in itertools.chain([len(text).to_bytes(8, "little") + text], pieces()):
+                    digest.update(piece)
+                    view = memoryview(piece)
+                    while len(view):
+                        view = view[file.write(view) :]
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            free = shutil.disk_usage(temporary.parent).free
+            raise VeneerError(
+                f"{path} could not be written: {error}; found {free / 1e6:,.1f} MB free, expected {place / 1e6:,.1f} MB",
+                hint="free some space or choose an output folder on another disk",
+            ) from error
+    return digest.hexdigest()
 
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:

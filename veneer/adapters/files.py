@@ -311,12 +311,14 @@ def load_adapter(
     activate: bool = True,
     dtype: Dtype = "float32",
     device: str | None = None,
+    check_copies: bool = True,
 ) -> nn.Module:
     """Put an adapter folder in PEFT's format on `model`, in place, and make it the active one.
 
     Args:
         dtype: of A and B on the model, whatever it is in the file.
         device: where the adapter waits while another is active, "cpu" say of a model on a GPU; left out, at the base.
+        check_copies: compare weights of the base that the file has too with this base's; False: its shapes alone.
 
     Raises:
         VeneerError: files missing, damaged or pickle; fields that change the maths and are not supported; tensors of
@@ -360,7 +362,7 @@ def load_adapter(
     for key, tensor in file.copies.items():
         if key not in base:
             problems.append(f"{key}: found in the adapter, but this model has no such weight")
-        elif not _same(tensor, base[key]):
+        elif tensor.shape != base[key].shape or (check_copies and not _same(tensor, base[key])):
             problems.append(
                 f"{key}: found with the adapter, {tuple(tensor.shape)}, but this base's, {tuple(base[key].shape)}, is another; "
                 "it was changed or resized before the training, or the adapter is of another base"
@@ -430,7 +432,7 @@ def _wrong_settings(path: Any, name: Any, dtype: Any, device: Any) -> list[str]:
 def _same(copy: Tensor, weight: Tensor) -> bool:
     """Whether a file's copy is this weight, as far as the narrower of their types can tell."""
     dtype = min(copy.dtype, weight.dtype, key=lambda kind: kind.itemsize)
-    return copy.shape == weight.shape and torch.equal(copy.to(weight.device, dtype), weight.detach().to(dtype))
+    return torch.equal(copy.to(weight.device, dtype), weight.detach().to(dtype))
 
 
 def _left_over_or_missing(model: nn.Module, file: AdapterFile) -> list[str]:

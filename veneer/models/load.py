@@ -133,7 +133,7 @@ def resolve(name: str, revision: str | None = None, *, download: bool = True, co
 
 def stored_quantization(name: str | Path, revision: str | None = None) -> str | None:
     """What a model's weights are quantised to where they are stored: "nf4", "fp4", "int8" or None."""
-    return _read_config(resolve(str(name), revision))[1]
+    return read_config(resolve(str(name), revision))[1]
 
 
 def save_model(model: Any, tokenizer: Any, path: str | Path, *, replace: bool = False) -> Path:
@@ -176,11 +176,11 @@ def describe_model(name: str | Path) -> dict[str, Any]:
         count = sum(torch.Size(shape).numel() for shape, _ in summary.tensors.values())
         return {"kind": "gguf", "architecture": summary.architecture, "parameters": count, "bytes": path.stat().st_size}
     folder = resolve(str(name), download=False)
-    config, quantization = _read_config(folder)
+    config, quantization = read_config(folder)
     files = weight_files(folder)
     for file in files:
         read_tensors(file)  # maps the file and checks its header; no weight is read
-    skeleton = _skeleton(config, folder)
+    skeleton = build_skeleton(config, folder)
     text = config.get_text_config()
     sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
     return {
@@ -205,7 +205,7 @@ def skeleton(name: str) -> Any:
     gguf = _embedded_gguf() if name == EMBEDDED else Path(name)
     if gguf.suffix != ".gguf":
         folder = resolve(name, download=False)
-        return _skeleton(_read_config(folder)[0], folder)
+        return build_skeleton(read_config(folder)[0], folder)
     summary = check_gguf(gguf)
     try:
         with _quiet():
@@ -214,12 +214,12 @@ def skeleton(name: str) -> Any:
         raise VeneerError(
             f"{gguf}: transformers cannot read this {summary.architecture} GGUF: {_in_a_line(error)}"
         ) from error
-    return _skeleton(config, gguf.parent)
+    return build_skeleton(config, gguf.parent)
 
 
 def skeleton_of(model_type: str, **sizes: Any) -> Any:
     """The model of one of transformers' architectures with these sizes, on the meta device."""
-    return _skeleton(AutoConfig.for_model(model_type, **sizes), Path(model_type))
+    return build_skeleton(AutoConfig.for_model(model_type, **sizes), Path(model_type))
 
 
 def cache_folder() -> Path:
@@ -300,7 +300,7 @@ def _model_of(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    config, quantization = _read_config(folder)
+    config, quantization = read_config(folder)
     tensors: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         tensors |= read_tensors(file)
@@ -326,7 +326,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _read_config(folder: Path) -> tuple[Any, str | None]:
+def read_config(folder: Path) -> tuple[Any, str | None]:
     """config.json as one of transformers' own classes, and what its weights are quantised to."""
     path = folder / "config.json"
     if not path.is_file():
@@ -361,7 +361,7 @@ def _without_code(value: Any) -> Any:
     return {key: _without_code(item) for key, item in value.items() if key not in _KEYS_THAT_REACH_CODE}
 
 
-def _skeleton(config: Any, folder: Path, dtype: torch.dtype | None = None, *, real_buffers: bool = False) -> Any:
+def build_skeleton(config: Any, folder: Path, dtype: torch.dtype | None = None, *, real_buffers: bool = False) -> Any:
     """The model of a config without memory for its weights; `real_buffers`: those that are computed are there."""
     try:
         with _quiet(), init_empty_weights() if real_buffers else torch.device("meta"):
@@ -374,7 +374,7 @@ def _skeleton(config: Any, folder: Path, dtype: torch.dtype | None = None, *, re
 
 def _fill(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path) -> Any:
     """The model with these weights, by transformers' own loading: it knows old names, and experts stored one by one."""
-    skeleton = _skeleton(config, folder, dtype)
+    skeleton = build_skeleton(config, folder, dtype)
     needed, found = (sum(t.numel() for t in group) for group in (skeleton.parameters(), tensors.values()))
     if needed > 2 * found:  # transformers gives what is missing memory and random numbers before it tells us
         raise VeneerError(
@@ -394,7 +394,7 @@ def _fill(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, fol
 
 def _fill_quantized(config: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype, folder: Path, kind: str) -> Any:
     """The same with quantised layers, which transformers cannot make without bitsandbytes; names as in the model."""
-    model = _skeleton(config, folder, dtype, real_buffers=True)
+    model = build_skeleton(config, folder, dtype, real_buffers=True)
     bnb_format.replace_layers(model, tensors, dtype, kind)
     quantized = quantized_layers(model)
     state = {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] not in quantized}

@@ -1,0 +1,278 @@
+"""Adapters merged into a model's files, tensor by tensor: logits, bytes left alone, proof, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_mixture, make_model, randomised
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+import veneer
+from veneer.adapters.peft_format import read_adapter
+from veneer.models.merging import merge_files
+from veneer.quant.linear import quantize_model
+from veneer.storage import sha256
+
+IDS = torch.arange(1, 30)[None]
+
+
+def written(tmp_path, tokenizer, make=make_model, name="model"):
+    return veneer.save_model(make(), tokenizer, tmp_path / name)
+
+
+def adapter(tmp_path, folder, name="adapter", seed=0, quantize=None, **settings):
+    model, _ = veneer.load(folder, dtype="float32", quantize=quantize, fused=False)
+    veneer.attach(model, veneer.LoraConfig(**{"r": 4, "targets": "all-linear", **settings}), seed=seed)
+    return veneer.save_adapter(randomised(model), tmp_path / name)
+
+
+@torch.no_grad()
+def logits(folder, *adapters, quantize=None):
+    model, _ = veneer.load(folder, dtype="float32", quantize=quantize, fused=False)
+    for number, path in enumerate(adapters):
+        veneer.load_adapter(model, path, f"a{number}")
+    return model(input_ids=IDS).logits
+
+
+def sharded(folder, count):
+    """The same model over `count` files, with an index, as large models come."""
+    tensors = load_file(folder / "model.safetensors")
+    names, where = sorted(tensors), {}
+    for number in range(count):
+        own = names[number::count]
+        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        save_file({name: tensors[name] for name in own}, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(own, file)
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+CASES = {
+    "plain": {},
+    "DoRA": {"dora": True},
+    "rsLoRA, patterns": {"rslora": True, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 3}},
+    "tied head": {"targets": ["lm_head", "q_proj"]},
+    "embedding": {"targets": ["embed_tokens", "q_proj"]},
+    "modules and tokens": {"targets": ["q_proj"], "modules_to_save": ["norm"], "tokens": [4, 11]},
+    "tied modules": {"targets": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "biases": {"targets": "attention", "bias": "all", "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_logits_of_base_and_adapter(tmp_path, tokenizer, case, shards):
+    folder = written(tmp_path, tokenizer, lambda: make_model(attention_bias=case == "biases"))
+    path = adapter(tmp_path, folder, **CASES[case])
+    expected = logits(folder, path)
+    if shards > 1:
+        sharded(folder, shards)
+    report = merge_files(folder, [path], tmp_path / "out")
+    assert report["how"] == "streamed" and report["changed"] > 0
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-5, atol=1e-5)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert files == sorted(file.name for file in folder.glob("*.safetensors")) and len(files) == shards
+    assert report["outputs"] == {name: sha256(tmp_path / "out" / name) for name in files}
+    assert report["inputs"][str(path / "adapter_model.safetensors")] == sha256(path / "adapter_model.safetensors")
+    assert json.loads((tmp_path / "out" / "merge_report.json").read_text()) == report
+    assert report["error"]["max_error"] <= max(2 * report["error"]["rounding"], 1e-6)
+
+
+def test_what_is_not_adapted_is_the_same_to_the_bit(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer, lambda: make_model(dtype=torch.bfloat16))
+    path = adapter(tmp_path, folder, targets=["q_proj"])
+    report = merge_files(folder, [path], tmp_path / "out")
+    before, after = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(after[key].dtype == torch.bfloat16 for key in after)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1)} and report["changed"] == 2
+    for key in changed:  # summed in fp32, rounded once
+        factors = load_file(path / "adapter_model.safetensors")
+        name = f"base_model.model.{key.removesuffix('.weight')}"
+        update = (
+            read_adapter(path).config.scaling
+            * factors[f"{name}.lora_B.weight"].double()
+            @ factors[f"{name}.lora_A.weight"].double()
+        )
+        exact = before[key].double() + update
+        assert float((after[key].double() - exact).abs().max()) <= 1.001 * report["error"]["rounding"]
+        assert float((after[key] != exact.bfloat16()).double().mean()) < 1e-3
+    copied = {file.name for file in folder.iterdir()} - {"model.safetensors", "config.json"}
+    assert all((tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes() for name in copied)
+
+
+@pytest.mark.parametrize("onto", ["nf4", "fp4", "int8"])
+def test_onto_what_it_was_trained_on(tmp_path, tokenizer, onto):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder, quantize=onto)
+    expected = logits(folder, path, quantize=onto)
+    report = merge_files(folder, [path], tmp_path / "out", onto=onto)
+    assert report["onto"] == onto and report["how"] == "streamed"
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+    assert float((logits(folder, path) - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_stored_quantised_model_is_decoded(tmp_path, tokenizer, kind):
+    def make():
+        model = make_model(fused=False)
+        quantize_model(model, kind, compute_dtype=torch.float32)
+        return model
+
+    folder = written(tmp_path, tokenizer, make)
+    path = adapter(tmp_path, folder, targets=["q_proj", "down_proj"])
+    expected = logits(folder, path)
+    report = merge_files(folder, [path], tmp_path / "out")
+    assert report["onto"] == kind and "quantization_config" not in json.loads(
+        (tmp_path / "out/config.json").read_text()
+    )
+    torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(veneer.VeneerError, match="there is no fp4 base in it"):
+        merge_files(folder, [path], tmp_path / "other", onto="fp4")
+
+
+def test_transformers_conv1d(tmp_path, tokenizer):
+    def make():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=64, n_embd=24, n_layer=2, n_head=2)).eval()
+
+    folder = written(tmp_path, tokenizer, make)
+    for number, settings in enumerate(({}, {"dora": True})):
+        path = adapter(tmp_path, folder, f"a{number}", targets=["c_attn", "c_proj"], **settings)
+        merge_files(folder, [path], tmp_path / f"out{number}")
+        torch.testing.assert_close(logits(tmp_path / f"out{number}"), logits(folder, path), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts(tmp_path, tokenizer, kind):
+    folder = written(tmp_path, tokenizer, lambda: make_mixture(kind).eval())
+    path = adapter(tmp_path, folder)
+    report = merge_files(folder, [path], tmp_path / "out")
+    assert report["how"] in ("streamed", "in memory")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(folder, path), rtol=1e-4, atol=1e-4)
+
+
+def test_several_adapters_are_added(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    paths = [
+        adapter(tmp_path, folder, f"a{n}", n, r=2 + n, targets=targets)
+        for n, targets in enumerate((["q_proj", "v_proj"], ["q_proj", "down_proj"]))
+    ]
+    merge_files(folder, paths, tmp_path / "both")
+    veneer.combine(paths, tmp_path / "sum", weights=(1, 1))
+    torch.testing.assert_close(logits(tmp_path / "both"), logits(folder, tmp_path / "sum"), rtol=1e-5, atol=1e-5)
+    dora = adapter(tmp_path, folder, "dora", dora=True)
+    full = [adapter(tmp_path, folder, f"f{n}", n, targets=["q_proj"], modules_to_save=["norm"]) for n in (0, 1)]
+    with pytest.raises(veneer.VeneerError, match="DoRA scales the whole weight"):
+        merge_files(folder, [paths[0], dora], tmp_path / "no")
+    with pytest.raises(veneer.VeneerError, match=r"both have values of their own for model.norm.weight"):
+        merge_files(folder, full, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_check_that_refuses_leaves_nothing(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder)
+
+    def refuse(out):
+        assert (out / "model.safetensors").is_file() and (out / "config.json").is_file()
+        raise veneer.RefusedError("too far apart")
+
+    with pytest.raises(veneer.RefusedError, match="too far apart"):
+        merge_files(folder, [path], tmp_path / "out", check=refuse)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "model"]
+    report = merge_files(folder, [path], tmp_path / "out", check=lambda out: {"kl": 0.0})
+    assert report["divergence"] == {"kl": 0.0}
+
+
+def test_bad_models_and_adapters(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder)
+    other = adapter(tmp_path, written(tmp_path, tokenizer, lambda: make_model(hidden_size=32), "small"), "other")
+    with pytest.raises(veneer.VeneerError, match=r"q_proj.lora_A: found \(4, 32\), expected \(4, 48\)"):
+        merge_files(folder, [other], tmp_path / "out")
+    tensors = load_file(path / "adapter_model.safetensors")
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file({**tensors, key: torch.full_like(tensors[key], float("nan"))}, path / "adapter_model.safetensors")
+    with pytest.raises(veneer.VeneerError, match="found NaN or Inf"):
+        merge_files(folder, [path], tmp_path / "out")
+    save_file({**tensors, key: torch.full_like(tensors[key], 3e38)}, path / "adapter_model.safetensors")
+    with pytest.raises(veneer.VeneerError, match="the merged weight holds NaN or Inf"):
+        merge_files(folder, [path], tmp_path / "out")
+    save_file(tensors, path / "adapter_model.safetensors")
+    with pytest.raises(veneer.VeneerError, match="found none"):
+        merge_files(folder, [], tmp_path / "out")
+    sharded(folder, 3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(veneer.VeneerError, match=r"shard model-00002-of-00003.safetensors is missing"):
+        merge_files(folder, [path], tmp_path / "out")
+    data = (folder / "model-00001-of-00003.safetensors").read_bytes()
+    (folder / "model-00001-of-00003.safetensors").write_bytes(data[:-50])
+    with pytest.raises(veneer.VeneerError, match=r"missing|not a valid safetensors file"):
+        merge_files(folder, [path], tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+INTERRUPTED = """
+import os, sys, veneer.storage as storage
+from veneer.models.merging import merge_files
+real, done = storage.hashlib.sha256, [0]
+class Counting:
+    def __init__(self): self.inner = real()
+    def update(self, piece):
+        done[0] += 1
+        if done[0] == int(sys.argv[4]): os.kill(os.getpid(), 9)
+        self.inner.update(piece)
+    def hexdigest(self): return self.inner.hexdigest()
+storage.hashlib.sha256 = Counting
+merge_files(sys.argv[1], [sys.argv[2]], sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("piece", [1, 2, 9, 15])
+def test_a_killed_merge_leaves_nothing_under_the_final_name(tmp_path, tokenizer, piece):
+    folder = sharded(written(tmp_path, tokenizer), 3)
+    path = adapter(tmp_path, folder)
+    command = [sys.executable, "-c", INTERRUPTED, str(folder), str(path), str(tmp_path / "out"), str(piece)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert done.returncode == -9 and not (tmp_path / "out").exists()
+    merge_files(folder, [path], tmp_path / "out")  # what was left beside it is in nobody's way
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(folder, path), rtol=1e-5, atol=1e-5)
+
+
+PEAK = """
+import sys, resource
+from veneer.models.merging import merge_files
+from veneer.machine import current_bytes, peak_bytes, reset_peak
+small, path, big, big_path, out = sys.argv[1:]
+merge_files(small, [path], out + "1")  # everything is imported and warm
+reset_peak()
+before = current_bytes()
+merge_files(big, [big_path], out + "2")
+print(peak_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not say what the peak was")
+def test_the_peak_is_below_two_shards(tmp_path, tokenizer):
+    def large():
+        return make_model(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=2048, fused=False)
+
+    small = written(tmp_path, tokenizer, name="small")
+    folder = sharded(written(tmp_path, tokenizer, large), 10)
+    paths = [adapter(tmp_path, small, "a"), adapter(tmp_path, folder, "b")]
+    shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
+    command = [sys.executable, "-c", PEAK, small, paths[0], folder, paths[1], tmp_path / "out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2 * shard, (int(done.stdout), shard)

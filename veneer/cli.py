@@ -8,7 +8,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 
@@ -201,46 +201,51 @@ def quantize(
 @app.command()
 def merge(
     model: Model,
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder with a LoRA adapter.")],
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER ...", help="Folders with LoRA adapters.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     onto: Annotated[
-        str, typer.Option(help="auto, 16-bit, nf4, fp4 or int8: the base the adapter was trained on.")
+        str,
+        typer.Option(help="16-bit, nf4, fp4 or int8: the base to merge onto. auto: the nearer to base and adapter."),
     ] = "auto",
+    requantize: Annotated[
+        str | None, typer.Option(help="nf4, fp4 or int8: keep the model quantised, with a residual adapter beside it.")
+    ] = None,
+    residual_rank: Annotated[
+        int, typer.Option(min=0, help="With --requantize: rank of the adapter for what that loses; 0: none.")
+    ] = 16,
+    check: Annotated[bool, typer.Option(help="Compare it with base and adapter on text before it is written.")] = True,
+    text: Annotated[Path | None, typer.Option(help="Compare on this text file, a paragraph at a time.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="KL from base and adapter, in nats, above which nothing is written.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write it even above the tolerance.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Fold an adapter into a 16-bit model, and say what that changed."""
-    import veneer
-    from veneer.adapters.peft_format import base_quantization
-    from veneer.config import Quantization
-    from veneer.evaluation import compare_logits
-    from veneer.models.load import stored_quantization
-    from veneer.storage import require_empty_folder
+    """Fold adapters into a model's weights, and prove what that changed."""
+    from veneer.report import merge as report
+    from veneer.training.progress import counter
 
-    kinds = get_args(Quantization)
-    if onto not in ("auto", "16-bit", *kinds):
-        raise VeneerError(f"--onto: found {onto!r}, expected auto, 16-bit, {', '.join(kinds)}")
-    require_empty_folder(out)
-    stored = stored_quantization(model)
-    if stored and onto not in ("auto", stored):
-        raise VeneerError(
-            f"--onto {onto}: {model} is stored in {stored}, there is no {onto} base in it",
-            hint="leave --onto out, or give the 16-bit model it was made from",
-        )
-    kind = base_quantization(adapter) if onto == "auto" else onto if onto in kinds else None
-    loaded, tokenizer = _load(model, adapter, None if stored else kind, "--onto")
-    kind = stored or kind
-    difference = compare_logits(loaded, tokenizer, lambda: veneer.merge(loaded))
-    veneer.save_model(loaded, tokenizer, out)
-    result = {"out": str(out), "onto": kind or "16-bit", **difference}
+    found = report.merge_model(
+        model, adapters, out, onto=onto, requantize=requantize, residual_rank=residual_rank, check=check,
+        tolerance=tolerance, force=force, texts=_paragraphs(text), progress=counter("tensors merged"),
+    )  # fmt: skip
     if as_json:
-        _print_json(result)
-        return
-    base = f"the {kind} base, decoded to 16 bits" if kind else "the 16-bit base"
-    print(f"merged onto {base}: {out}")
-    print(
-        f"largest logit difference between adapter and merged model: {difference['max_logit_difference']:.4g} "
-        f"(same likeliest token at {100 * difference['top1_agreement']:.1f}% of {difference['tokens']} positions)"
-    )
+        _print_json(found)
+    else:
+        print(report.describe(found))
+
+
+def _paragraphs(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VeneerError(f"--text {path}: {error}") from None
+    found = [part.strip() for part in text.split("\n\n") if part.strip()][:64]
+    if not found:
+        raise VeneerError(f"--text {path}: found no text in it")
+    return found
 
 
 @app.command()

@@ -84,22 +84,57 @@ def json_match(answer: str, wanted: str) -> float | None:
     return same / len(names) if names else 1.0
 
 
+# What merged models are compared on where nothing is given: questions as in a chat, and plain prose.
+QUESTIONS = (
+    "Turn on the lights in the kitchen.",
+    "Explain in two sentences why the sky is blue.",
+    "List three primes.",
+)
+PROSE = (
+    "The harbour was quiet before sunrise. Two boats lay at the stone pier, their ropes stiff with salt, and behind the "
+    "market hall somebody was already sweeping the street.",
+    "Water boils at a lower temperature on a mountain, because the air presses less on its surface. That is why rice takes "
+    "longer there, and why recipes for high places ask for more time.",
+    "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n",
+)
+LONGEST = 512  # tokens of a text
+
+
 @torch.no_grad()
-def compare_logits(model: Any, tokenizer: Any, change: Callable[[], Any]) -> dict[str, Any]:
-    """Logits of `model` on three fixed prompts before and after `change` (a merge in place): how far apart they are."""
-    texts = (
-        "Turn on the lights in the kitchen.",
-        "Explain in two sentences why the sky is blue.",
-        "List three primes.",
-    )
+def text_logits(model: Any, tokenizer: Any, texts: list[str] | None = None) -> list[torch.Tensor]:
+    """fp32 logits (tokens, vocabulary) of each text, on the CPU; left out: of `QUESTIONS` and `PROSE`."""
+    if texts is None:
+        ids = [encode_prompt([{"role": "user", "content": text}], tokenizer) for text in QUESTIONS]
+        texts = list(PROSE)
+    else:
+        ids = []
+    ids += [tokenizer(text)["input_ids"] for text in texts]
     device = next(model.parameters()).device
-    prompts = [torch.tensor([encode_prompt([{"role": "user", "content": t}], tokenizer)], device=device) for t in texts]
-    before = [model(input_ids=prompt).logits.float() for prompt in prompts]
-    change()
-    pairs = [(logits, model(input_ids=prompt).logits.float()) for logits, prompt in zip(before, prompts, strict=True)]
-    same = torch.cat([(a.argmax(-1) == b.argmax(-1)).flatten() for a, b in pairs])
+    kept = [torch.tensor([one[:LONGEST]], device=device) for one in ids if one]
+    return [model(input_ids=one, use_cache=False).logits[0].float().cpu() for one in kept]
+
+
+def divergence(reference: list[torch.Tensor], found: list[torch.Tensor]) -> dict[str, Any]:
+    """How far another model's logits are from the reference's, on the same texts.
+
+    kl: mean over positions of KL(reference || other), in nats; top1_agreement: share of positions with the same likeliest
+    token; max_logit_difference; tokens: positions.
+    """
+    kl = [
+        (a.log_softmax(-1).exp() * (a.log_softmax(-1) - b.log_softmax(-1))).sum(-1)
+        for a, b in zip(reference, found, strict=True)
+    ]
+    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, found, strict=True)])
     return {
-        "max_logit_difference": max(float((a - b).abs().max()) for a, b in pairs),
-        "top1_agreement": float(same.float().mean()),
+        "kl": float(torch.cat(kl).double().mean()),
+        "top1_agreement": float(same.double().mean()),
+        "max_logit_difference": max(float((a - b).abs().max()) for a, b in zip(reference, found, strict=True)),
         "tokens": int(same.numel()),
     }
+
+
+def compare_logits(model: Any, tokenizer: Any, change: Callable[[], Any]) -> dict[str, Any]:
+    """The `divergence` of `model` after `change` (a merge in place) from what it was."""
+    before = text_logits(model, tokenizer)
+    change()
+    return divergence(before, text_logits(model, tokenizer))

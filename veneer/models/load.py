@@ -136,6 +136,12 @@ def stored_quantization(name: str | Path, revision: str | None = None) -> str | 
     return read_config(resolve(str(name), revision))[1]
 
 
+def stored_dtype(name: str | Path, revision: str | None = None) -> Dtype:
+    """The type that a model's config says its weights are stored in, as `load` takes it; bfloat16 where it says nothing."""
+    found = str(read_config(resolve(str(name), revision))[0].dtype).removeprefix("torch.")
+    return found if found in get_args(Dtype) else "bfloat16"  # type: ignore[return-value]
+
+
 def save_model(model: Any, tokenizer: Any, path: str | Path, *, replace: bool = False) -> Path:
     """Write a model without adapters as a folder plain transformers loads, atomically; quantised layers as bitsandbytes does.
 

@@ -32,6 +32,7 @@ from veneer.models.load import (
     read_config,
     resolve,
     save_model,
+    stored_dtype,
     weight_files,
 )
 from veneer.quant.bnb_format import SCALE, STATE, unpack_layer
@@ -270,27 +271,30 @@ class _Plan:
     def _merged(self, layer: LoraLayer, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, float]]:
         names = [name for name in self.names if name in layer.lora_A]
         holder, key = (layer.owner, layer.key) if isinstance(layer, LoraParameter) else (layer.base_layer, "weight")
+        by_row = isinstance(layer, LoraLinear) and not layer.magnitude and not isinstance(layer.base_layer, Conv1D)
+        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long() if by_row else None
+        before = weight[rows].clone() if rows is not None else weight
+        in_place = weight if by_row and weight.dtype == dtype and len(names) == 1 else None
         hollow = holder._parameters[key]
         holder._parameters[key] = nn.Parameter(weight, requires_grad=False)
         try:
             if len(names) == 1:
-                merged = layer.merged_to(names[0], dtype)
+                merged = layer.merged_to(names[0], dtype, in_place)
             else:
                 merged = (weight.float() + sum(layer.delta(name) for name in names)).to(dtype)
         finally:
             holder._parameters[key] = hollow
-        return merged, _error(layer, names, weight, merged)
+        return merged, _error(layer, names, before, merged, rows)
 
 
-def _error(layer: LoraLayer, names: list[str], weight: Tensor, merged: Tensor) -> dict[str, float]:
-    """The largest difference from the sum in fp64, in some rows of a linear, and that of rounding the exact sum."""
-    a, b = ({name: getattr(layer, kind)(name).detach().double() for name in names} for kind in ("a", "b"))
-    if isinstance(layer, LoraLinear) and not layer.magnitude and not isinstance(layer.base_layer, Conv1D):
-        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
-        weight, merged = weight[rows], merged[rows]
-        exact = weight.double() + sum(layer.scaling[name] * b[name][rows] @ a[name] for name in names)
-    elif isinstance(layer, LoraParameter):
+def _error(layer: LoraLayer, names: list[str], weight: Tensor, merged: Tensor, rows: Tensor | None) -> dict[str, float]:
+    """The largest difference from the sum in fp64, in these rows of a linear, and that of rounding the exact sum."""
+    if isinstance(layer, LoraParameter):
         return {"max_error": 0.0, "rounding": 0.0}  # made expert by expert, in fp32
+    a, b = ({name: getattr(layer, kind)(name).detach().double() for name in names} for kind in ("a", "b"))
+    if rows is not None:
+        merged = merged[rows]
+        exact = weight.double() + sum(layer.scaling[name] * b[name][rows] @ a[name] for name in names)
     else:
         exact = weight.double() + sum(layer.scaling[name] * layer._update(a[name], b[name]) for name in names)
         for magnitude in layer.magnitude.values():
@@ -339,7 +343,7 @@ def _ahead(pool: ThreadPoolExecutor, threads: int, make: Any, file: str, names: 
     waiting: collections.deque[Future[Any]] = collections.deque()
     for name in names:
         waiting.append(pool.submit(make, file, name))
-        if len(waiting) > threads:
+        if len(waiting) >= threads:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
@@ -369,7 +373,9 @@ def _in_memory(model: Any, source: Any, out: Path, kind: str | None, double_quan
     """For models whose files have other names or other tensors than the model, as mixtures with an expert a tensor."""
     stored = read_config(resolve(str(model)))[1]
     wanted: Any = None if stored else kind
-    loaded, tokenizer = load(model, quantize=wanted, double_quant=double_quant, device="cpu", fused=False)  # type: ignore[arg-type]
+    loaded, tokenizer = load(
+        model, quantize=wanted, double_quant=double_quant, dtype=stored_dtype(model), device="cpu", fused=False
+    )  # type: ignore[arg-type]
     load_adapter(loaded, source)
     changed = len(lora_layers(loaded))
     merge(loaded)

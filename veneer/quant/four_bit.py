@@ -9,6 +9,7 @@ from torch import Tensor
 
 from veneer import ops
 from veneer.errors import VeneerError
+from veneer.ops.reference import BLOCK, CODE_BOOKS
 
 
 @dataclass
@@ -39,6 +40,16 @@ class FourBitTensor:
             return cls(packed, absmax, weight.shape, kind=kind)
         codes, nested, offset = ops.double_quantize(absmax)
         return cls(packed, codes, weight.shape, nested, offset, kind)
+
+    def nearest(self, weight: Tensor) -> FourBitTensor:
+        """Another weight of this shape in the codes nearest to it under the scales that this one has."""
+        scales = self.scales().repeat_interleave(BLOCK)[: weight.numel()]
+        book = CODE_BOOKS[self.kind]
+        scaled = weight.detach().float().reshape(-1).cpu() / scales.cpu().clamp(min=torch.finfo(torch.float32).tiny)
+        code = book.order[torch.bucketize(scaled, book.midpoints)].to(torch.uint8)
+        code = torch.nn.functional.pad(code, (0, code.numel() % 2))
+        packed = (code[0::2] << 4 | code[1::2]).to(self.packed.device)
+        return FourBitTensor(packed, self.absmax, self.shape, self.nested_absmax, self.offset, self.kind)
 
     def scales(self) -> Tensor:
         """absmax as fp32 (ceil(n/64),)."""

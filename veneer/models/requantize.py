@@ -1,0 +1,175 @@
+"""An adapter merged into a 4-bit (or int8) model that stays one, and what that loses kept as a small adapter of its own.
+
+W' = W + update is dense; of it a quantised weight Q and a residual of rank k, Q + B A, are to be left. Of each layer three
+are tried, and the nearest to W' is taken:
+
+    fresh     Q = quantised W'                       the usual way: most of a small update is rounded away
+    nearest   Q = W' in the scales that W has        a code changes only where the update carries a weight over a midpoint
+    kept      Q = W itself                           the residual has to hold the whole update; exact where its rank allows
+
+and B A is always the nearest matrix of rank k to W' - Q (Eckart & Young 1936).
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.adapters.algebra import RowBlocks, nearest_factors
+from veneer.adapters.attach import attach, lora_layers, remove_adapter
+from veneer.adapters.files import load_adapter, save_adapter
+from veneer.adapters.lora import LoraLinear
+from veneer.config import LoraConfig, Quantization
+from veneer.errors import VeneerError
+from veneer.models.load import load, save_model, stored_dtype, stored_quantization
+from veneer.models.merging import REPORT_FILE
+from veneer.quant.four_bit import FourBitTensor
+from veneer.quant.linear import QuantizedLinear, QuantizedTensor, quantize
+from veneer.storage import atomic_folder, require_empty_folder, write_json
+
+RESIDUAL = "residual"  # the folder of the residual adapter inside the model's
+
+
+def merge_quantized(
+    model: str | Path,
+    source: str | Path,
+    out: str | Path,
+    *,
+    kind: Quantization = "nf4",
+    double_quant: bool = True,
+    rank: int = 16,
+    decoded: bool = True,
+    check: Callable[[Path], dict[str, Any]] | None = None,
+    replace: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write `model` with an adapter merged into it in 4 or 8 bits, and in `out`/residual an adapter of what was lost.
+
+    Args:
+        rank: of the residual; 0: none is kept.
+        decoded: onto what `kind` makes of the base, which a QLoRA adapter was trained on; False: onto the 16-bit base.
+        check: as of `merge_files`.
+
+    Returns:
+        What is in `merge_report.json`: how often each way was nearest, and the error with and without the residual, of the
+        update's norm: a value above 1 without it means that nothing of the update is left.
+
+    Raises:
+        VeneerError: what `load` and `load_adapter` find; an adapter that changes more than linears.
+    """
+    if not replace:
+        require_empty_folder(out)
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= 4096:
+        raise VeneerError(f"rank of the residual: found {rank!r}, expected a whole number from 0 to 4,096")
+    stored = stored_quantization(model)
+    if stored and stored != kind:
+        raise VeneerError(
+            f"{model} is stored in {stored}: found {kind}, expected the same", hint=f"--requantize {stored}"
+        )
+    if stored and not decoded:
+        raise VeneerError(f"{model} is stored in {stored}, there is no 16-bit base in it")
+    how: dict[str, Any] = {"double_quant": double_quant, "dtype": stored_dtype(model), "device": "cpu", "fused": False}
+    base, tokenizer = load(model, quantize=None if stored else kind, **how)
+    original = None if decoded else load(model, dtype="float32", device="cpu", fused=False)[0]
+    load_adapter(base, source)
+    others = [path for path, layer in lora_layers(base).items() if not isinstance(layer.base_layer, QuantizedLinear)]
+    adapter = next(iter(base.veneer_adapters.values()))
+    others += [*adapter.replaced, *(f"tokens {n}" for n in (adapter.config.tokens or ()))]
+    if others:
+        raise VeneerError(
+            [f"{path}: not a quantised linear, it cannot be merged into one" for path in others],
+            hint="merge into 16 bits (--out without --requantize), then quantise that",
+        )
+    residuals: dict[str, tuple[Tensor, Tensor]] = {}
+    ways: collections.Counter[str] = collections.Counter()
+    squared = dict.fromkeys(("update", "without", "with"), 0.0)
+    layers: dict[str, LoraLinear] = {path: x for path, x in lora_layers(base).items() if isinstance(x, LoraLinear)}
+    with torch.no_grad():
+        for done, (path, layer) in enumerate(layers.items()):
+            quantized = layer.base_layer
+            start = quantized.dequantize(torch.float32)
+            merged = layer.merged("default")
+            if original is not None:
+                dense = nn.Linear(*reversed(start.shape), bias=False, device="meta")
+                dense.weight = nn.Parameter(original.get_submodule(path).weight.detach().float(), requires_grad=False)
+                merged = merged - start + dense.weight if not layer.magnitude else _dora(layer, dense)
+                start = dense.weight
+            way, tensor, factors, lost = _best(quantized.tensor(), merged, kind, double_quant, rank)
+            ways[way] += 1
+            squared["update"] += float((merged - start).double().square().sum())
+            squared["without"] += lost[0]
+            squared["with"] += lost[1]
+            layer.base_layer = QuantizedLinear(tensor, quantized.bias, quantized.compute_dtype).eval()
+            if factors is not None:
+                residuals[path] = factors
+            if progress is not None:
+                progress(done + 1, len(layers))
+    remove_adapter(base, "default")
+    update = squared.pop("update")
+    report: dict[str, Any] = {
+        "model": str(model),
+        "adapters": [str(source)],
+        "onto": kind if decoded else "16-bit",
+        "how": f"requantised to {kind}",
+        "rank": rank,
+        "ways": dict(ways),
+        "error": {f"{key} residual": math.sqrt(value / update) if update else 0.0 for key, value in squared.items()},
+    }
+    with atomic_folder(out, replace=replace) as temporary:
+        save_model(base, tokenizer, temporary / "model")
+        for file in (temporary / "model").iterdir():
+            file.rename(temporary / file.name)
+        (temporary / "model").rmdir()
+        if residuals:
+            _save_residual(base, residuals, temporary / RESIDUAL, str(out), rank)
+        report["divergence"] = None if check is None else check(temporary)
+        write_json(temporary / REPORT_FILE, report)
+    return report
+
+
+def _dora(layer: LoraLinear, dense: nn.Linear) -> Tensor:
+    """DoRA's weight on another base."""
+    before, layer.base_layer = layer.base_layer, dense
+    try:
+        return layer.merged("default")
+    finally:
+        layer.base_layer = before
+
+
+def _best(
+    old: QuantizedTensor, merged: Tensor, kind: str, double_quant: bool, rank: int
+) -> tuple[str, QuantizedTensor, tuple[Tensor, Tensor] | None, tuple[float, float]]:
+    """The way that is nearest with the residual: its name, Q, (A, B), and the squared errors without and with it."""
+    tried: dict[str, QuantizedTensor] = {"kept": old, "fresh": quantize(merged, kind, double_quant=double_quant)}
+    if isinstance(old, FourBitTensor):
+        tried["nearest"] = old.nearest(merged)
+    found: list[tuple[float, str, QuantizedTensor, tuple[Tensor, Tensor] | None, float]] = []
+    for way, tensor in tried.items():
+        rest = merged - tensor.dequantize(torch.float32)
+        without = float(rest.double().square().sum())
+        if not rank:
+            found.append((without, way, tensor, None, without))
+            continue
+        shape = (rest.shape[0], rest.shape[1])
+        low = nearest_factors(RowBlocks(shape, len(rest), lambda i, j, rest=rest: rest[i:j]), min(rank, *shape))  # type: ignore[misc]
+        found.append((low.lost, way, tensor, (low.a, low.b), without))
+    lost, way, tensor, factors, without = min(found, key=lambda one: one[0])
+    return way, tensor, factors, (without, lost)
+
+
+def _save_residual(model: Any, residuals: dict[str, tuple[Tensor, Tensor]], path: Path, name: str, rank: int) -> None:
+    attach(model, LoraConfig(r=rank, alpha=rank, targets=sorted(residuals)), name=RESIDUAL, seed=0)
+    with torch.no_grad():
+        for layer_path, layer in lora_layers(model).items():
+            a, b = residuals[layer_path]
+            layer.lora_A[RESIDUAL][: len(a)].copy_(a)
+            layer.lora_B[RESIDUAL].zero_()
+            layer.lora_B[RESIDUAL][:, : len(a)].copy_(b)
+    model.name_or_path = name
+    save_adapter(model, path, RESIDUAL)

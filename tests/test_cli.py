@@ -18,7 +18,7 @@ from veneer.cli import app
 
 
 def call(*arguments, stdin=""):
-    environment = {**os.environ, "PYTHONPATH": "."}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
         [sys.executable, "-m", "veneer.cli", *map(str, arguments)],
         capture_output=True,

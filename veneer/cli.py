@@ -229,6 +229,12 @@ def merge(
         model, adapters, out, onto=onto, requantize=requantize, residual_rank=residual_rank, check=check,
         tolerance=tolerance, force=force, texts=_paragraphs(text), progress=counter("tensors merged"),
     )  # fmt: skip
+    if onto != "auto" and found["onto"] != (trained := found["trained_on"]):
+        print(
+            f"note: trained on the base in {trained}, merged onto {found['onto']}; --onto {trained} takes the one it was "
+            "trained on",
+            file=sys.stderr,
+        )
     if as_json:
         _print_json(found)
     else:

@@ -76,26 +76,26 @@ def merge_model(
             hint="leave --onto out, or give the 16-bit model it was made from",
         )
     trained = {base_quantization(path) for path in sources}
-    if len(trained) > 1 and onto == "auto" and not stored:
+    if len(trained) > 1 and not stored:
         found = ", ".join(sorted(kind or "16-bit, or not known" for kind in trained))
-        raise VeneerError(
-            f"--onto: the adapters were trained on different bases ({found}); say which one to merge onto"
-        )
-    kind = stored or (onto if onto in kinds else None if onto == "16-bit" else trained.pop())
+        raise VeneerError(f"the adapters were trained on different bases: {found}", hint="merge one after the other")
+    belongs = stored or trained.pop()
+    kind = stored or (belongs if onto == "auto" else onto if onto in kinds else None)
     if requantize is not None and kind not in (None, requantize):
-        raise VeneerError(f"--requantize: found {requantize}, but the adapter belongs to a base in {kind}")
+        raise VeneerError(f"--requantize: found {requantize}, but this merges onto a base in {kind}")
     reference: list[torch.Tensor] | None = None
     ways: dict[str, Any] = {}
-    chosen, limit = "the base it was trained on", TOLERANCE if tolerance is None else tolerance
+    chosen, limit = (
+        "as asked" if onto != "auto" else "the base it was trained on",
+        TOLERANCE if tolerance is None else tolerance,
+    )
     if check:
-        reference, ways = _measure(model, sources, kind, stored, texts, both=onto == "auto" and requantize is None)
-        if len(ways) > 1 and ways["16-bit"]["kl"] < ways[str(kind)]["kl"]:
-            kind, chosen = (
-                None,
-                f"KL {ways['16-bit']['kl']:.2g}, onto the {kind} base decoded {ways[str(kind)]['kl']:.2g}",
-            )
-        elif len(ways) > 1:
-            chosen = f"KL {ways[str(kind)]['kl']:.2g}, onto the 16-bit base {ways['16-bit']['kl']:.2g}"
+        both = onto == "auto" and requantize is None and belongs is not None and not stored
+        reference, ways = _measure(model, sources, belongs, stored, texts, both=both)
+        if ways:
+            decoded, dense = ways[str(belongs)]["kl"], ways["16-bit"]["kl"]
+            kind = None if dense < decoded else belongs
+            chosen = f"measured: KL {decoded:.2g} onto the {belongs} base decoded, {dense:.2g} onto the 16-bit one"
 
     def measured(folder: Path) -> dict[str, Any]:
         merged, tokenizer = load(folder, dtype=stored_dtype(folder), fused=False)
@@ -122,7 +122,14 @@ def merge_model(
         )  # type: ignore[arg-type]  # fmt: skip
     else:
         report = merge_files(model, sources, out, onto=None if stored else kind, check=verify, progress=progress)
-    return {"out": str(out), **report, **(report["divergence"] or {}), "measured": ways, "chosen": chosen}
+    return {
+        "out": str(out),
+        **report,
+        **(report["divergence"] or {}),
+        "trained_on": belongs or "16-bit",
+        "measured": ways,
+        "chosen": chosen,
+    }
 
 
 def _measure(
@@ -144,7 +151,7 @@ def _measure(
             load_adapter(loaded, path)
             reference = text_logits(loaded, tokenizer, texts)
             merge(loaded)
-    if kind is None or stored or not both or len(sources) > 1:
+    if kind is None or not both or len(sources) > 1:
         return reference, {}
     hot_merge(loaded)
     ways = {kind: divergence(reference, text_logits(loaded, tokenizer, texts))}
@@ -161,8 +168,7 @@ def describe(report: dict[str, Any]) -> str:
     onto = report["onto"]
     base = "the 16-bit base" if onto == "16-bit" else f"the {onto} base, decoded to 16 bits"
     lines = [f"merged onto {base}: {report['out']}"]
-    if report["measured"]:
-        lines[0] += f"\n  ({report['chosen']})"
+    lines[0] += f"\n  ({report['chosen']})"
     error = report["error"] or {}
     if "rank" in report:
         lines.append(

@@ -15,6 +15,7 @@ from benchmarks import (
     c4_head,
     c6_quantize,
     c10_methods,
+    c11_merge,
     data,
     follow,
     run,
@@ -139,6 +140,23 @@ def test_methods_take_turns_and_dora_is_what_the_peer_trains(options):
     # the same start, other steps: what each method is shows in its losses
     assert len({record["losses"][-1] for record in ours.values()}) == len(ours)
     assert ours["LoRA"]["losses"][0] == ours["LoRA+"]["losses"][0] != ours["rsLoRA"]["losses"][0]
+
+
+def test_c11_compares_the_same_work_and_the_peer_with_the_definition(options):
+    pytest.importorskip("peft")
+    results = {}
+    for cell in c11_merge.CELLS:
+        function = getattr(c11_merge, cell.function.partition(":")[2])
+        results[cell.name] = Result(cell, [function(options, **cell.arguments)])
+    for by in ("veneer", "peft"):
+        assert results[f"{by}: {c11_merge.MERGE}"].records[0]["error_over_rounding"] < (1.01 if by == "veneer" else 4)
+        for method in ("svd", "ties"):
+            record = results[f"{by}: {method}"].records[0]
+            assert 0 < record["error"] < 1 and -1e-6 < record["above_best"] < 1e-3
+    assert results[f"veneer: {c11_merge.HOT}"].records[0]["exact"]
+    merging, combining = c11_merge.report(results, LIMITS, options)
+    assert len(merging.rows) == 2 and [row["work"] for row in combining.rows] == list(c11_merge.METHODS)
+    assert merging.rows[0].keys() == merging.rows[1].keys()
 
 
 def test_a_method_that_costs_too_much_is_named():

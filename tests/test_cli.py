@@ -377,3 +377,62 @@ def test_ranks_in_words_and_in_json(main):
     table = json.loads(main("ranks", "model", "--json")[1])
     row = next(row for row in table["rows"] if (row["targets"], row["r"]) == ("qv", 4))
     assert row["parameters"] == 2 * 4 * (48 + 48 + 48 + 24)
+
+
+def test_combine_merge_and_export(main):
+    code, out, err = main("combine", "adapter", "adapter", "--out", "twice", "--weights", "0.5,0.5", "--json")
+    assert code == 0 and json.loads(out)["error"] < 1e-6 and json.loads(out)["out"] == "twice", err
+    code, out, err = main("combine", "adapter", "adapter", "--out", "t", "--method", "ties", "--density", "0.4")
+    assert code == 0 and "ties of 2 adapters: t" in out and "left out by the rank" in out, err
+    code, out, err = main("combine", "adapter", "twice", "--analyze")
+    assert code == 0 and "cosine" in out and "A-B" in out, err
+    code, out, err = main("combine", "adapter", "twice", "--analyze", "--json")
+    assert code == 0 and len(json.loads(out)["pairs"]) == 1, err
+    code, out, err = main("merge", "model", "adapter", "twice", "--out", "both", "--json")
+    assert code == 0 and json.loads(out)["adapters"] == ["adapter", "twice"], err
+    code, out, err = main("merge", "model", "adapter", "--out", "small", "--requantize", "nf4", "--residual-rank", "2")
+    assert code == 0 and "with the residual adapter of rank 2 (small/residual)" in out, err
+    code, out, err = main("inspect", "small", "--json")
+    assert json.loads(out)["quantization"] == "nf4"
+    text("prose.txt", "Some words.\n\nAnd some more of them.\n")()
+    code, out, err = main("merge", "model", "adapter", "--out", "m", "--text", "prose.txt", "--json")
+    assert code == 0 and json.loads(out)["tokens"] == len("Some words.And some more of them."), err
+    code, out, err = main("export", "adapter", "--for", "vllm", "--out", "v", "--json")
+    assert code == 0 and json.loads(out)["form"] == "adapter", err
+    code, out, err = main("export", "adapter", "--for", "vllm", "--out", "w", "--merged", "--model", "model")
+    assert code == 0 and "merged model for vllm: w" in out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("combine", "adapter", "--out", "o", "--weights", "a,b"), 2, "--weights: found 'a,b'"),
+        (("combine", "adapter"), 2, "--out: found none"),
+        (("combine", "adapter", "--out", "o", "--plot", "x.png"), 2, "--plot: found without --analyze"),
+        (("combine", "adapter", "none", "--out", "o"), 2, "no such folder"),
+        (("combine", "adapter", "--out", "o", "--method", "mean"), 2, "expected linear, cat"),
+        (("merge", "model", "adapter", "--out", "o", "--onto", "nf5"), 2, "--onto: found 'nf5'"),
+        (("merge", "model", "adapter", "--out", "o", "--requantize", "nf5"), 2, "--requantize: found 'nf5'"),
+        (("merge", "model", "adapter", "--out", "o", "--text", "none.txt"), 2, "none.txt"),
+        (
+            ("merge", "model", "adapter", "--out", "o", "--onto", "16-bit", "--tolerance", "0"),
+            3,
+            "too far from base and adapter",
+        ),
+        (("merge", "model", "adapter", "--out", "adapter"), 2, "is not empty"),
+        (("export", "adapter", "--for", "gpt", "--out", "o"), 2, "--for: found 'gpt'"),
+        (("export", "adapter", "--for", "llama.cpp", "--out", "o"), 2, "--model: found none"),
+        (("export", "adapter", "--for", "peft", "--out", "o", "--onto", "x"), 2, "--onto: found 'x'"),
+    ],
+)
+def test_bad_merges_combinations_and_exports(main, arguments, code, message):
+    found, out, err = main(*arguments)
+    assert (found, out) == (code, "") and message in err and "Traceback" not in err
+    assert not os.path.exists("o")
+
+
+def test_a_merge_above_the_tolerance_is_written_by_force(main):
+    code, out, err = main(
+        "merge", "model", "adapter", "--out", "o", "--onto", "16-bit", "--tolerance", "0", "--force", "--json"
+    )
+    assert code == 0 and json.loads(out)["kl"] > 0, err

@@ -325,6 +325,43 @@ def _numbers(text: str | None) -> list[float] | None:
 
 
 @app.command()
+def export(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="A folder with a LoRA adapter.")],
+    consumer: Annotated[str, typer.Option("--for", help="peft, vllm, llama.cpp or ollama.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base: for llama.cpp and ollama, and to merge what cannot be an adapter.")
+    ] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="A merged model, although an adapter would do.")] = False,
+    kind: Annotated[str, typer.Option("--type", help="Of a merged GGUF: f16 or q8_0.")] = "f16",
+    like: Annotated[
+        Path | None, typer.Option(help="A GGUF of the base, whose metadata a merged GGUF takes; else --model itself.")
+    ] = None,
+    onto: Annotated[
+        str | None, typer.Option(help="16-bit, nf4, fp4 or int8: the base to merge onto; else what it was trained on.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of a Modelfile.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter as another tool reads it, or a merged model where that tool cannot hold it."""
+    from veneer.models.export import export as write
+    from veneer.training.progress import counter
+
+    found = write(
+        adapter, out, consumer, model=model, merged=merged, kind=kind, like=like, onto=onto, system=system,
+        progress=counter("tensors merged"),
+    )  # fmt: skip
+    if as_json:
+        _print_json(found)
+        return
+    for reason in found["reasons"]:
+        print(f"merged into the base, because {reason}")
+    print(f"{found['form']} for {consumer}: {out}  ({', '.join(found['files'])})")
+    if consumer == "ollama":
+        print(f"try it:  cd {shlex.quote(str(out))} && ollama create mine -f Modelfile && ollama run mine")
+
+
+@app.command()
 def inspect(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="An adapter folder, a model folder, a .gguf file, or smollm2.")

@@ -416,8 +416,6 @@ def _average(values: Sequence[tuple[Source, Tensor | None]], scales: Sequence[fl
 
 def _config(first: Source, live: list[Source], layers: dict[str, Layer]) -> dict[str, Any]:
     """The adapter_config.json of the result: that of one of them, with ranks, alphas and targets of its own."""
-    r = collections.Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-    others = {re.escape(name): layer.rank for name, layer in layers.items() if layer.rank != r}
     selection = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
     config = {**first.file.raw, **{key: live[0].file.raw.get(key) for key in selection}}
     same = all(
@@ -431,6 +429,17 @@ def _config(first: Source, live: list[Source], layers: dict[str, Layer]) -> dict
         config["target_parameters"] = sorted(parameters) or None
     return {
         **config,
+        **portable_config({name: layer.rank for name, layer in layers.items()}),
+        "use_dora": any(one.magnitude is not None for one in live[0].file.factors.values()),
+        "lora_bias": any(one.bias is not None for one in live[0].file.factors.values()),
+    }
+
+
+def portable_config(ranks: dict[str, int]) -> dict[str, Any]:
+    """What an adapter_config.json says of layers of these ranks whose true scale is in B: alpha = r everywhere."""
+    r = collections.Counter(ranks.values()).most_common(1)[0][0]
+    others = {re.escape(name): rank for name, rank in ranks.items() if rank != r}
+    return {
         "peft_type": "LORA",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -439,8 +448,6 @@ def _config(first: Source, live: list[Source], layers: dict[str, Layer]) -> dict
         "rank_pattern": others,
         "alpha_pattern": others,
         "use_rslora": False,
-        "use_dora": any(one.magnitude is not None for one in live[0].file.factors.values()),
-        "lora_bias": any(one.bias is not None for one in live[0].file.factors.values()),
         "lora_dropout": 0.0,
     }
 

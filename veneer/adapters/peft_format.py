@@ -152,8 +152,8 @@ class Factors(NamedTuple):
 
 class AdapterFile(NamedTuple):
     """An adapter folder: its config as it stands there and as ours, factors by layer (or adapted parameter), parameters
-    trained in full, rows of tokens by embedding, weights that are the base's own, the factors' names in the file, and what
-    the base was quantised to when it was trained here (None: not at all, or not known)."""
+    trained in full, rows of tokens by embedding, weights that are the base's own, the factors' names in the file, all in it
+    that is not of factors, and what the base was quantised to when it was trained here (None: not at all, or not known)."""
 
     raw: dict[str, Any]
     config: LoraConfig
@@ -162,6 +162,7 @@ class AdapterFile(NamedTuple):
     tokens: dict[str, Tensor]
     copies: dict[str, Tensor]
     keys: dict[str, dict[str, str]]
+    rest: dict[str, Tensor]
     trained_on: str | None
 
 
@@ -253,7 +254,14 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
 
 def _read_tensors(
     path: Path, raw: dict[str, Any], config: LoraConfig, model: nn.Module | None
-) -> tuple[dict[str, Factors], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, str]]]:
+) -> tuple[
+    dict[str, Factors],
+    dict[str, Tensor],
+    dict[str, Tensor],
+    dict[str, Tensor],
+    dict[str, dict[str, str]],
+    dict[str, Tensor],
+]:
     problems: list[str] = []
     found: dict[str, dict[str, Tensor]] = {}
     replaced: dict[str, Tensor] = {}
@@ -331,7 +339,8 @@ def _read_tensors(
         layer: Factors(ranks[layer], config.scaling_at(ranks[layer], alphas[layer]), **parts)
         for layer, parts in found.items()
     }
-    return factors, replaced, tokens, copies, keys
+    rest = {key: tensor for key, tensor in tensors.items() if _FACTOR.fullmatch(key) is None}
+    return factors, replaced, tokens, copies, keys, rest
 
 
 def _parameters_by_wrapper(

@@ -114,7 +114,7 @@ def resolve(name: str, revision: str | None = None, *, download: bool = True, co
             with `convert` False likewise a GGUF).
     """
     if name == EMBEDDED:
-        return _converted(_embedded_gguf(), EMBEDDED_SHA256, convert)
+        return _converted(embedded_gguf(), EMBEDDED_SHA256, convert)
     path = Path(name)
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_error(path)
@@ -208,7 +208,7 @@ def skeleton(name: str) -> Any:
     Raises:
         VeneerError: no such model, a hub id that is not cached, or a config that transformers cannot build.
     """
-    gguf = _embedded_gguf() if name == EMBEDDED else Path(name)
+    gguf = embedded_gguf() if name == EMBEDDED else Path(name)
     if gguf.suffix != ".gguf":
         folder = resolve(name, download=False)
         return build_skeleton(read_config(folder)[0], folder)
@@ -246,7 +246,7 @@ def _device(device: str) -> torch.device:
         ) from None
 
 
-def _embedded_gguf() -> Path:
+def embedded_gguf() -> Path:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     file = Path(spec.origin).parent / EMBEDDED_FILE if spec and spec.origin else None
     if file is None or not file.is_file():
@@ -322,14 +322,19 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
                 model.generation_config = GenerationConfig.from_dict(values)
         except Exception as error:
             raise VeneerError(f"{generation}: transformers cannot read it: {_in_a_line(error)}") from error
+    return model, load_tokenizer(folder, config)
+
+
+def load_tokenizer(folder: Path, config: Any = None) -> Any:
+    """The tokenizer of a model folder."""
+    config = read_config(folder)[0] if config is None else config
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             read_json(folder / name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise VeneerError(f"{folder}: its tokenizer cannot be read: {_in_a_line(error)}") from error
-    return model, tokenizer
 
 
 def read_config(folder: Path) -> tuple[Any, str | None]:

@@ -1,0 +1,267 @@
+"""Exports: each tool's files computed as that tool computes them, beside the adapter itself."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import make_mixture, make_model
+from models.test_merging import adapter, logits, written
+from safetensors.torch import load_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import veneer
+from veneer.adapters.peft_format import read_adapter
+from veneer.errors import RefusedError
+from veneer.models.export import export
+from veneer.models.gguf_export import Names, modelfile, write_model
+from veneer.models.load import read_config
+
+TRICKY = {"rslora": True, "r": 4, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 3}}
+
+
+def qwen2():
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=258, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=256, bos_token_id=257, eos_token_id=256,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def llama():
+    return make_model(hidden_size=64, fused=False)
+
+
+# ---- PEFT and vLLM ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [TRICKY, {"dora": True, **TRICKY}, {"modules_to_save": ["norm"], "targets": "qv"},
+                                      {"targets": "attention", "lora_bias": True, "bias": "all"}])  # fmt: skip
+def test_peft_gets_a_scaling_of_one_and_the_same_logits(tmp_path, tokenizer, settings):
+    folder = written(tmp_path, tokenizer, lambda: make_model(attention_bias=True, fused=False))
+    path = adapter(tmp_path, folder, **settings)
+    found = export(path, tmp_path / "out", "peft")
+    assert found["form"] == "adapter"
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] and not config["use_rslora"]
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    torch.testing.assert_close(logits(folder, tmp_path / "out"), logits(folder, path), rtol=1e-5, atol=1e-5)
+    peft = pytest.importorskip("peft")
+    model = peft.PeftModel.from_pretrained(make_model(attention_bias=True, fused=False), tmp_path / "out").eval()
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, logits(folder, path), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank"), [(TRICKY, 8), ({"r": 9}, 16), ({"r": 20, "alpha": 8}, 32), ({"r": 1}, 1)]
+)
+def test_vllm_gets_one_rank_that_it_allows_and_one_scale(tmp_path, tokenizer, settings, rank):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder, **settings)
+    export(path, tmp_path / "out", "vllm")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert config["r"] == config["lora_alpha"] == rank and not config["rank_pattern"]
+    for name, one in read_adapter(path).factors.items():  # vLLM: one alpha / r for all
+        a, b = (tensors[f"base_model.model.{name}.lora_{kind}.weight"] for kind in "AB")
+        assert len(a) == rank == b.shape[1]
+        torch.testing.assert_close(b @ a, one.scaling * one.b @ one.a, rtol=1e-5, atol=1e-6)
+    assert config["target_modules"] == sorted({name.rpartition(".")[2] for name in read_adapter(path).factors})
+
+
+REFUSED = {
+    "use_dora": {"dora": True},
+    "modules_to_save": {"modules_to_save": ["norm"], "targets": "qv"},
+    "trainable_token_indices": {"tokens": [3], "targets": "qv"},
+    "lora_bias": {"targets": "attention", "lora_bias": True},
+}
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize("which", REFUSED)
+def test_what_a_tool_cannot_hold_is_refused_or_merged(tmp_path, tokenizer, which, consumer):
+    make = lambda: make_model(hidden_size=64, attention_bias=which == "lora_bias", fused=False)  # noqa: E731
+    folder = written(tmp_path, tokenizer, make)
+    path = adapter(tmp_path, folder, **REFUSED[which])
+    if consumer == "vllm":
+        with pytest.raises(RefusedError, match=rf"cannot hold this adapter: {which}(.|\n)*--model"):
+            export(path, tmp_path / "out", consumer)
+        found = export(path, tmp_path / "out", consumer, model=str(folder))
+        assert found["form"] == "merged model" and which in found["reasons"][0]
+        torch.testing.assert_close(logits(tmp_path / "out"), logits(folder, path), rtol=1e-4, atol=1e-4)
+    else:
+        with pytest.raises(veneer.VeneerError, match=r"is no GGUF(.|\n)*expected a GGUF of the same model"):
+            export(path, tmp_path / "out", consumer, model=str(folder))
+        assert not (tmp_path / "out").exists()
+
+
+def test_ranks_and_layers_that_vllm_has_not(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer, lambda: make_mixture().eval())
+    path = adapter(tmp_path, folder)
+    with pytest.raises(RefusedError, match="vLLM takes adapters of linear layers"):
+        export(path, tmp_path / "out", "vllm")
+    with pytest.raises(veneer.VeneerError, match=r"--for: found 'gpt', expected peft, vllm, llama.cpp, ollama"):
+        export(path, tmp_path / "out", "gpt")
+    with pytest.raises(veneer.VeneerError, match="--model: found none"):
+        export(path, tmp_path / "out", "ollama")
+
+
+# ---- llama.cpp ----------------------------------------------------------------------------------------------------------
+
+
+def gguf_of(folder, path, kind="f16"):
+    """A GGUF of a model folder, made here by hand, as llama.cpp's converter would make it."""
+    config = read_config(folder)[0]
+    names = Names(config)
+    arch = gguf.MODEL_ARCH_NAMES[names.family.arch]
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("by hand")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"t{n}" for n in range(config.vocab_size)])
+    writer.add_token_types([1] * config.vocab_size)
+    writer.add_token_merges(["t 1"])
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for key, value in load_file(folder / "model.safetensors").items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
+        if heads and names.family.turned:  # halves of each head become neighbours
+            value = torch.cat([torch.stack(h.chunk(2), 1).flatten(0, 1) for h in value.chunk(heads)])
+        array = value.float().numpy()
+        writer.add_tensor(names.of(key), array.astype(np.float16) if array.ndim > 1 else array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def tensors_of(path):
+    return {
+        t.name: torch.from_numpy(np.array(gguf.dequantize(t.data, t.tensor_type))).float()
+        for t in gguf.GGUFReader(path).tensors
+    }
+
+
+@pytest.mark.parametrize("make", [llama, qwen2])
+@pytest.mark.parametrize("settings", [TRICKY, {"r": 8, "targets": "attention"}])
+def test_a_gguf_adapter_added_as_llama_cpp_adds_it(tmp_path, tokenizer, make, settings):
+    folder = written(tmp_path, tokenizer, make)
+    path = adapter(tmp_path, folder, **settings)
+    found = export(path, tmp_path / "out", "llama.cpp", model=str(folder))
+    assert found["files"] == ["adapter.gguf"]
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    value = lambda key: reader.fields[key].contents()  # noqa: E731
+    assert (value("general.type"), value("adapter.type")) == ("adapter", "lora")
+    alpha, factors = value("adapter.lora.alpha"), tensors_of(tmp_path / "out" / "adapter.gguf")
+    base = tensors_of(gguf_of(folder, tmp_path / "base.gguf"))
+    veneer_merged = written_merged(tmp_path, folder, path)
+    wanted = tensors_of(gguf_of(veneer_merged, tmp_path / "wanted.gguf"))
+    changed = {name.rpartition(".lora")[0] for name in factors}
+    assert changed == {name for name in base if not torch.equal(base[name], wanted[name])}
+    for name in changed:
+        a, b = factors[f"{name}.lora_a"], factors[f"{name}.lora_b"]
+        total = base[name] + alpha / b.shape[1] * b @ a  # one alpha, the rank of each tensor
+        torch.testing.assert_close(total, wanted[name], rtol=2e-3, atol=2e-3)
+
+
+def written_merged(tmp_path, folder, path):
+    from veneer.models.merging import merge_files
+
+    merge_files(folder, [path], tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("make", [llama, qwen2])
+def test_a_merged_gguf_is_that_of_the_merged_model(tmp_path, tokenizer, make, kind):
+    folder = written(tmp_path, tokenizer, make)
+    path = adapter(tmp_path, folder, **TRICKY)
+    base = gguf_of(folder, tmp_path / "base.gguf")
+    out = export(path, tmp_path / "out", "llama.cpp", model=str(folder), merged=True, like=base, kind=kind)
+    assert out["files"] == ["model.gguf"] and out["form"] == "merged model"
+    wanted = tensors_of(gguf_of(written_merged(tmp_path, folder, path), tmp_path / "wanted.gguf"))
+    found = tensors_of(tmp_path / "out" / "model.gguf")
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        tolerance = 1e-6 if kind == "f16" else float(wanted[name].abs().max()) / 100
+        torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=tolerance)
+    before, after = gguf.GGUFReader(base).fields, gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    for key in before:
+        if not key.startswith("GGUF.") and key not in ("general.file_type", "general.quantization_version"):
+            assert before[key].contents() == after[key].contents(), key
+    assert after["general.file_type"].contents() == (1 if kind == "f16" else 7)
+
+
+def test_a_gguf_of_another_model_is_seen(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer, llama)
+    other = written(tmp_path, tokenizer, lambda: make_model(seed=5, hidden_size=64, fused=False), "other")
+    deeper = written(
+        tmp_path, tokenizer, lambda: make_model(hidden_size=64, num_hidden_layers=3, fused=False), "deeper"
+    )
+    with pytest.raises(veneer.VeneerError, match=r"found other weights there \(cosine"):
+        write_model(folder, gguf_of(other, tmp_path / "other.gguf"), tmp_path / "x.gguf", base=folder)
+    with pytest.raises(veneer.VeneerError, match=r"blk.2.attn_k.weight: in .*, not in the model"):
+        write_model(folder, gguf_of(deeper, tmp_path / "deeper.gguf"), tmp_path / "x.gguf", base=folder)
+    with pytest.raises(veneer.VeneerError, match="found the architecture qwen2, expected llama"):
+        write_model(
+            folder,
+            gguf_of(written(tmp_path, tokenizer, qwen2, "q"), tmp_path / "q.gguf"),
+            tmp_path / "x.gguf",
+            base=folder,
+        )
+    with pytest.raises(veneer.VeneerError, match="type: found 'q4_0', expected f16, q8_0"):
+        write_model(folder, tmp_path / "q.gguf", tmp_path / "x.gguf", base=folder, kind="q4_0")
+    assert not (tmp_path / "x.gguf").exists()
+    mixture = written(tmp_path, tokenizer, lambda: make_mixture().eval(), "mixture")
+    with pytest.raises(RefusedError, match="found the architecture mixtral, expected llama, mistral, qwen2, qwen3"):
+        export(adapter(tmp_path, mixture, targets="attention"), tmp_path / "out", "llama.cpp", model=str(mixture))
+
+
+# ---- Ollama -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_modelfile_says_what_the_template_says(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer, llama)
+    base = gguf_of(folder, tmp_path / "base.gguf")
+    path = adapter(tmp_path, folder, **TRICKY)
+    found = export(path, tmp_path / "out", "ollama", model=str(folder), like=base)
+    assert found["files"] == ["Modelfile", "adapter.gguf"]
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert f"FROM {base.absolute()}" in text and "ADAPTER ./adapter.gguf" in text and 'stop "<|im_end|>"' in text
+    assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n" in text
+    found = export(path, tmp_path / "whole", "ollama", model=str(folder), like=base, merged=True, system="Be brief.")
+    text = (tmp_path / "whole" / "Modelfile").read_text()
+    assert found["files"] == ["Modelfile", "model.gguf"] and "FROM ./model.gguf" in text and "ADAPTER" not in text
+    assert 'SYSTEM """Be brief."""' in text
+
+
+def test_templates_with_a_system_message_of_their_own_and_unknown_ones(tokenizer):
+    own = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
+        + tokenizer.chat_template
+    )
+    tokenizer.chat_template = own
+    assert 'SYSTEM """Help."""' in modelfile(tokenizer, "./model.gguf")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>"
+        "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    )
+    assert "# conversations in Llama 3" in modelfile(tokenizer, "./model.gguf")
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    with pytest.raises(RefusedError, match="chat template is none of ChatML, Llama 3"):
+        modelfile(tokenizer, "./model.gguf")

@@ -1,0 +1,191 @@
+"""Adapters for other tools, so that each computes exactly this adapter, or none at all with the reason.
+
+    peft        plain names and files; the scale folded into B, alpha = r: nothing is left for a reader to work out
+    vllm        one rank for all layers, of those it allows (zeros fill up), one alpha over r of 1
+    llama.cpp   a GGUF adapter
+    ollama      that, or a merged GGUF model, with a Modelfile
+
+What a tool cannot hold as an adapter goes as a merged model, where a base is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.adapters.combine import portable_config
+from veneer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter
+from veneer.config import Quantization
+from veneer.errors import RefusedError, VeneerError
+from veneer.models import gguf_export
+from veneer.models.load import EMBEDDED, embedded_gguf, load_tokenizer, read_config, resolve
+from veneer.models.merging import merge_files
+from veneer.storage import atomic_folder, require_empty_folder, write_json, write_tensors
+
+CONSUMERS = ("peft", "vllm", "llama.cpp", "ollama")
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_OTHERS = ("embed_tokens", "lm_head")  # layers besides linears that it takes adapters of
+GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    consumer: str,
+    *,
+    model: str | None = None,
+    merged: bool = False,
+    kind: str = "f16",
+    like: str | Path | None = None,
+    onto: str | None = None,
+    system: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Write an adapter folder for another tool into the folder `out`.
+
+    Args:
+        consumer: one of CONSUMERS.
+        model: the base; needed for llama.cpp and ollama, and where the adapter has to be merged.
+        merged: a merged model although an adapter would do.
+        kind: f16 or q8_0, of a merged GGUF; like: a GGUF of the base, whose metadata it takes; left out, the base itself
+            where that is a GGUF.
+        onto: "16-bit", or what the base is quantised to before merging (`merge_files`); left out, what the adapter was
+            trained on.
+        system: of a Modelfile; left out, what the model's template says.
+
+    Returns:
+        out, consumer, form ("adapter" or "merged model"), reasons (why it was merged), files.
+
+    Raises:
+        RefusedError: the tool cannot hold this adapter, and there is no base to merge it into.
+        VeneerError: what reading, merging and writing find.
+    """
+    if consumer not in CONSUMERS:
+        raise VeneerError(f"--for: found {consumer!r}, expected {', '.join(CONSUMERS)}")
+    if onto not in (None, "16-bit", *get_args(Quantization)):
+        raise VeneerError(f"--onto: found {onto!r}, expected 16-bit, {', '.join(get_args(Quantization))}")
+    if model is None and (merged or consumer in ("llama.cpp", "ollama")):
+        raise VeneerError(f"--model: found none, expected the base model for {consumer}{' --merged' if merged else ''}")
+    require_empty_folder(out)
+    file = read_adapter(source)
+    reasons = _reasons(file, consumer)
+    if reasons and model is None:
+        raise RefusedError(
+            [f"{consumer} cannot hold this adapter: {reason}" for reason in reasons],
+            hint="give the base with --model: then it is merged into it",
+        )
+    whole = bool(reasons) or merged
+    with atomic_folder(out) as folder:
+        if whole:
+            assert model is not None
+            _merged(source, file, folder, consumer, model, kind, like, onto, progress)
+        elif consumer in ("peft", "vllm"):
+            _write_peft(file, folder, VLLM_RANKS if consumer == "vllm" else None)
+        else:
+            config = read_config(resolve(str(model)))[0]
+            gguf_export.write_adapter(file, config, folder / GGUF_ADAPTER, name=Path(source).name)
+        if consumer == "ollama":
+            assert model is not None
+            base = f"./{GGUF_MODEL}" if whole else str(_base_gguf(model, like))
+            beside = None if whole else f"./{GGUF_ADAPTER}"
+            text = gguf_export.modelfile(load_tokenizer(resolve(model)), base, beside, system)
+            (folder / MODELFILE).write_text(text, encoding="utf-8")
+        files = sorted(path.name for path in folder.iterdir())
+    form = "merged model" if whole else "adapter"
+    return {"out": str(out), "consumer": consumer, "form": form, "reasons": reasons, "files": files}
+
+
+def _reasons(file: AdapterFile, consumer: str) -> list[str]:
+    """Why a tool cannot hold this as an adapter."""
+    if consumer == "peft":
+        return []
+    if consumer != "vllm":
+        return gguf_export.unsupported(file)
+    found = []
+    if file.config.dora:
+        found.append("use_dora: vLLM refuses DoRA")
+    if file.replaced:
+        found.append("modules_to_save or bias: vLLM refuses them")
+    if file.tokens:
+        found.append("trainable_token_indices: vLLM has no place for rows of tokens")
+    if any(one.bias is not None for one in file.factors.values()):
+        found.append("lora_bias: vLLM has no bias of B")
+    strange = [
+        name
+        for name, one in file.factors.items()
+        if one.a.ndim > 2 or len(one.a) != one.r or ("lora_embedding" in file.keys[name]["a"] and not _is_other(name))
+    ]
+    if strange:
+        found.append(f"{strange[0]}: vLLM takes adapters of linear layers, embed_tokens and lm_head")
+    largest = max(one.r for one in file.factors.values())
+    if largest > VLLM_RANKS[-1]:
+        found.append(
+            f"rank {largest}: vLLM allows {', '.join(map(str, VLLM_RANKS))}; veneer combine --rank makes a smaller one"
+        )
+    return found
+
+
+def _is_other(name: str) -> bool:
+    return name.rpartition(".")[2] in VLLM_OTHERS
+
+
+def _write_peft(file: AdapterFile, folder: Path, ranks: tuple[int, ...] | None) -> None:
+    """The same adapter with scaling 1. ranks: one of these for all layers; None: each its own."""
+    largest = max(one.r for one in file.factors.values())
+    one_rank = None if ranks is None else next(r for r in ranks if r >= largest)
+    tensors: dict[str, Tensor] = {}
+    chosen = {}
+    for name, one in file.factors.items():
+        keys, a, b = file.keys[name], one.a.float(), one.b.double() * one.scaling
+        r = chosen[name] = one_rank or one.r
+        if r > one.r:  # zeros, which add nothing; only of plain linears and embeddings
+            a, b = F.pad(a, (0, 0, 0, r - one.r)), F.pad(b, (0, r - one.r))
+        tensors[keys["a"]], tensors[keys["b"]] = a.contiguous(), b.float().contiguous()
+        if one.magnitude is not None:
+            tensors[keys["magnitude"]] = one.magnitude
+        if one.bias is not None:
+            tensors[keys["bias"]] = (one.bias.double() * one.scaling).float()
+    tensors |= {key: value for key, value in file.rest.items() if key not in tensors}
+    config = {**file.raw, **portable_config(chosen)}
+    if ranks is not None:  # it looks for the last part of names
+        config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config["target_modules"] = sorted({name.rpartition(".")[2] for name in file.factors})
+    write_json(folder / CONFIG_FILE, config)
+    write_tensors(folder / WEIGHTS_FILE, tensors, metadata={"veneer.base_quantization": str(file.trained_on or "none")})
+
+
+def _merged(
+    source: str | Path, file: AdapterFile, folder: Path, consumer: str, model: str, kind: str, like: Any, onto: Any,
+    progress: Any,
+) -> None:  # fmt: skip
+    kinds: Any = file.trained_on if onto is None else None if onto == "16-bit" else onto
+    if consumer in ("peft", "vllm"):
+        merge_files(model, [source], folder / "model", onto=kinds, progress=progress)
+        for path in (folder / "model").iterdir():
+            path.rename(folder / path.name)
+        (folder / "model").rmdir()
+        return
+    base = _base_gguf(model, like)
+    merge_files(model, [source], folder / "model", onto=kinds, progress=progress)
+    gguf_export.write_model(folder / "model", base, folder / GGUF_MODEL, base=resolve(model), kind=kind)
+    for path in (folder / "model").iterdir():
+        path.unlink()
+    (folder / "model").rmdir()
+
+
+def _base_gguf(model: str, like: str | Path | None) -> Path:
+    """A GGUF of the base model."""
+    if like is not None:
+        return Path(like).absolute()
+    if model == EMBEDDED:
+        return embedded_gguf()
+    if Path(model).suffix == ".gguf":
+        return Path(model).absolute()
+    raise VeneerError(
+        f"{model} is no GGUF: found no --like, expected a GGUF of the same model, whose metadata is taken over",
+        hint="make one with llama.cpp's convert_hf_to_gguf.py, or fetch one",
+    )

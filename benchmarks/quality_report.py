@@ -131,7 +131,7 @@ HEAD = [
     "Made by `python -m benchmarks.quality` ([benchmarks/quality.py](../benchmarks/quality.py)); do not edit. Every cell is "
     "one fine-tune of SmolLM2-135M-Instruct by Veneer's own loop on the same rows in the same order (by seed), one epoch, "
     "AdamW, cosine, then greedy answers to rows it never saw. LoRA: r 16, alpha 2r, all linears but the head, unless the "
-    "name says otherwise. Exact match: the whole answer. Peak memory: over import, while training. Differences are in "
+    "name says otherwise. Exact match: the whole answer. Peak memory: over import, while training. Seconds: one run each, on a machine that was not always idle; [results](../benchmarks/results) has speeds measured side by side. Differences are in "
     "points of exact match, row by row, with their standard error.",
 ]
 

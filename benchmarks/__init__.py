@@ -15,6 +15,7 @@
 | `c6_quantize.py` | NF4 quantise and dequantise |
 | `c7_linear.py` | a 4-bit linear layer, 1 to 2048 rows |
 | `c10_methods.py` | a step of rsLoRA, LoRA+, DoRA and AdaLoRA over one of plain LoRA |
+| `ways.py` | what a QLoRA fine-tune keeps when it is merged, and merged into 4 bits |
 | `c11_merge.py` | merging and writing, changing merged adapters, combining four |
 | `follow.py` | the losses of 20 steps on chat rows, step by step |
 | `bases.py` | perplexity of every kind of base |

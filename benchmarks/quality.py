@@ -1,7 +1,7 @@
 """How good are the methods? Full fine-tuning, LoRA of many kinds and QLoRA, trained on the same rows, asked the same.
 
 python -m benchmarks.quality                       the demo's task: home commands to JSON (about an hour on 2 cores)
-python -m benchmarks.quality --data .../banking77  and a second one: a folder of BANKING77 or CLINC150 (about two hours)
+python -m benchmarks.quality --data .../banking77  and a second one: a folder of BANKING77 or CLINC150 (about an hour)
 python -m benchmarks.quality --report docs         tables and plots (extra `report`) of what is there; nothing is run
 python -m benchmarks.quality --quick               tiny sizes: shows that it runs, the figures mean nothing
 
@@ -95,7 +95,7 @@ class Options:
     lora_rate: float = 2e-3
     full_rate: float = 2e-4
     home: tuple[int, int] = (1200, 150)  # rows to train on, rows of each of two kinds to ask
-    other: tuple[int, int] = (2000, 400)
+    other: tuple[int, int] = (1000, 200)
     answer_batch: int = 64
 
 

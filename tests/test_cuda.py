@@ -408,3 +408,28 @@ def test_an_adapter_waits_on_the_cpu_while_another_is_active(tmp_path):
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
     veneer.set_adapter(model, "default")
     assert {p.device.type for p in adapter_parameters(model, "waiting").values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("kind", [None, "nf4", "int8"])
+def test_merged_in_place_and_taken_out_again(kind):
+    model = make_model(fused=False)
+    if kind:
+        quantize_model(model, kind, compute_dtype=torch.float32)
+    fuse(model)
+    model.to(GPU)
+    for seed, name in enumerate(("one", "two")):
+        veneer.attach(model, veneer.LoraConfig(r=4, targets="all-linear"), name=name, seed=seed)
+        randomised(model, name)
+    ids = torch.arange(1, 30, device=GPU)[None]
+    expected = {}
+    for name in ("one", "two", None):
+        veneer.set_adapter(model, name)
+        with torch.no_grad():
+            expected[name] = model(input_ids=ids).logits
+    with torch.no_grad():
+        for name in ("one", "two", "one"):
+            torch.testing.assert_close(veneer.hot_merge(model, name)(input_ids=ids).logits, expected[name], rtol=1e-3, atol=1e-3)
+        veneer.unmerge(model)
+        assert torch.equal(model(input_ids=ids).logits, expected["one"])
+        veneer.set_adapter(model, None)
+        assert torch.equal(model(input_ids=ids).logits, expected[None])

@@ -265,3 +265,56 @@ def test_templates_with_a_system_message_of_their_own_and_unknown_ones(tokenizer
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     with pytest.raises(RefusedError, match="chat template is none of ChatML, Llama 3"):
         modelfile(tokenizer, "./model.gguf")
+
+
+# ---- the real ones ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_llama_cpp_gives_our_greedy_answers(tmp_path):
+    """SmolLM2 with a short fine-tune: its GGUF adapter on the base's own GGUF, and the merged GGUF, run in llama.cpp."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from veneer.demo_data import SYSTEM, build_demo_data, write_demo_data
+    from veneer.inference.generate import generate_greedy
+    from veneer.models.load import embedded_gguf
+    from veneer.training.data import encode_prompt
+    from veneer.training.rows import read_rows
+
+    paths = write_demo_data(tmp_path / "data", build_demo_data(0, 640, 24))
+    model, tokenizer = veneer.load("smollm2")
+    veneer.attach(model, veneer.LoraConfig(r=16, alpha=32, targets="all-linear", rslora=True), seed=0)
+    config = veneer.TrainConfig(batch_size=16, learning_rate=5e-4, max_steps=40)
+    result = veneer.train(
+        model, tokenizer, paths["train"], config, out=tmp_path / "run", data_config=veneer.DataConfig(system=SYSTEM)
+    )
+    rows = read_rows(paths["unseen_sentences"]).rows[:12]
+    prompts = [encode_prompt(row.prompt, tokenizer, SYSTEM) for row in rows]
+    ours = {}
+    for name in ("beside", "merged"):
+        ours[name] = generate_greedy(model, tokenizer, prompts, max_new_tokens=48, batch_size=12, progress="")
+        if name == "beside":
+            veneer.merge(model)
+
+    def theirs(file, lora=None):
+        one = llama_cpp.Llama(str(file), lora_path=lora, n_ctx=1024, verbose=False, logits_all=False, n_threads=2)
+        answers = []
+        for prompt in prompts:
+            tokens = []
+            for token in one.generate(prompt, temp=0.0, reset=True):
+                if token == tokenizer.eos_token_id or len(tokens) == 48:
+                    break
+                tokens.append(token)
+            answers.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+        return answers
+
+    export(result["adapter"], tmp_path / "adapter", "llama.cpp", model="smollm2")
+    found = theirs(embedded_gguf(), str(tmp_path / "adapter" / "adapter.gguf"))
+    plain = theirs(embedded_gguf())
+    same = sum(a == b.strip() for a, b in zip(found, ours["beside"], strict=True))
+    assert same >= 11, (found, ours["beside"])  # it computes with 8-bit activations: a near tie may fall otherwise
+    assert sum(a == b.strip() for a, b in zip(plain, ours["beside"], strict=True)) <= 2
+    for kind in ("f16", "q8_0"):
+        export(result["adapter"], tmp_path / kind, "llama.cpp", model="smollm2", merged=True, kind=kind)
+        found = theirs(tmp_path / kind / "model.gguf")
+        same = sum(a == b.strip() for a, b in zip(found, ours["merged"], strict=True))
+        assert same >= 11, (kind, found, ours["merged"])

@@ -27,6 +27,7 @@ from veneer.quant.linear import QuantizedLinear, autocast
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Linear: TypeAlias = nn.Linear | QuantizedLinear | Conv1D
+ROWS_AT_ONCE = 1 << 18  # elements of rows that are merged in fp32 at a time
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -320,12 +321,22 @@ class LoraLinear(LoraLayer):
 
     def merged_to(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         base = self.base_of(name)
-        if name in self.magnitude or isinstance(base, QuantizedLinear) or base.weight.dtype != dtype:
+        dora, turned = name in self.magnitude, isinstance(base, Conv1D)
+        if isinstance(base, QuantizedLinear) or (dora and turned) or (base.weight.dtype != dtype and not dora):
             return super().merged_to(name, dtype, out)
+        weight = base.weight.detach()
         left, right = self.b(name).detach() * self.scaling[name], self.a(name).detach()
-        if isinstance(base, Conv1D):
-            left, right = right.T, left.T
-        return ops.add_update(base.weight.detach(), left.to(base.weight.device), right.to(base.weight.device), out)
+        left, right = (right.T, left.T) if turned else (left, right)
+        left, right = left.to(weight.device), right.to(weight.device)
+        if not dora:
+            return ops.add_update(weight, left, right, out)
+        out = torch.empty_like(weight, dtype=dtype) if out is None else out
+        for start in range(0, len(weight), rows := max(1, ROWS_AT_ONCE // weight.shape[1])):
+            some = slice(start, start + rows)
+            total = ops.add_update(weight[some].float(), left[some], right)
+            norms = torch.linalg.vector_norm(total, dim=1).clamp_(min=TINY)
+            out[some] = total.mul_((self.magnitude[name].detach()[some] / norms)[:, None])
+        return out
 
     def _row_norms(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight, dim=int(not isinstance(self.base_layer, Conv1D)), keepdim=True)

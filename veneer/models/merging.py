@@ -27,6 +27,7 @@ from veneer.adapters.peft_format import read_adapter
 from veneer.adapters.targets import is_factor, plain_name
 from veneer.adapters.tokens import token_rows
 from veneer.errors import VeneerError
+from veneer.machine import release_memory
 from veneer.models.load import (
     build_skeleton,
     load,
@@ -276,12 +277,7 @@ class _Plan:
     def cost(self, file: str, key: str) -> int:
         """Bytes that making a tensor takes: itself, and where it is not merged in place the fp32 forms of it."""
         kind, shape = self.outputs[file][key]
-        layer = self.layer(key)
-        dense = (
-            key in self.quantized
-            or key.removesuffix(".weight") in self.parts
-            or (layer is not None and bool(layer.magnitude))
-        )
+        dense = key in self.quantized or key.removesuffix(".weight") in self.parts
         return shape.numel() * (kind.itemsize + (12 if dense else 0))
 
     def read(self, file: str, key: str) -> Tensor:
@@ -328,7 +324,7 @@ class _Plan:
         holder, key = (layer.owner, layer.key) if isinstance(layer, LoraParameter) else (layer.base_layer, "weight")
         rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
         before = weight[rows].clone()
-        plain = isinstance(layer, LoraLinear) and not layer.magnitude and len(names) == 1
+        plain = isinstance(layer, LoraLinear) and not isinstance(layer.base_layer, Conv1D) and len(names) == 1
         hollow = holder._parameters[key]
         holder._parameters[key] = nn.Parameter(weight, requires_grad=False)
         try:
@@ -373,13 +369,14 @@ def _streamed(plan: _Plan, folder: Path, out: Path, progress: Callable[[int, int
     outputs: dict[str, str] = {}
     threads = torch.get_num_threads()
     shards = [sum(s.numel() * d.itemsize for d, s in tensors.values()) for tensors in plan.outputs.values()]
-    limit = max(1 << 20, max(shards) // 2)
+    limit = max(1 << 20, max(shards) // 4)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         for file, tensors in plan.outputs.items():
 
             def made(names: list[str], file: str = file) -> Iterator[Tensor]:
                 nonlocal done, changed, worst
+                written = 0
                 for key, (tensor, error) in zip(names, _ahead(pool, limit, plan, file, names), strict=True):
                     done += 1
                     if error is not None:
@@ -389,6 +386,10 @@ def _streamed(plan: _Plan, folder: Path, out: Path, progress: Callable[[int, int
                     if progress is not None:
                         progress(done, total)
                     yield tensor
+                    written += tensor.nbytes
+                    if written > limit:  # what was freed stays with the threads otherwise
+                        written = 0
+                        release_memory()
 
             if tensors:
                 outputs[file] = stream_tensors(out / file, tensors, made)

@@ -428,7 +428,9 @@ def test_merged_in_place_and_taken_out_again(kind):
             expected[name] = model(input_ids=ids).logits
     with torch.no_grad():
         for name in ("one", "two", "one"):
-            torch.testing.assert_close(veneer.hot_merge(model, name)(input_ids=ids).logits, expected[name], rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                veneer.hot_merge(model, name)(input_ids=ids).logits, expected[name], rtol=1e-3, atol=1e-3
+            )
         veneer.unmerge(model)
         assert torch.equal(model(input_ids=ids).logits, expected["one"])
         veneer.set_adapter(model, None)

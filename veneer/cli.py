@@ -207,6 +207,9 @@ def merge(
         str,
         typer.Option(help="16-bit, nf4, fp4 or int8: the base to merge onto. auto: the nearer to base and adapter."),
     ] = "auto",
+    trained_on: Annotated[
+        str | None, typer.Option(help="16-bit, nf4, fp4 or int8: the base in training, where the adapter does not say.")
+    ] = None,
     requantize: Annotated[
         str | None, typer.Option(help="nf4, fp4 or int8: keep the model quantised, with a residual adapter beside it.")
     ] = None,
@@ -226,10 +229,10 @@ def merge(
     from veneer.training.progress import counter
 
     found = report.merge_model(
-        model, adapters, out, onto=onto, requantize=requantize, residual_rank=residual_rank, check=check,
+        model, adapters, out, onto=onto, trained_on=trained_on, requantize=requantize, residual_rank=residual_rank, check=check,
         tolerance=tolerance, force=force, texts=_paragraphs(text), progress=counter("tensors merged"),
     )  # fmt: skip
-    if onto != "auto" and found["onto"] != (trained := found["trained_on"]):
+    if onto != "auto" and not found["onto"].startswith((trained := found["trained_on"])[:6]):
         print(
             f"note: trained on the base in {trained}, merged onto {found['onto']}; --onto {trained} takes the one it was "
             "trained on",

@@ -97,7 +97,7 @@ PROSE = (
     "longer there, and why recipes for high places ask for more time.",
     "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n",
 )
-LONGEST = 512  # tokens of a text
+LONGEST, MOST = 512, 2048  # tokens of a text, and of all: each has a logit for every token there is
 
 
 @torch.no_grad()
@@ -109,8 +109,11 @@ def text_logits(model: Any, tokenizer: Any, texts: list[str] | None = None) -> l
     else:
         ids = []
     ids += [tokenizer(text)["input_ids"] for text in texts]
-    device = next(model.parameters()).device
-    kept = [torch.tensor([one[:LONGEST]], device=device) for one in ids if one]
+    device, kept, left = next(model.parameters()).device, [], MOST
+    for one in ids:
+        if cut := one[: min(LONGEST, left)]:
+            kept.append(torch.tensor([cut], device=device))
+            left -= len(cut)
     return [model(input_ids=one, use_cache=False).logits[0].float().cpu() for one in kept]
 
 

@@ -405,6 +405,45 @@ def test_values_are_averaged_or_refused(tmp_path):
         combine([*paths, plain], tmp_path / "no")
 
 
+def test_what_takes_no_part_says_nothing_of_the_result(tmp_path):
+    settings = {"r": 2, "targets": ["q_proj"]}
+    paths = folders(tmp_path, {"full": {**settings, "modules_to_save": ["norm"]}, "plain": settings})
+    for number, (order, weights) in enumerate(((paths, (0, 1)), (paths[::-1], (0, 1)), (paths[::-1], (1, 0)))):
+        combine(order, tmp_path / str(number), weights=weights)
+        model = veneer.load_adapter(make_model(), tmp_path / str(number))
+        alone = veneer.load_adapter(make_model(), order[weights.index(1)])
+        torch.testing.assert_close(model(input_ids=IDS).logits, alone(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_biases_keep_the_names_that_peft_reads(tmp_path):
+    peft = pytest.importorskip("peft")
+    make = lambda: make_model(attention_bias=True, fused=False)  # noqa: E731
+    settings = {"r": 2, "targets": ["q_proj"], "bias": "all"}
+    paths = folders(tmp_path, {"a": settings, "b": settings}, make)
+    combine(paths, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert found.keys() == load_file(paths[0] / "adapter_model.safetensors").keys()
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "out").eval()(input_ids=IDS).logits
+    ours = veneer.load_adapter(make(), tmp_path / "out")(input_ids=IDS).logits
+    torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tiny_a_beside_a_huge_b_is_not_lost():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(8, 30, generator=g), torch.randn(20, 8, generator=g)
+    uneven = torch.cat([a[:4], a[4:] * 1e-9]), torch.cat([b[:, :4], b[:, 4:] * 1e9], 1)
+    found = algebra.truncated(*uneven, rank=6)
+    close({"x": found.b.double() @ found.a.double()}, {"x": nearest(b.double() @ a.double(), 6)}, 1e-5)
+
+
+def test_an_error_is_kept_on_a_matrix_that_is_never_whole(monkeypatch):
+    monkeypatch.setattr(algebra, "DIRECT", 8)
+    monkeypatch.setattr(algebra, "OVERSAMPLED", 2)
+    m = torch.randn(60, 80, generator=torch.Generator().manual_seed(0))
+    found = algebra.nearest_factors(blocks(m, 16), max_error=0.05)
+    assert float((m.double() - found.b.double() @ found.a.double()).norm() / m.double().norm()) <= 0.05
+
+
 # ---- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +463,10 @@ def test_values_are_averaged_or_refused(tmp_path):
         ({"density": 0.5}, "which linear does not take"),
         ({"method": "ties", "sign": "most"}, "sign: found 'most', expected total, frequency"),
         ({"max_error": 1}, "max_error: found 1"),
+        ({"weights": 0.5}, "weights: found 0.5, expected a list"),
+        ({"method": "dare_ties", "density": 1e-17}, "expected at least 1/65,536"),
+        ({"method": "cat", "weights": (1e39, 1)}, "q_proj: the result holds NaN or Inf"),
+        ({"method": "ties", "weights": (1e39, 1)}, "q_proj: the result holds NaN or Inf"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, more, message):

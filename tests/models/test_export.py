@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_mixture, make_model
 from models.test_merging import adapter, logits, written
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import veneer
@@ -232,6 +232,39 @@ def test_a_gguf_of_another_model_is_seen(tmp_path, tokenizer):
         export(adapter(tmp_path, mixture, targets="attention"), tmp_path / "out", "llama.cpp", model=str(mixture))
 
 
+def test_adapters_that_are_not_of_this_base_and_heads_that_are_tied(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer, llama)
+    other = adapter(tmp_path, written(tmp_path, tokenizer, lambda: make_model(hidden_size=32), "small"), "other")
+    with pytest.raises(veneer.VeneerError, match=r"found \(4, 32\), expected \(4, 64\)"):
+        export(other, tmp_path / "out", "llama.cpp", model=str(folder))
+    head = adapter(tmp_path, folder, "head", targets=["lm_head", "q_proj"])
+    base = gguf_of(folder, tmp_path / "base.gguf")
+    found = export(head, tmp_path / "out", "llama.cpp", model=str(folder), like=base)
+    assert found["form"] == "merged model" and "a GGUF has no tensor for it" in found["reasons"][0]
+    tensors = tensors_of(tmp_path / "out" / "model.gguf")
+    assert not torch.equal(tensors["output.weight"], tensors["token_embd.weight"])
+    with pytest.raises(veneer.VeneerError, match="--type: found 'q4'"):
+        export(head, tmp_path / "no", "llama.cpp", model=str(folder), like=base, kind="q4")
+    with pytest.raises(veneer.VeneerError, match="no such file, expected a GGUF of the base"):
+        export(head, tmp_path / "no", "llama.cpp", model=str(folder), like=tmp_path / "none.gguf")
+    four, tok = veneer.load(folder, quantize="nf4", fused=False)
+    veneer.save_model(four, tok, tmp_path / "four")
+    with pytest.raises(RefusedError, match="is stored in nf4: it cannot be compared"):
+        export(adapter(tmp_path, tmp_path / "four", "q"), tmp_path / "no", "llama.cpp", model=str(tmp_path / "four"),
+               merged=True, like=base)  # fmt: skip
+    assert not (tmp_path / "no").exists()
+
+
+def test_vllm_gets_no_copies_of_the_base(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder, targets=["q_proj"])
+    tensors, base = load_file(path / "adapter_model.safetensors"), load_file(folder / "model.safetensors")
+    copies = {"base_model.model.model.embed_tokens.weight": base["model.embed_tokens.weight"].clone()}
+    save_file({**tensors, **copies}, path / "adapter_model.safetensors")
+    export(path, tmp_path / "out", "vllm")
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == tensors.keys()
+
+
 # ---- Ollama -----------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +297,12 @@ def test_templates_with_a_system_message_of_their_own_and_unknown_ones(tokenizer
     assert "# conversations in Llama 3" in modelfile(tokenizer, "./model.gguf")
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
     with pytest.raises(RefusedError, match="chat template is none of ChatML, Llama 3"):
+        modelfile(tokenizer, "./model.gguf")
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(RefusedError, match="cannot be compared: no system here"):
+        modelfile(tokenizer, "./model.gguf")
+    tokenizer.chat_template = None
+    with pytest.raises(RefusedError, match="cannot be compared"):
         modelfile(tokenizer, "./model.gguf")
 
 

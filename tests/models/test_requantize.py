@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import make_model
 from models.test_merging import adapter, logits, written
 
 import veneer
@@ -68,6 +69,19 @@ def test_onto_the_16_bit_base(tmp_path, tokenizer):
         update = sum(float((w - model.get_submodule(p).weight).square().sum()) for p, w in wanted.items()) ** 0.5
         assert report["onto"] == "16-bit"
         assert report["error"]["with residual"] == pytest.approx(error(found, wanted) / update, abs=2e-3)
+
+
+def test_biases_and_layers_that_allow_less_rank(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer, lambda: make_model(attention_bias=True, fused=False))
+    path = adapter(tmp_path, folder, quantize="nf4", targets="attention", lora_bias=True)
+    report = merge_quantized(folder, path, tmp_path / "out", rank=32)  # k_proj and v_proj have 24 rows
+    expected = logits(folder, path, quantize="nf4")
+    torch.testing.assert_close(logits(tmp_path / "out", tmp_path / "out" / "residual"), expected, rtol=1e-4, atol=1e-4)
+    assert report["inputs"] and report["outputs"].keys() == {"model.safetensors", "residual/adapter_model.safetensors"}
+    bare = written(tmp_path, tokenizer, name="bare")
+    path = adapter(tmp_path, bare, "c", quantize="nf4", targets="attention", lora_bias=True)
+    with pytest.raises(veneer.VeneerError, match="lora_bias: not a quantised linear"):
+        merge_quantized(bare, path, tmp_path / "no")
 
 
 def test_nearest_codes_under_given_scales():

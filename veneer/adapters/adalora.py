@@ -111,6 +111,8 @@ class Allocator:
     def refresh(self) -> None:
         """After a step, or when a checkpoint was put back: once all is settled, dead ranks are left out of the products."""
         settled = self.steps is not None and self.settled()
+        if not settled and not any(self.name in layer.kept for layer in self.layers.values()):
+            return
         for path, layer in self.layers.items():
             if not settled:
                 layer.kept.pop(self.name, None)
@@ -119,7 +121,7 @@ class Allocator:
                 layer.kept[self.name] = (living if len(living) else torch.tensor([0])).to(layer.weight.device)
 
     def _living(self) -> int:
-        return sum(int(mask.sum()) for mask in self.alive.values())
+        return int(torch.cat(list(self.alive.values())).sum())
 
     def _watch(self) -> None:
         dims, grads = [0, 0, 1] * len(self.layers), [p.grad for p in self.parameters]

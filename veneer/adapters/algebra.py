@@ -102,6 +102,9 @@ def _from_grams(a: Tensor, b: Tensor, rank: int) -> LowRank:
     the right singular vectors of B A are the rows of W^T L^-1/2 Q^T A. In fp64 they are exact to about 1e-8, while fp32
     factors are to 6e-8; what is smaller than that, as where `linear` asks for the rank, is lost in the squares."""
     a, b = a.double(), b.double()
+    lengths = torch.linalg.vector_norm(a, dim=1), torch.linalg.vector_norm(b, dim=0)
+    even = torch.where((lengths[0] > 0) & (lengths[1] > 0), (lengths[1] / lengths[0]).sqrt(), 1.0)
+    a, b = a * even[:, None], b / even  # of one length, lest what is small in A alone be lost
     values, q = torch.linalg.eigh(a @ a.T)
     values = torch.where(values > 1e-15 * values[-1], values, 0.0)
     half = q * values.sqrt()
@@ -168,9 +171,9 @@ def _by_gram(m: Tensor, rank: int | None, max_error: float | None) -> LowRank:
     return LowRank(b, a, float(torch.linalg.vector_norm(m, dtype=torch.float64).square()), float(lost.square()))
 
 
-def _by_krylov(matrix: RowBlocks, rank: int | None, max_error: float | None) -> LowRank:
+def _by_krylov(matrix: RowBlocks, rank: int | None, max_error: float | None, columns: int | None = None) -> LowRank:
     out, width = matrix.shape
-    columns = min((rank or DIRECT // 8) + OVERSAMPLED, width)
+    columns = min(columns or (rank or DIRECT // 8) + OVERSAMPLED, width)
     passes = min(PASSES, max(1, width // columns))
     x = torch.randn(width, columns, generator=torch.Generator().manual_seed(0))
     spaces: list[Tensor] = []
@@ -188,8 +191,10 @@ def _by_krylov(matrix: RowBlocks, rank: int | None, max_error: float | None) -> 
         squared += float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
     values, vectors = torch.linalg.eigh(projected.double().T @ projected.double())
     s = values.flip(0).clamp_(min=0).sqrt_()
-    if max_error is not None and float(s.square().sum()) < (1 - max_error**2) * squared:
-        max_error = 0.0  # what was looked at does not hold enough: all of it is the most there is
+    if max_error is not None and rank is None and float(s.square().sum()) < (1 - max_error**2) * squared:
+        if q.shape[1] < min(out, width):  # the space that was looked at does not hold enough
+            return _by_krylov(matrix, rank, max_error, 2 * columns)
+        max_error = 0.0
     k = kept_rank(s, len(s), rank, max_error)
     root = s[:k].sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     turned = vectors.flip(1)[:, :k]

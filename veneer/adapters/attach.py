@@ -351,6 +351,13 @@ def unmerge(model: nn.Module) -> None:
     for path, layer in lora_layers(model).items():
         if path not in merged:
             continue
+        now = layer.weight.device
+        if isinstance(merged[path], nn.Module):
+            merged[path].to(now)
+        else:
+            for kept in merged[path] if isinstance(merged[path], tuple) else (merged[path],):
+                if kept is not None:
+                    move(kept, now)  # the model may have been moved meanwhile
         if isinstance(layer, LoraParameter):
             layer.owner._parameters[layer.key] = merged[path]
         elif isinstance(merged[path], nn.Module):

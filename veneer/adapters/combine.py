@@ -35,6 +35,7 @@ from veneer.adapters.peft_format import (
     read_adapter,
 )
 from veneer.adapters.sparsify import Prune, Rule, Sign, Update, dense_sum
+from veneer.adapters.tokens import TokenRows
 from veneer.errors import RefusedError, VeneerError
 from veneer.storage import atomic_folder, require_empty_folder, write_json, write_tensors
 
@@ -139,7 +140,7 @@ def combine(
             rule = rule._replace(window=min(DELLA_WINDOW, 2 * rule.density, 2 * (1 - rule.density)))
     layers = _layers(live, method, rule, rank, max_error, seed, progress)
     report = _report(everything, live, method, rule, seed, layers)
-    _write(Path(out), everything[0], live, layers, report, replace)
+    _write(Path(out), live, layers, report, replace)
     return report
 
 
@@ -152,7 +153,9 @@ def _wrong_settings(
     if method not in METHODS:
         problems.append(f"method: found {method!r}, expected {', '.join(METHODS)}")
     prunes = method in METHODS and METHODS[method].prune is not None
-    if weights is not None:
+    if weights is not None and not isinstance(weights, Sequence):
+        problems.append(f"weights: found {weights!r}, expected a list of numbers, one for each adapter")
+    elif weights is not None:
         if len(weights) != len(sources):
             problems.append(f"weights: found {len(weights)}, expected one for each of {len(sources)} adapters")
         bad = [w for w in weights if not _number(w)]
@@ -169,6 +172,8 @@ def _wrong_settings(
         problems.append(f"density: found {density!r}, which {method} does not take: it keeps everything")
     elif density is not None and not (_number(density) and 0 < density <= 1):
         problems.append(f"density: found {density!r}, expected a share above 0, up to 1")
+    elif density is not None and METHODS[method].prune != "magnitude" and density < 1 / 65536:
+        problems.append(f"density: found {density!r}, expected at least 1/65,536: masks are random numbers of 16 bits")
     if sign not in get_args(Sign):
         problems.append(f"sign: found {sign!r}, expected {', '.join(get_args(Sign))}")
     return problems
@@ -206,11 +211,25 @@ def _cannot(everything: list[Source], live: list[Source], method: str, any_base:
             f"the adapters name different base models: {', '.join(sorted(map(repr, names)))}; if these are one model under "
             "several names, say so with any_base (--any-base)"
         )
+    values: dict[str, tuple[int, ...]] = {}
+    copies: dict[str, Tensor] = {}
+    for source in live:
+        own = {**source.file.replaced, **source.file.tokens}
+        for layer, one in source.file.factors.items():
+            more = {"magnitude": one.magnitude, "bias": one.bias}
+            own |= {f"{layer}, {part}": value for part, value in more.items() if value is not None}
+        for key, value in own.items():
+            if values.setdefault(key, tuple(value.shape)) != tuple(value.shape):
+                problems.append(f"{source.path}: {key}: found {tuple(value.shape)}, expected {values[key]}")
+        for key, value in source.file.copies.items():
+            there = copies.setdefault(key, value)
+            if there.shape != value.shape or not torch.equal(there, value):
+                problems.append(f"{source.path}: {key}: a copy of another base's weight than in the adapters before it")
     keys: dict[str, dict[str, str]] = {}
     for source in live:
         for layer, parts in source.file.keys.items():
-            own = {part: parts[part] for part in ("a", "b")}
-            if keys.setdefault(layer, own) != own:
+            named = {part: parts[part] for part in ("a", "b")}
+            if keys.setdefault(layer, named) != named:
                 refused.append(
                     f"{source.path}: {layer}: its tensors are named otherwise than in the adapters before it"
                 )
@@ -279,6 +298,10 @@ def _layers(
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for name, layer in zip(names, pool.map(one_layer, names), strict=True):
+                if not bool(torch.isfinite(layer.a).all() and torch.isfinite(layer.b).all()):
+                    raise VeneerError(
+                        f"{name}: the result holds NaN or Inf: its weights, or the adapters, are too large"
+                    )
                 found[name] = layer
                 if progress is not None:
                     progress(len(found), len(names))
@@ -378,9 +401,7 @@ def _share(lost: float, squared: float) -> float:
     return math.sqrt(lost / squared) if squared > 0 else 0.0
 
 
-def _write(
-    out: Path, first: Source, live: list[Source], layers: dict[str, Layer], report: dict[str, Any], replace: bool
-) -> None:
+def _write(out: Path, live: list[Source], layers: dict[str, Layer], report: dict[str, Any], replace: bool) -> None:
     tensors: dict[str, Tensor] = {}
     keys = {layer: parts for source in live for layer, parts in source.file.keys.items()}
     for name, layer in layers.items():
@@ -391,14 +412,24 @@ def _write(
                 # B's bias is added times the scaling, which is 1 from here on
                 scales = [source.file.factors[name].scaling if part == "bias" else 1.0 for source, _ in values]
                 tensors[keys[name][part]] = _average(values, scales)
-    for part in ("replaced", "tokens"):
-        for key in getattr(live[0].file, part):
-            ending = ".token_adapter.trainable_tokens_delta" if part == "tokens" else ""
-            tensors[f"{KEY_PREFIX}{key}{ending}"] = _average([(s, getattr(s.file, part)[key]) for s in live])
+    for key in live[0].file.rest:  # by the names they have there
+        plain = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
+        token = plain.removesuffix(f".{TokenRows.KEY}")
+        if plain in live[0].file.replaced:
+            tensors[key] = _average([(source, source.file.replaced[plain]) for source in live])
+        elif token in live[0].file.tokens:
+            tensors[key] = _average([(source, source.file.tokens[token]) for source in live])
+    for source in live:  # of the base's weights
+        for key, value in source.file.rest.items():
+            if key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".") in source.file.copies:
+                tensors.setdefault(key, value)
     kinds = {source.file.trained_on or "none" for source in live}
     with atomic_folder(out, replace=replace) as folder:
-        write_json(folder / CONFIG_FILE, _config(first, live, layers))
+        write_json(folder / CONFIG_FILE, _config(live, layers))
+        doubly = {source.file.double_quant for source in live}
         metadata = {"veneer.base_quantization": kinds.pop() if len(kinds) == 1 else "none"}
+        if len(doubly) == 1 and None not in doubly:
+            metadata["veneer.base_double_quant"] = str(doubly.pop())
         write_tensors(folder / WEIGHTS_FILE, tensors, metadata=metadata)
         write_json(folder / REPORT_FILE, report)
 
@@ -414,10 +445,10 @@ def _average(values: Sequence[tuple[Source, Tensor | None]], scales: Sequence[fl
     return total.to(kinds.pop() if len(kinds) == 1 else torch.float32)
 
 
-def _config(first: Source, live: list[Source], layers: dict[str, Layer]) -> dict[str, Any]:
+def _config(live: list[Source], layers: dict[str, Layer]) -> dict[str, Any]:
     """The adapter_config.json of the result: that of one of them, with ranks, alphas and targets of its own."""
     selection = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
-    config = {**first.file.raw, **{key: live[0].file.raw.get(key) for key in selection}}
+    config = {**live[0].file.raw, **{key: live[0].file.raw.get(key) for key in selection}}
     same = all(
         source.file.factors.keys() == layers.keys() and all(source.file.raw.get(k) == config[k] for k in selection)
         for source in live

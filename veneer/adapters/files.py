@@ -45,6 +45,7 @@ from veneer.adapters.targets import (
 from veneer.adapters.tokens import TokenRows, token_layers
 from veneer.config import TARGET_PRESETS, Dtype, LoraConfig
 from veneer.errors import RefusedError, VeneerError
+from veneer.quant.linear import quantized_layers
 from veneer.storage import (
     atomic_folder,
     write_json,
@@ -88,10 +89,21 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
         write_tensors(
             folder / WEIGHTS_FILE,
             tensors,
-            metadata={"veneer.base_quantization": str(trained_on or "none")},
+            metadata=base_metadata(trained_on, _doubly(model)),
         )
         (folder / "README.md").write_text(_model_card(config, factors), encoding="utf-8")
     return path
+
+
+def base_metadata(trained_on: str | None, double_quant: bool | None) -> dict[str, str]:
+    """What an adapter's file says of the base it was trained on."""
+    found = {"veneer.base_quantization": trained_on or "none"}
+    return found if not trained_on or double_quant is None else {**found, "veneer.base_double_quant": str(double_quant)}
+
+
+def _doubly(model: nn.Module) -> bool | None:
+    """Whether the constants of the base's 4-bit layers are quantised too; None: it has none."""
+    return next((layer.double_quant for layer in quantized_layers(model).values() if layer.kind != "int8"), None)
 
 
 def _plain(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -362,7 +374,7 @@ def load_adapter(
     for key, tensor in file.copies.items():
         if key not in base:
             problems.append(f"{key}: found in the adapter, but this model has no such weight")
-        elif tensor.shape != base[key].shape or (check_copies and not _same(tensor, base[key])):
+        elif tensor.shape != base[key].shape or (check_copies and not same_weight(tensor, base[key])):
             problems.append(
                 f"{key}: found with the adapter, {tuple(tensor.shape)}, but this base's, {tuple(base[key].shape)}, is another; "
                 "it was changed or resized before the training, or the adapter is of another base"
@@ -429,7 +441,7 @@ def _wrong_settings(path: Any, name: Any, dtype: Any, device: Any) -> list[str]:
     return problems
 
 
-def _same(copy: Tensor, weight: Tensor) -> bool:
+def same_weight(copy: Tensor, weight: Tensor) -> bool:
     """Whether a file's copy is this weight, as far as the narrower of their types can tell."""
     dtype = min(copy.dtype, weight.dtype, key=lambda kind: kind.itemsize)
     return torch.equal(copy.to(weight.device, dtype), weight.detach().to(dtype))

@@ -27,6 +27,7 @@ from veneer.quant.linear import QuantizedLinear, autocast
 
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Linear: TypeAlias = nn.Linear | QuantizedLinear | Conv1D
+ROWS_AT_ONCE = 1 << 18  # elements of rows that are merged in fp32 at a time
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -62,6 +63,24 @@ class LoraFunction(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             db = ops.outer_sum(h_NR, dy_NO, transposed=True).to(ctx.types[1])
         return dx, da, db, None, None, None
+
+
+class ScaledRows(torch.autograd.Function):
+    """unit * diag(E) A of A (r, ...) and E (r,): AdaLoRA makes it in every layer of every step, so in few calls."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, diagonal: Tensor, unit: float) -> Tensor:
+        scale = (diagonal * unit).view(-1, *[1] * (a.dim() - 1))
+        ctx.save_for_backward(a, scale)
+        ctx.unit = unit
+        return a * scale
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        a, scale = ctx.saved_tensors
+        d_diagonal = torch.linalg.vecdot(d.flatten(1), a.flatten(1)).mul_(ctx.unit) if ctx.needs_input_grad[1] else None
+        return d * scale if ctx.needs_input_grad[0] else None, d_diagonal, None
 
 
 def frozen_weight(base: Linear, dtype: torch.dtype) -> tuple[Any, bool]:
@@ -195,8 +214,7 @@ class LoraLayer(nn.Module):
         a = self.lora_A[name].float()
         if name not in self.lora_E:
             return a
-        diagonal = self.lora_E[name] * math.sqrt(self.out_features / 3)
-        a = a * diagonal.view(-1, *[1] * (a.dim() - 1))
+        a = ScaledRows.apply(a, self.lora_E[name], math.sqrt(self.out_features / 3))
         return a if name not in self.kept else a.index_select(0, self.kept[name])
 
     def b(self, name: str) -> Tensor:
@@ -303,12 +321,22 @@ class LoraLinear(LoraLayer):
 
     def merged_to(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         base = self.base_of(name)
-        if name in self.magnitude or isinstance(base, QuantizedLinear) or base.weight.dtype != dtype:
+        dora, turned = name in self.magnitude, isinstance(base, Conv1D)
+        if isinstance(base, QuantizedLinear) or (dora and turned) or (base.weight.dtype != dtype and not dora):
             return super().merged_to(name, dtype, out)
+        weight = base.weight.detach()
         left, right = self.b(name).detach() * self.scaling[name], self.a(name).detach()
-        if isinstance(base, Conv1D):
-            left, right = right.T, left.T
-        return ops.add_update(base.weight.detach(), left.to(base.weight.device), right.to(base.weight.device), out)
+        left, right = (right.T, left.T) if turned else (left, right)
+        left, right = left.to(weight.device), right.to(weight.device)
+        if not dora:
+            return ops.add_update(weight, left, right, out)
+        out = torch.empty_like(weight, dtype=dtype) if out is None else out
+        for start in range(0, len(weight), rows := max(1, ROWS_AT_ONCE // weight.shape[1])):
+            some = slice(start, start + rows)
+            total = ops.add_update(weight[some].float(), left[some], right)
+            norms = torch.linalg.vector_norm(total, dim=1).clamp_(min=TINY)
+            out[some] = total.mul_((self.magnitude[name].detach()[some] / norms)[:, None])
+        return out
 
     def _row_norms(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight, dim=int(not isinstance(self.base_layer, Conv1D)), keepdim=True)
@@ -316,12 +344,12 @@ class LoraLinear(LoraLayer):
     def _over_rows(self, magnitude: Tensor) -> Tensor:
         return magnitude[None] if isinstance(self.base_layer, Conv1D) else magnitude[:, None]
 
-    def row_scale(self, name: str) -> Tensor:
+    def row_scale(self, name: str, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """No dense update is made (`ops.row_norms`), and |W|^2 only once.
 
         The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
         """
-        a, b = self.a(name), self.b(name)
+        a, b = factors or (self.a(name), self.b(name))
         dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
         with torch.no_grad():
             weight = frozen_weight(self.base_layer, dtype)
@@ -352,7 +380,7 @@ class LoraLinear(LoraLayer):
             y = self.base_layer(x) + scaling * ((low @ a.to(x.dtype).T) @ b.to(x.dtype).T)
             y = y if later is None else y - later.to(x.dtype)
         if dora:
-            y = y * self.row_scale(name).to(x.dtype)
+            y = y * self.row_scale(name, (a, b)).to(x.dtype)
         return self._with_bias(y if later is None else y + later.to(x.dtype))
 
     def frozen(self) -> AdaptedLinear:
@@ -360,15 +388,15 @@ class LoraLinear(LoraLayer):
 
         The mask's seed is drawn from torch's generator: `torch.manual_seed` decides it.
         """
-        if self.active is None:
-            return plain_linear(self.base_layer)
-        linear = plain_linear(self.base_layer)._replace(
-            a=self.a(self.active), b=self.b(self.active), scaling=self.scaling[self.active]
-        )
-        if self.active in self.magnitude:
-            linear = linear._replace(scale=self.row_scale(self.active))
-        dropout = self.dropout[self.active] if self.training else 0.0
-        return linear._replace(dropout=dropout, seed=int(torch.randint(2**32, ()))) if dropout else linear
+        name, base = self.active, self.base_layer
+        if name is None:
+            return plain_linear(base)
+        a, b = self.a(name), self.b(name)
+        scale = self.row_scale(name, (a, b)) if name in self.magnitude else None
+        dropout = self.dropout[name] if self.training else 0.0
+        seed = int(torch.randint(2**32, ())) if dropout else 0
+        weight = frozen_weight(base, torch.bfloat16)[0]
+        return AdaptedLinear(weight, base.bias, a, b, self.scaling[name], dropout=dropout, seed=seed, scale=scale)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
@@ -440,6 +468,13 @@ class LoraEmbedding(LoraLayer):
 
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).T
+
+    def merged_to(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        weight = self.base_of(name).weight.detach()
+        if name in self.magnitude or weight.dtype != dtype:
+            return super().merged_to(name, dtype, out)
+        left, right = self.a(name).detach().T * self.scaling[name], self.b(name).detach().T
+        return ops.add_update(weight, left.to(weight.device), right.to(weight.device), out)
 
     def _row_norms(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight, dim=0, keepdim=True)

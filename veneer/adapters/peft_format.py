@@ -153,7 +153,7 @@ class Factors(NamedTuple):
 class AdapterFile(NamedTuple):
     """An adapter folder: its config as it stands there and as ours, factors by layer (or adapted parameter), parameters
     trained in full, rows of tokens by embedding, weights that are the base's own, the factors' names in the file, all in it
-    that is not of factors, and what the base was quantised to when it was trained here (None: not at all, or not known)."""
+    that is not of factors, what the base was quantised to when it was trained here (None: not at all, or not known), and whether doubly."""
 
     raw: dict[str, Any]
     config: LoraConfig
@@ -164,6 +164,7 @@ class AdapterFile(NamedTuple):
     keys: dict[str, dict[str, str]]
     rest: dict[str, Tensor]
     trained_on: str | None
+    double_quant: bool | None
 
 
 def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
@@ -248,8 +249,10 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
     )
     tensors = _read_tensors(path / WEIGHTS_FILE, raw, config, model)
     with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
-        trained_on = (file.metadata() or {}).get("veneer.base_quantization", "none")
-    return AdapterFile(raw, config, *tensors, None if trained_on == "none" else trained_on)
+        said = file.metadata() or {}
+    trained_on = said.get("veneer.base_quantization", "none")
+    doubly = {"True": True, "False": False}.get(said.get("veneer.base_double_quant", ""))
+    return AdapterFile(raw, config, *tensors, None if trained_on == "none" else trained_on, doubly)
 
 
 def _read_tensors(
@@ -281,6 +284,8 @@ def _read_tensors(
         if tensor.dtype not in _DTYPES:
             found_dtype, *expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_DTYPES))
             problems.append(f"tensor {key}: found {found_dtype}, expected floating point: {', '.join(expected)}")
+        elif not tensor.numel():
+            problems.append(f"tensor {key}: found {tuple(tensor.shape)}, which holds nothing")
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
         match = _FACTOR.fullmatch(key)
@@ -318,6 +323,12 @@ def _read_tensors(
         if not fits:
             shape = f"({rank}, in)" if part == "a" else f"(out, {rank})"
             problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
+    problems += [
+        f"{layer}: found lora_A of {len(parts['a']) // ranks[layer]} experts, lora_B of {parts['b'].shape[1] // ranks[layer]}"
+        for layer, parts in found.items()
+        if layer in names.values() and "a" in parts and "b" in parts and parts["a"].ndim == parts["b"].ndim == 2
+        if len(parts["a"]) // ranks[layer] != parts["b"].shape[1] // ranks[layer]
+    ]
     needed = {"a": "lora_A", "b": "lora_B"} | ({"magnitude": "lora_magnitude_vector"} if config.dora else {})
     needed |= {"bias": "lora_B.bias"} if config.lora_bias else {}
     problems += [

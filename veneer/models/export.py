@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.adapters.combine import portable_config
-from veneer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter
+from veneer.adapters.files import base_metadata, load_adapter
+from veneer.adapters.peft_format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, read_adapter
 from veneer.config import Quantization
 from veneer.errors import RefusedError, VeneerError
 from veneer.models import gguf_export
 from veneer.models.load import EMBEDDED, embedded_gguf, load_tokenizer, read_config, resolve
-from veneer.models.merging import merge_files
+from veneer.models.merging import hollow_model, merge_files
 from veneer.storage import atomic_folder, require_empty_folder, write_json, write_tensors
 
 CONSUMERS = ("peft", "vllm", "llama.cpp", "ollama")
@@ -72,13 +73,22 @@ def export(
         raise VeneerError(f"--model: found none, expected the base model for {consumer}{' --merged' if merged else ''}")
     require_empty_folder(out)
     file = read_adapter(source)
-    reasons = _reasons(file, consumer)
+    config = None if model is None else read_config(resolve(model))[0]
+    reasons = _reasons(file, consumer, bool(getattr(config, "tie_word_embeddings", False)))
     if reasons and model is None:
         raise RefusedError(
             [f"{consumer} cannot hold this adapter: {reason}" for reason in reasons],
             hint="give the base with --model: then it is merged into it",
         )
     whole = bool(reasons) or merged
+    if model is not None and consumer in ("llama.cpp", "ollama"):
+        gguf_export.Names(config)  # before anything is merged
+        if kind not in gguf_export.TYPES:
+            raise VeneerError(f"--type: found {kind!r}, expected {', '.join(gguf_export.TYPES)}")
+        if (whole or consumer == "ollama") and not (base := _base_gguf(model, like)).is_file():
+            raise VeneerError(f"--like {base}: no such file, expected a GGUF of the base")
+    if model is not None and not whole:  # an adapter of another base is seen here
+        load_adapter(hollow_model(resolve(model)), source, check_copies=False)
     with atomic_folder(out) as folder:
         if whole:
             assert model is not None
@@ -86,25 +96,24 @@ def export(
         elif consumer in ("peft", "vllm"):
             _write_peft(file, folder, VLLM_RANKS if consumer == "vllm" else None)
         else:
-            config = read_config(resolve(str(model)))[0]
             gguf_export.write_adapter(file, config, folder / GGUF_ADAPTER, name=Path(source).name)
         if consumer == "ollama":
             assert model is not None
-            base = f"./{GGUF_MODEL}" if whole else str(_base_gguf(model, like))
+            comes_from = f"./{GGUF_MODEL}" if whole else str(_base_gguf(model, like))
             beside = None if whole else f"./{GGUF_ADAPTER}"
-            text = gguf_export.modelfile(load_tokenizer(resolve(model)), base, beside, system)
+            text = gguf_export.modelfile(load_tokenizer(resolve(model)), comes_from, beside, system)
             (folder / MODELFILE).write_text(text, encoding="utf-8")
         files = sorted(path.name for path in folder.iterdir())
     form = "merged model" if whole else "adapter"
     return {"out": str(out), "consumer": consumer, "form": form, "reasons": reasons, "files": files}
 
 
-def _reasons(file: AdapterFile, consumer: str) -> list[str]:
+def _reasons(file: AdapterFile, consumer: str, tied: bool) -> list[str]:
     """Why a tool cannot hold this as an adapter."""
     if consumer == "peft":
         return []
     if consumer != "vllm":
-        return gguf_export.unsupported(file)
+        return gguf_export.unsupported(file, tied)
     found = []
     if file.config.dora:
         found.append("use_dora: vLLM refuses DoRA")
@@ -149,13 +158,17 @@ def _write_peft(file: AdapterFile, folder: Path, ranks: tuple[int, ...] | None) 
             tensors[keys["magnitude"]] = one.magnitude
         if one.bias is not None:
             tensors[keys["bias"]] = (one.bias.double() * one.scaling).float()
-    tensors |= {key: value for key, value in file.rest.items() if key not in tensors}
+    copies = {f"{KEY_PREFIX}{key}" for key in file.copies}
+    for key, value in file.rest.items():
+        if ranks is None or key.replace(".base_layer.", ".") not in copies:  # vLLM takes no weights of the base
+            tensors[key] = value
     config = {**file.raw, **portable_config(chosen)}
     if ranks is not None:  # it looks for the last part of names
         config |= dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        config["bias"] = "none"
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in file.factors})
     write_json(folder / CONFIG_FILE, config)
-    write_tensors(folder / WEIGHTS_FILE, tensors, metadata={"veneer.base_quantization": str(file.trained_on or "none")})
+    write_tensors(folder / WEIGHTS_FILE, tensors, metadata=base_metadata(file.trained_on, file.double_quant))
 
 
 def _merged(

@@ -43,6 +43,7 @@ FAMILIES = {  # by transformers' model_type; others need changes of weights that
     "qwen2": Family(gguf.MODEL_ARCH.QWEN2, False),
     "qwen3": Family(gguf.MODEL_ARCH.QWEN3, False),
 }
+OWN_KEYS = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
 ALIKE = 0.98  # least cosine of a base tensor with that of a GGUF of the same model, in 4 bits or more
 
 
@@ -76,9 +77,13 @@ class Names:
         return value.view(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
 
 
-def unsupported(file: AdapterFile) -> list[str]:
-    """What of an adapter llama.cpp cannot hold: it reads A and B of linears alone."""
-    problems = []
+def unsupported(file: AdapterFile, tied: bool = False) -> list[str]:
+    """What of an adapter llama.cpp cannot hold: it reads A and B of linears alone. tied: the head is the embeddings."""
+    problems = [
+        f"{layer}: its weight is the embeddings' too, and a GGUF has no tensor for it"
+        for layer in file.factors
+        if tied and layer.rpartition(".")[2] == "lm_head"
+    ]
     if file.config.dora:
         problems.append("use_dora: llama.cpp has no DoRA")
     if file.replaced:
@@ -108,19 +113,21 @@ def write_adapter(file: AdapterFile, config: Any, path: str | Path, *, name: str
     if problems:
         raise RefusedError(problems, hint="export a merged model instead: --merged --model MODEL")
     alpha = max(one.r for one in file.factors.values())
+    made: dict[str, Tensor] = {}
+    for layer, one in file.factors.items():
+        b = one.b.double() * (one.scaling * one.r / alpha)
+        made[f"{named[layer]}.lora_a"] = one.a.float()
+        made[f"{named[layer]}.lora_b"] = names.turn(f"{layer}.weight", b).float()
 
-    def fill(writer: gguf.GGUFWriter) -> None:
+    def about(writer: gguf.GGUFWriter) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_name(name)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-        for layer, one in file.factors.items():
-            b = names.turn(f"{layer}.weight", one.b.double() * (one.scaling * one.r / alpha)).float()
-            writer.add_tensor(f"{named[layer]}.lora_a", one.a.float().contiguous().numpy())
-            writer.add_tensor(f"{named[layer]}.lora_b", b.contiguous().numpy())
 
-    _write(path, gguf.MODEL_ARCH_NAMES[names.family.arch], fill)
-    return {"file": str(path), "alpha": alpha, "tensors": 2 * len(file.factors)}
+    plan = {key: (tuple(value.shape), gguf.GGMLQuantizationType.F32) for key, value in made.items()}
+    _write(path, gguf.MODEL_ARCH_NAMES[names.family.arch], about, plan, lambda key: made[key].contiguous().numpy())
+    return {"file": str(path), "alpha": alpha, "tensors": len(made)}
 
 
 def write_model(
@@ -142,6 +149,10 @@ def write_model(
     config, quantization = read_config(folder)
     if quantization:
         raise RefusedError(f"{folder} is quantised to {quantization}", hint="merge it into 16 bits first")
+    if (stored := read_config(Path(base))[1]) is not None:
+        raise RefusedError(
+            f"{base} is stored in {stored}: it cannot be compared with {like}", hint="give the 16-bit base"
+        )
     names = Names(config)
     check_gguf(like)
     reader = gguf.GGUFReader(like)
@@ -164,41 +175,44 @@ def write_model(
     problems += [f"{name}: in {like}, not in the model" for name in sorted(theirs.keys() - ours.keys() - computed)]
     if problems:
         raise VeneerError(problems, hint="expected a GGUF of the base model that this one was merged from")
-    unlike = []
+    plan = {}
+    for name in [*theirs, *sorted(extra)]:
+        if name not in ours:  # computed from the config
+            plan[name] = (tuple(theirs[name].data.shape), theirs[name].tensor_type)
+            continue
+        file, key = ours[name]
+        shape = tuple(file.tensors[key][1])
+        chosen = TYPES[kind] if len(shape) > 1 else gguf.GGMLQuantizationType.F32
+        if chosen == TYPES["q8_0"] and shape[-1] % 32:
+            chosen = TYPES["f16"]
+        plan[name] = (shape, chosen)
 
-    def fill(writer: gguf.GGUFWriter) -> None:
+    def about(writer: gguf.GGUFWriter) -> None:
         for key, field in reader.fields.items():
-            if key.startswith(("GGUF.", "split.")) or key in ("general.architecture", "general.file_type"):
-                continue
-            if key == "general.quantization_version":
+            if key.startswith(("GGUF.", "split.")) or key in OWN_KEYS:
                 continue
             sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=sub)
         writer.add_file_type(FILE_TYPES[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        for name in [*theirs, *sorted(extra)]:
-            if name not in ours:  # computed from the config
-                writer.add_tensor(name, np.array(theirs[name].data))
-                continue
-            file, key = ours[name]
-            value = names.turn(key, file.read(key).float())
-            if name in theirs and key in originals:
-                original = names.turn(key, originals[key].read(key).float())
-                if (problem := _unlike(theirs[name], original)) is not None:
-                    unlike.append(f"{key}: {problem}")
-            array = value.contiguous().numpy()
-            chosen = TYPES[kind] if value.dim() > 1 else gguf.GGMLQuantizationType.F32
-            if chosen == gguf.GGMLQuantizationType.Q8_0 and array.shape[-1] % 32:
-                chosen = gguf.GGMLQuantizationType.F16
-            if chosen == gguf.GGMLQuantizationType.F32:
-                writer.add_tensor(name, array)
-            else:
-                writer.add_tensor(name, gguf.quantize(array, chosen), raw_dtype=chosen)
-        if unlike:
-            raise VeneerError(unlike, hint=f"{like} is not of the base model that this one was merged from")
 
-    _write(path, arch, fill)
-    return {"file": str(path), "type": kind, "tensors": len(theirs) + len(extra), "bytes": os.path.getsize(path)}
+    def tensor(name: str) -> Any:
+        if name not in ours:
+            return np.array(theirs[name].data)
+        file, key = ours[name]
+        array = names.turn(key, file.read(key).float()).contiguous().numpy()
+        return array if plan[name][1] == gguf.GGMLQuantizationType.F32 else gguf.quantize(array, plan[name][1])
+
+    unlike = []
+    for name, (_, key) in ours.items():
+        if name in theirs and key in originals:
+            problem = _unlike(theirs[name], names.turn(key, originals[key].read(key).float()))
+            unlike += [] if problem is None else [f"{key}: {problem}"]
+    if unlike:
+        raise VeneerError(unlike, hint=f"{like} is not of the base model that this one was merged from")
+    _write(path, arch, about, plan, tensor)
+    check_gguf(Path(path))
+    return {"file": str(path), "type": kind, "tensors": len(plan), "bytes": os.path.getsize(path)}
 
 
 def _unlike(theirs: Any, ours: Tensor) -> str | None:
@@ -209,22 +223,42 @@ def _unlike(theirs: Any, ours: Tensor) -> str | None:
     a, b = values.flatten().double(), ours.flatten().double()
     lengths = float(a.norm() * b.norm())
     cosine = float(a @ b) / lengths if lengths else 1.0
-    return None if cosine >= ALIKE else f"found other weights there (cosine {cosine:.2f}, expected at least {ALIKE})"
+    if cosine < ALIKE:
+        return f"found other weights there (cosine {cosine:.2f}, expected at least {ALIKE})"
+    larger = float(a.norm() / b.norm()) if lengths else 1.0
+    return None if abs(larger - 1) < 0.05 else f"found weights {larger:.2f} times as large there"
 
 
-def _write(path: str | Path, arch: str, fill: Callable[[Any], None]) -> None:
+def _write(
+    path: str | Path,
+    arch: str,
+    about: Callable[[Any], None],
+    plan: dict[str, tuple[tuple[int, ...], Any]],
+    tensors: Callable[[str], Any],
+) -> None:
+    """Write a GGUF one tensor at a time. plan: shape and type of each; tensors: makes one, as it is stored."""
     with atomic_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, arch)
         try:
-            fill(writer)
+            about(writer)
+            for name, (shape, kind) in plan.items():
+                size = int(np.prod(shape)) // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1]
+                stored = gguf.quant_shape_to_byte_shape(shape, kind) if kind == TYPES["q8_0"] else shape
+                dtype = {TYPES["f16"]: np.float16, gguf.GGMLQuantizationType.F32: np.float32}.get(kind, np.uint8)
+                writer.add_tensor_info(name, stored, np.dtype(dtype), size, raw_dtype=kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer.write_ti_data_to_file()
+            for name in plan:
+                writer.write_tensor_data(tensors(name))
         finally:
             writer.close()
 
 
 # ---- Ollama -----------------------------------------------------------------------------------------------------------
+
+
+BY_HAND = "export for llama.cpp, and write the Modelfile's TEMPLATE by hand"
 
 
 class Chat(NamedTuple):
@@ -276,7 +310,13 @@ def modelfile(tokenizer: Any, model: str, adapter: str | None = None, system: st
     ]  # fmt: skip
 
     def rendered(messages: list[dict[str, str]]) -> str:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # no template, or one that refuses a system message
+            raise RefusedError(
+                f"Ollama: the model's chat template cannot be compared: {' '.join(str(error).split())[:200]}",
+                hint=BY_HAND,
+            ) from None
         bos = tokenizer.bos_token
         return str(text.removeprefix(bos) if bos and not text.startswith("<|im_start|>") else text)
 
@@ -291,6 +331,8 @@ def modelfile(tokenizer: Any, model: str, adapter: str | None = None, system: st
                 continue
             default = alone[len(before) : len(alone) - len(after)]
         said = system if system is not None else default
+        if said and '"""' in said:
+            raise VeneerError('the system message holds """, which would end it in a Modelfile')
         lines = [f"# conversations in {name}", f"FROM {model}"]
         lines += [f"ADAPTER {adapter}"] if adapter else []
         lines += [f'TEMPLATE """{chat.template}"""', f'PARAMETER stop "{chat.stop}"']
@@ -298,5 +340,5 @@ def modelfile(tokenizer: Any, model: str, adapter: str | None = None, system: st
         return "\n".join(lines) + "\n"
     raise RefusedError(
         f"Ollama: the model's chat template is none of {', '.join(CHATS)}, so its Modelfile would not say the same",
-        hint="export for llama.cpp, and write the Modelfile's TEMPLATE by hand",
+        hint=BY_HAND,
     )

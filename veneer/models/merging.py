@@ -20,12 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.adapters.attach import adapters, lora_layers
 from veneer.adapters.experts import LoraParameter
-from veneer.adapters.files import load_adapter
-from veneer.adapters.lora import LoraLayer, LoraLinear
+from veneer.adapters.files import load_adapter, same_weight
+from veneer.adapters.lora import LoraEmbedding, LoraLayer, LoraLinear
 from veneer.adapters.merge import merge
+from veneer.adapters.peft_format import read_adapter
 from veneer.adapters.targets import is_factor, plain_name
 from veneer.adapters.tokens import token_rows
 from veneer.errors import VeneerError
+from veneer.machine import release_memory
 from veneer.models.load import (
     build_skeleton,
     load,
@@ -51,7 +53,8 @@ from veneer.storage import (
 REPORT_FILE = "merge_report.json"
 INDEX_FILE = "model.safetensors.index.json"
 ROWS = 16  # of a merged matrix that are compared with fp64
-COPIED = ("*.json", "*.model", "*.txt", "*.jinja")  # of a model folder, besides its weights
+COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")  # besides the weights
+COMPUTED = "rotary_emb.inv_freq"  # old files have it; a model makes it from its config
 
 
 def merge_files(
@@ -60,8 +63,9 @@ def merge_files(
     out: str | Path,
     *,
     onto: str | None = None,
-    double_quant: bool = True,
+    double_quant: bool | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
+    about: dict[str, Any] | None = None,
     replace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +76,8 @@ def merge_files(
         sources: adapter folders; the updates of several are added.
         onto: "nf4", "fp4" or "int8": every linear but the head becomes what that would make of it, decoded, before it is
             merged: the base that a QLoRA adapter was trained on.
+        double_quant: with `onto`; left out, as the first adapter's base was, if that is known, else True.
+        about: more for the report.
         check: called with the complete folder before it gets its name, returns what goes into the report as `divergence`;
             what it raises leaves nothing behind.
         progress: called with how many tensors are done, of how many.
@@ -97,20 +103,30 @@ def merge_files(
             hint="leave it out, or give the 16-bit model it was made from",
         )
     files = {file.name: TensorFile(file) for file in weight_files(folder)}
-    hollow = _hollow(build_skeleton(config, folder))
+    hollow = hollow_model(folder, config, files)
+    head = hollow.get_output_embeddings() if hasattr(hollow, "get_output_embeddings") else None
+    linears = {name for name, module in hollow.named_modules() if type(module) is nn.Linear and module is not head}
+    copies: dict[str, Tensor] = {}
     for number, path in enumerate(sources):
         load_adapter(hollow, path, f"merged{number}", activate=False, check_copies=False)
-    if problems := _not_together(hollow, sources):
-        raise VeneerError(problems, hint="combine them first (veneer combine), or merge one after the other")
+        read = read_adapter(path)
+        copies |= read.copies
+        double_quant = read.double_quant if double_quant is None else double_quant
+    double_quant = True if double_quant is None else double_quant
     size = sum(shape.numel() * dtype.itemsize for file in files.values() for dtype, shape in file.tensors.values())
     require_disk_space(out, size * (4 if stored else 1), "the merged model")
-    plan = _Plan(
-        hollow, files, None if stored else onto, double_quant, getattr(config, "dtype", None) or torch.bfloat16
-    )
+    plan = _Plan(hollow, files, getattr(config, "dtype", None) or torch.bfloat16, copies)
+    if onto and not stored:
+        plan.decode_as(onto, double_quant, linears)
+    if problems := _not_together(plan, sources):
+        raise VeneerError(problems, hint="combine them first (veneer combine), or merge one after the other")
+    if problems := plan.problems():
+        raise VeneerError([f"{folder}: {problem}" for problem in problems])
     report: dict[str, Any] = {
         "model": str(model),
         "adapters": [str(path) for path in sources],
         "onto": stored or onto or "16-bit",
+        **(about or {}),
     }
     with atomic_folder(out, replace=replace) as temporary:
         if plan.strange:
@@ -131,33 +147,41 @@ def merge_files(
     return report
 
 
-def _hollow(model: Any) -> Any:
-    """Every weight becomes one zero seen everywhere: it has a shape, a type and a device, and takes no memory."""
+def hollow_model(folder: Path, config: Any = None, files: dict[str, TensorFile] | None = None) -> Any:
+    """The model of a folder whose every weight is one zero seen everywhere: it has the shape, the type it has in the files
+    and a device, and takes no memory. Adapters go on it with all checks; nothing can be computed with it."""
+    config = read_config(folder)[0] if config is None else config
+    files = {file.name: TensorFile(file) for file in weight_files(folder)} if files is None else files
+    types = {key: kind for file in files.values() for key, (kind, _) in file.tensors.items() if kind.is_floating_point}
+    model = build_skeleton(config, folder)
     made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
+    for path, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                empty = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                kind = types.get(f"{path}.{key}" if path else key, parameter.dtype)
+                empty = torch.zeros((), dtype=kind).expand(parameter.shape)
                 module._parameters[key] = made.setdefault(id(parameter), nn.Parameter(empty, requires_grad=False))
     return model
 
 
-def _not_together(model: nn.Module, sources: Sequence[Any]) -> list[str]:
-    """Why adapters cannot be added: what each puts in place of something of the base can be there once."""
-    if len(sources) == 1:
-        return []
-    problems = [
-        f"{sources[number]}: DoRA scales the whole weight, it cannot be added to another adapter"
-        for number, adapter in enumerate(adapters(model).values())
-        if adapter.config.dora
-    ]
-    seen: dict[str, int] = {}
-    for number, (name, adapter) in enumerate(adapters(model).items()):
-        own = [*adapter.replaced, *(path for path, rows in token_rows(model).items() if name in rows.rows)]
-        for key in own:
-            if key in seen:
-                problems.append(f"{sources[number]} and {sources[seen[key]]} both have values of their own for {key}")
-            seen.setdefault(key, number)
+def _not_together(plan: _Plan, sources: Sequence[Any]) -> list[str]:
+    """Why adapters cannot be added: low-rank updates of a weight can, a value in its place cannot, and DoRA is no update."""
+    problems: list[str] = []
+    seen: dict[int, tuple[int, bool]] = {}
+    for number, (name, adapter) in enumerate(adapters(plan.model).items()):
+        if len(sources) > 1 and adapter.config.dora:
+            problems.append(f"{sources[number]}: DoRA scales the whole weight, it cannot be added to another adapter")
+        in_full = {plan.ids[key]: key for key in adapter.replaced}
+        rows = {path: found for path, found in token_rows(plan.model).items() if name in found.rows}
+        in_full |= {plan.ids[f"{path}.weight"]: f"{path}.weight" for path in rows}
+        low = {plan.ids[plan.key(path)]: plan.key(path) for path, x in plan.layers.items() if name in x.lora_A}
+        for which, key in {**low, **in_full}.items():
+            other, both_low = seen.get(which, (number, True))
+            if other != number and not (both_low and which in low and which not in in_full):
+                problems.append(
+                    f"{sources[number]} and {sources[other]} both change {key}, and not both by low-rank updates"
+                )
+            seen[which] = (number, which not in in_full)
     return problems
 
 
@@ -167,14 +191,14 @@ class _Plan:
     strange: names of files that are not the model's, or the other way round: transformers would rename or join them.
     """
 
-    def __init__(
-        self, model: Any, files: dict[str, TensorFile], onto: str | None, double_quant: bool, dtype: torch.dtype
-    ) -> None:
-        self.model, self.files, self.onto, self.double_quant, self.dtype = model, files, onto, double_quant, dtype
+    def __init__(self, model: Any, files: dict[str, TensorFile], dtype: torch.dtype, copies: dict[str, Tensor]) -> None:
+        self.model, self.files, self.dtype = model, files, dtype
+        self.onto, self.double_quant = "", True
+        self.quantized: set[str] = set()
         self.names = list(adapters(model))
         self.layers = {path: layer for path, layer in lora_layers(model).items() if layer.lora_A}
         everything = model.named_parameters(remove_duplicate=False)
-        base = {plain_name(model, key): parameter for key, parameter in everything if not is_factor(key)}
+        self.base = base = {plain_name(model, key): parameter for key, parameter in everything if not is_factor(key)}
         buffers = {plain_name(model, key) for key, _ in model.named_buffers()}
         self.ids = {key: id(parameter) for key, parameter in base.items()}  # tied ones are one
         self.values: dict[int, Tensor] = {}  # trained in full
@@ -185,13 +209,7 @@ class _Plan:
                 if name in tokens.rows:
                     found = (torch.tensor(tokens.ids[name]), tokens.rows[name].detach())
                     self.rows[self.ids[f"{path}.weight"]] = found
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        linears = [
-            (plain_name(model, name), module)
-            for name, module in model.named_modules()
-            if type(module) is nn.Linear and module is not head
-        ]
-        self.quantized = {f"{name.removesuffix('.base_layer')}.weight" for name, _ in linears} if onto else set()
+        self.copies = {self.ids[key]: value for key, value in copies.items() if key in self.ids}
         self.parts: dict[str, dict[str, str]] = {}  # of stored quantised layers: which file holds which part
         self.outputs: dict[str, dict[str, tuple[torch.dtype, torch.Size]]] = {name: {} for name in files}
         for file in files.values():
@@ -212,11 +230,12 @@ class _Plan:
                         self.outputs[name][key] = (dtype, base[f"{owner}.weight"].shape)
         there = {key for tensors in self.outputs.values() for key in tensors}
         tied = {id(base[key]) for key in there if key in base}
-        self.strange = sorted(there - base.keys() - buffers)
+        self.strange = sorted(key for key in there - base.keys() - buffers if not key.endswith(COMPUTED))
         self.strange += sorted(key for key in base if key not in there and id(base[key]) not in tied)
         self.untied = self._untie(base, there) if not self.strange else {}
-        if self.untied:
-            model.config.tie_word_embeddings = False
+        adapted = {self.ids[self.key(path)] for path in self.layers}
+        names = collections.Counter(self.ids[key] for key in there & base.keys())
+        self.apart = bool(self.untied) or any(names[which] > 1 for which in adapted)  # what was tied is so no more
 
     def _untie(self, base: dict[str, nn.Parameter], there: set[str]) -> dict[str, str]:
         """Weights that are another's in the files, and one of them adapted: which one they are now. They go beside it."""
@@ -229,8 +248,37 @@ class _Plan:
                 self.outputs[file][key] = self.outputs[file][found[key]]
         return found
 
+    def key(self, path: str) -> str:
+        """The name of the weight that an adapted layer changes."""
+        return path if isinstance(self.layers[path], LoraParameter) else f"{path}.weight"
+
+    def decode_as(self, kind: str, double_quant: bool, linears: set[str]) -> None:
+        """These linears become what quantising would make of them."""
+        self.onto, self.double_quant, self.quantized = kind, double_quant, {f"{name}.weight" for name in linears}
+
+    def problems(self) -> list[str]:
+        """Tensors of other shapes than config.json says, and parts of adapters that have no place."""
+        found = [
+            f"{key}: found {tuple(shape)}, expected {tuple(self.base[key].shape)} as config.json says"
+            for tensors in self.outputs.values()
+            for key, (_, shape) in tensors.items()
+            if key in self.base and shape != self.base[key].shape
+        ]
+        found += [
+            f"{path}: the adapter's bias (lora_bias) has no place in a layer without one"
+            for path, layer in self.layers.items()
+            if layer.lora_bias and f"{path}.bias" not in self.base
+        ]
+        return found
+
     def layer(self, key: str) -> LoraLayer | None:
         return self.layers.get(key) or self.layers.get(key.removesuffix(".weight"))
+
+    def cost(self, file: str, key: str) -> int:
+        """Bytes that making a tensor takes: itself, and where it is not merged in place the fp32 forms of it."""
+        kind, shape = self.outputs[file][key]
+        dense = key in self.quantized or key.removesuffix(".weight") in self.parts
+        return shape.numel() * (kind.itemsize + (12 if dense else 0))
 
     def read(self, file: str, key: str) -> Tensor:
         """A tensor as it is before merging; of quantised layers, and with `onto`, what their codes say, in fp32."""
@@ -240,7 +288,7 @@ class _Plan:
             parts = {part: self.files[where].read(f"{owner}.{part}") for part, where in self.parts[owner].items()}
             return unpack_layer(parts, owner, torch.float32).dequantize(torch.float32)
         weight = self.files[file].read(source)
-        if key in self.quantized and self.onto is not None:
+        if key in self.quantized:
             return quantize(weight, self.onto, double_quant=self.double_quant).dequantize(torch.float32)
         return weight
 
@@ -252,6 +300,8 @@ class _Plan:
         value, changed = weight, weight.dtype != dtype
         owner, _, last = key.rpartition(".")
         which = self.ids.get(key)
+        if which in self.copies and not same_weight(self.copies[which], weight):
+            raise VeneerError(f"{key}: the adapter has a copy of this weight, and it is of another base")
         if which in self.values:
             value, changed = self.values[which], True
         if which in self.rows:
@@ -259,94 +309,111 @@ class _Plan:
             value, changed = value.index_copy(0, ids, rows.to(value.dtype)), True
         layer = self.layer(key)
         if layer is not None and (key.endswith(".weight") or isinstance(layer, LoraParameter)):
-            return self._merged(layer, value, dtype)
+            merged, error = self._merged(layer, value, dtype)
+            return _finite(key, merged), error
         bias = self.layers.get(owner) if last == "bias" else None
         if bias is not None and bias.lora_bias:
             total = value.float()
             for name, added in bias.lora_bias.items():
                 total = total + bias.scaling[name] * added.detach()
             value, changed = total, True
-        return value.to(dtype), {"max_error": 0.0, "rounding": 0.0} if changed else None
+        return _finite(key, value.to(dtype)), {} if changed else None
 
     def _merged(self, layer: LoraLayer, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, float]]:
         names = [name for name in self.names if name in layer.lora_A]
         holder, key = (layer.owner, layer.key) if isinstance(layer, LoraParameter) else (layer.base_layer, "weight")
-        by_row = isinstance(layer, LoraLinear) and not layer.magnitude and not isinstance(layer.base_layer, Conv1D)
-        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long() if by_row else None
-        before = weight[rows].clone() if rows is not None else weight
-        in_place = weight if by_row and weight.dtype == dtype and len(names) == 1 else None
+        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
+        before = weight[rows].clone()
+        plain = isinstance(layer, LoraLinear) and not isinstance(layer.base_layer, Conv1D) and len(names) == 1
         hollow = holder._parameters[key]
         holder._parameters[key] = nn.Parameter(weight, requires_grad=False)
         try:
             if len(names) == 1:
-                merged = layer.merged_to(names[0], dtype, in_place)
+                merged = layer.merged_to(names[0], dtype, weight if plain and weight.dtype == dtype else None)
             else:
                 merged = (weight.float() + sum(layer.delta(name) for name in names)).to(dtype)
         finally:
             holder._parameters[key] = hollow
-        return merged, _error(layer, names, before, merged, rows)
+        return merged, _error(layer, names, before, merged[rows], rows)
 
 
-def _error(layer: LoraLayer, names: list[str], weight: Tensor, merged: Tensor, rows: Tensor | None) -> dict[str, float]:
-    """The largest difference from the sum in fp64, in these rows of a linear, and that of rounding the exact sum."""
-    if isinstance(layer, LoraParameter):
-        return {"max_error": 0.0, "rounding": 0.0}  # made expert by expert, in fp32
-    a, b = ({name: getattr(layer, kind)(name).detach().double() for name in names} for kind in ("a", "b"))
-    if rows is not None:
-        merged = merged[rows]
-        exact = weight.double() + sum(layer.scaling[name] * b[name][rows] @ a[name] for name in names)
-    else:
-        exact = weight.double() + sum(layer.scaling[name] * layer._update(a[name], b[name]) for name in names)
-        for magnitude in layer.magnitude.values():
-            exact = exact * (layer._over_rows(magnitude.detach().double()) / layer._row_norms(exact))
+def _finite(key: str, tensor: Tensor) -> Tensor:
+    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+        raise VeneerError(
+            f"{key}: the merged weight holds NaN or Inf",
+            hint="the base or the adapter is damaged, or its scale is far too large",
+        )
+    return tensor
+
+
+def _error(layer: LoraLayer, names: list[str], before: Tensor, merged: Tensor, rows: Tensor) -> dict[str, float]:
+    """The largest difference of these rows from the sum in fp64, and that of rounding the exact sum; {}: not looked at."""
+    base = getattr(layer, "base_layer", None)
+    across = isinstance(layer, LoraEmbedding) or isinstance(base, Conv1D)  # rows of the weight are columns of B A
+    if not isinstance(layer, LoraLinear | LoraEmbedding) or (across and layer.magnitude):
+        return {}
+    exact = before.double()
+    for name in names:
+        a, b = layer.a(name).detach().double(), layer.b(name).detach().double()
+        exact = exact + layer.scaling[name] * (a[:, rows].T @ b.T if across else b[rows] @ a)
+    for magnitude in layer.magnitude.values():
+        exact = exact * (magnitude.detach().double()[rows] / torch.linalg.vector_norm(exact, dim=1))[:, None]
     difference, rounding = (merged.double() - exact).abs().max(), (exact.to(merged.dtype).double() - exact).abs().max()
     return {"max_error": float(difference), "rounding": float(rounding)}
 
 
 def _streamed(plan: _Plan, folder: Path, out: Path, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
     total = sum(len(tensors) for tensors in plan.outputs.values())
-    done, changed, worst = 0, 0, {"max_error": 0.0, "rounding": 0.0, "at": ""}
+    done, changed = 0, 0
+    worst: dict[str, Any] | None = None
     outputs: dict[str, str] = {}
-    bad: list[str] = []
     threads = torch.get_num_threads()
+    shards = [sum(s.numel() * d.itemsize for d, s in tensors.values()) for tensors in plan.outputs.values()]
+    limit = max(1 << 20, max(shards) // 4)
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     try:
         for file, tensors in plan.outputs.items():
 
             def made(names: list[str], file: str = file) -> Iterator[Tensor]:
-                nonlocal done, changed
-                for key, (tensor, error) in zip(names, _ahead(pool, threads, plan.make, file, names), strict=True):
+                nonlocal done, changed, worst
+                written = 0
+                for key, (tensor, error) in zip(names, _ahead(pool, limit, plan, file, names), strict=True):
                     done += 1
                     if error is not None:
                         changed += 1
-                        if error["max_error"] >= worst["max_error"]:
-                            worst.update(error, at=key)  # type: ignore[arg-type]
-                        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                            bad.append(f"{key}: the merged weight holds NaN or Inf")
+                        if error and (worst is None or error["max_error"] >= worst["max_error"]):
+                            worst = {**error, "at": key}
                     if progress is not None:
                         progress(done, total)
                     yield tensor
+                    written += tensor.nbytes
+                    if written > limit:  # what was freed stays with the threads otherwise
+                        written = 0
+                        release_memory()
 
             if tensors:
                 outputs[file] = stream_tensors(out / file, tensors, made)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-    if bad:
-        raise VeneerError(bad, hint="the base or the adapter is damaged, or its scale is far too large")
     _write_rest(plan, folder, out)
     return {"how": "streamed", "tensors": total, "changed": changed, "error": worst, "outputs": outputs}
 
 
-def _ahead(pool: ThreadPoolExecutor, threads: int, make: Any, file: str, names: list[str]) -> Iterator[Any]:
-    """make(file, name) of all names, in order, a few at a time."""
-    waiting: collections.deque[Future[Any]] = collections.deque()
+def _ahead(pool: ThreadPoolExecutor, limit: int, plan: _Plan, file: str, names: list[str]) -> Iterator[Any]:
+    """What becomes of all names, in order, some at a time: what is in work takes at most about `limit` bytes, or is one."""
+    waiting: collections.deque[tuple[Future[Any], int]] = collections.deque()
+    held = 0
     for name in names:
-        waiting.append(pool.submit(make, file, name))
-        if len(waiting) >= threads:
-            yield waiting.popleft().result()
+        size = plan.cost(file, name)
+        while waiting and held + size > limit:
+            future, freed = waiting.popleft()
+            yield future.result()
+            held -= freed
+        waiting.append((pool.submit(plan.make, file, name), size))
+        held += size
     while waiting:
-        yield waiting.popleft().result()
+        yield waiting.popleft()[0].result()
 
 
 def _write_rest(plan: _Plan, folder: Path, out: Path) -> None:
@@ -357,7 +424,7 @@ def _write_rest(plan: _Plan, folder: Path, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
     config = read_json(folder / "config.json")
     config.pop("quantization_config", None)
-    if plan.untied:
+    if plan.apart:
         config["tie_word_embeddings"] = False
         if isinstance(config.get("text_config"), dict):
             config["text_config"]["tie_word_embeddings"] = False

@@ -25,13 +25,15 @@ from veneer.adapters.algebra import RowBlocks, nearest_factors
 from veneer.adapters.attach import attach, lora_layers, remove_adapter
 from veneer.adapters.files import load_adapter, save_adapter
 from veneer.adapters.lora import LoraLinear
+from veneer.adapters.peft_format import read_adapter
 from veneer.config import LoraConfig, Quantization
 from veneer.errors import VeneerError
-from veneer.models.load import load, save_model, stored_dtype, stored_quantization
+from veneer.models.load import load, resolve, save_model, stored_dtype, stored_quantization, weight_files
 from veneer.models.merging import REPORT_FILE
+from veneer.models.weights import BaseWeights
 from veneer.quant.four_bit import FourBitTensor
-from veneer.quant.linear import QuantizedLinear, QuantizedTensor, quantize
-from veneer.storage import atomic_folder, require_empty_folder, write_json
+from veneer.quant.linear import QuantizedLinear, QuantizedTensor, quantize, quantized_layers
+from veneer.storage import atomic_folder, require_empty_folder, sha256, write_json
 
 RESIDUAL = "residual"  # the folder of the residual adapter inside the model's
 
@@ -42,10 +44,11 @@ def merge_quantized(
     out: str | Path,
     *,
     kind: Quantization = "nf4",
-    double_quant: bool = True,
+    double_quant: bool | None = None,
     rank: int = 16,
     decoded: bool = True,
     check: Callable[[Path], dict[str, Any]] | None = None,
+    about: dict[str, Any] | None = None,
     replace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -54,7 +57,8 @@ def merge_quantized(
     Args:
         rank: of the residual; 0: none is kept.
         decoded: onto what `kind` makes of the base, which a QLoRA adapter was trained on; False: onto the 16-bit base.
-        check: as of `merge_files`.
+        double_quant: left out, as the stored base is, or as the adapter's was, if that is known, else True.
+        check, about: as of `merge_files`.
 
     Returns:
         What is in `merge_report.json`: how often each way was nearest, and the error with and without the residual, of the
@@ -74,13 +78,19 @@ def merge_quantized(
         )
     if stored and not decoded:
         raise VeneerError(f"{model} is stored in {stored}, there is no 16-bit base in it")
+    read = read_adapter(source)
+    double_quant = read.double_quant if double_quant is None else double_quant
+    double_quant = True if double_quant is None else double_quant
     how: dict[str, Any] = {"double_quant": double_quant, "dtype": stored_dtype(model), "device": "cpu", "fused": False}
     base, tokenizer = load(model, quantize=None if stored else kind, **how)
-    original = None if decoded else load(model, dtype="float32", device="cpu", fused=False)[0]
+    if stored:
+        double_quant = next((x.double_quant for x in quantized_layers(base).values()), double_quant)
+    original = None if decoded else BaseWeights(resolve(str(model)))
     load_adapter(base, source)
     others = [path for path, layer in lora_layers(base).items() if not isinstance(layer.base_layer, QuantizedLinear)]
     adapter = next(iter(base.veneer_adapters.values()))
     others += [*adapter.replaced, *(f"tokens {n}" for n in (adapter.config.tokens or ()))]
+    others += [f"{p}, lora_bias" for p, x in lora_layers(base).items() if x.lora_bias and x.bias is None]
     if others:
         raise VeneerError(
             [f"{path}: not a quantised linear, it cannot be merged into one" for path in others],
@@ -96,8 +106,13 @@ def merge_quantized(
             start = quantized.dequantize(torch.float32)
             merged = layer.merged("default")
             if original is not None:
+                weight = original.weight(path)
+                if weight is None or weight.shape != start.shape:
+                    raise VeneerError(
+                        f"{path}: not in the files of {model} under that name", hint="merge onto nf4 instead"
+                    )
                 dense = nn.Linear(*reversed(start.shape), bias=False, device="meta")
-                dense.weight = nn.Parameter(original.get_submodule(path).weight.detach().float(), requires_grad=False)
+                dense.weight = nn.Parameter(weight.float(), requires_grad=False)
                 merged = merged - start + dense.weight if not layer.magnitude else _dora(layer, dense)
                 start = dense.weight
             way, tensor, factors, lost = _best(quantized.tensor(), merged, kind, double_quant, rank)
@@ -105,7 +120,9 @@ def merge_quantized(
             squared["update"] += float((merged - start).double().square().sum())
             squared["without"] += lost[0]
             squared["with"] += lost[1]
-            layer.base_layer = QuantizedLinear(tensor, quantized.bias, quantized.compute_dtype).eval()
+            bias = layer.merged_bias("default")
+            bias = quantized.bias if bias is None else bias.to(quantized.bias.dtype)
+            layer.base_layer = QuantizedLinear(tensor, bias, quantized.compute_dtype).eval()
             if factors is not None:
                 residuals[path] = factors
             if progress is not None:
@@ -119,6 +136,9 @@ def merge_quantized(
         "how": f"requantised to {kind}",
         "rank": rank,
         "ways": dict(ways),
+        "tensors": None,
+        "changed": len(layers),
+        **(about or {}),
         "error": {f"{key} residual": math.sqrt(value / update) if update else 0.0 for key, value in squared.items()},
     }
     with atomic_folder(out, replace=replace) as temporary:
@@ -129,6 +149,10 @@ def merge_quantized(
         if residuals:
             _save_residual(base, residuals, temporary / RESIDUAL, str(out), rank)
         report["divergence"] = None if check is None else check(temporary)
+        inputs = [*weight_files(resolve(str(model))), *sorted(Path(source).glob("adapter_*"))]
+        report["inputs"] = {str(file): sha256(file) for file in inputs}
+        outputs = sorted(temporary.rglob("*.safetensors"))
+        report["outputs"] = {str(file.relative_to(temporary)): sha256(file) for file in outputs}
         write_json(temporary / REPORT_FILE, report)
     return report
 
@@ -164,12 +188,14 @@ def _best(
 
 
 def _save_residual(model: Any, residuals: dict[str, tuple[Tensor, Tensor]], path: Path, name: str, rank: int) -> None:
-    attach(model, LoraConfig(r=rank, alpha=rank, targets=sorted(residuals)), name=RESIDUAL, seed=0)
+    ranks = {path: len(a) for path, (a, _) in residuals.items()}
+    less = {path: r for path, r in ranks.items() if r < rank}  # layers that allow no more
+    config = LoraConfig(r=rank, alpha=rank, targets=sorted(residuals), rank_pattern=less, alpha_pattern=dict(less))
+    attach(model, config, name=RESIDUAL, seed=0)
     with torch.no_grad():
         for layer_path, layer in lora_layers(model).items():
             a, b = residuals[layer_path]
-            layer.lora_A[RESIDUAL][: len(a)].copy_(a)
-            layer.lora_B[RESIDUAL].zero_()
-            layer.lora_B[RESIDUAL][:, : len(a)].copy_(b)
+            layer.lora_A[RESIDUAL].copy_(a)
+            layer.lora_B[RESIDUAL].copy_(b)
     model.name_or_path = name
     save_adapter(model, path, RESIDUAL)

@@ -48,7 +48,7 @@ class BaseWeights:
         """
         found = {}
         for layer in layers:
-            weight = self._weight(layer)
+            weight = self.weight(layer)
             if weight is not None:
                 found[layer] = (float(torch.linalg.vector_norm(weight, dtype=torch.float32)), tuple(weight.shape))
             elif experts := self._experts(layer):
@@ -70,7 +70,8 @@ class BaseWeights:
                 return square**0.5, (len(experts), rows * len(kinds), width)
         return None
 
-    def _weight(self, layer: str) -> Tensor | None:
+    def weight(self, layer: str) -> Tensor | None:
+        """The weight of a layer, or a parameter, decoded where it is quantised; None: it is not there."""
         for name in (layer, layer.partition(".")[2], f"model.{layer}", f"transformer.{layer}"):
             if name in self._file:
                 return self._read(name)

@@ -25,6 +25,7 @@ from veneer.errors import VeneerError
 from veneer.report.adapter import figure_of
 from veneer.storage import atomic_file
 
+OVERLAPS = ("overlap_written", "overlap_read", "random_written", "random_read")
 ROWS = 256  # of a dense update at a time
 NEAR, OPPOSED = 0.3, -0.1  # cosines: from where on adapters say much the same, or undo one another
 SHARED = 4  # times the overlap of random spaces
@@ -36,7 +37,7 @@ def analyze(sources: Sequence[str | Path], progress: Callable[[int, int], None] 
 
     Returns:
         adapters, norms; pairs: a, b (places in the list), layers (how many both change), cosine, overlap_written,
-        overlap_read, expected_overlap (of random spaces), sign_conflict, verdict, by_layer with the same figures.
+        overlap_read, random_written and random_read (of random spaces), sign_conflict, verdict, by_layer with the same figures.
 
     Raises:
         VeneerError: fewer than two adapters, or what `read_adapter` finds; layers of different shapes.
@@ -74,7 +75,7 @@ def analyze(sources: Sequence[str | Path], progress: Callable[[int, int], None] 
 
 
 def _shape(one: Factors) -> tuple[int, ...]:
-    return (one.b.shape[0], *one.a.shape[1:])
+    return (one.b.shape[0], *one.a.shape[1:], len(one.a) // one.r)
 
 
 def _matrices(one: Factors) -> list[tuple[Tensor, Tensor]]:
@@ -100,7 +101,12 @@ def _squared(b: Tensor, a: Tensor) -> float:
 
 def _compare(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
     found: dict[str, float] = dict.fromkeys(("inner", "squared_a", "squared_b", "against", "moved"), 0.0)
-    written, read, expected = [], [], []
+    written: list[float] = []
+    read: list[float] = []
+    random: tuple[list[float], list[float]] = (
+        [],
+        [],
+    )  # of spaces of these sizes that have nothing to do with each other
     for (b, a), (b2, a2) in zip(one, other, strict=True):
         found["inner"] += _inner(b, a, b2, a2)
         found["squared_a"] += _squared(b, a)
@@ -112,10 +118,11 @@ def _compare(one: list[tuple[Tensor, Tensor]], other: list[tuple[Tensor, Tensor]
         if all(space.shape[1] for space in spaces):
             written.append(_overlap(*spaces[:2]))
             read.append(_overlap(*spaces[2:]))
-            expected.append(max(spaces[0].shape[1], spaces[1].shape[1]) / min(len(b), a.shape[1]))
+            random[0].append(max(spaces[0].shape[1], spaces[1].shape[1]) / len(b))
+            random[1].append(max(spaces[2].shape[1], spaces[3].shape[1]) / a.shape[1])
     means = {
         key: sum(values) / len(values) if values else 0.0
-        for key, values in (("overlap_written", written), ("overlap_read", read), ("expected_overlap", expected))
+        for key, values in zip(OVERLAPS, (written, read, *random), strict=True)
     }
     return {**means, **_ratios(found), **found}
 
@@ -152,10 +159,7 @@ def _over_all(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of all layers together; overlaps are means."""
     keys = ("inner", "squared_a", "squared_b", "against", "moved")
     sums = {key: sum(row[key] for row in rows) for key in keys}
-    means = {
-        key: sum(row[key] for row in rows) / len(rows) if rows else 0.0
-        for key in ("overlap_written", "overlap_read", "expected_overlap")
-    }
+    means = {key: sum(row[key] for row in rows) / len(rows) if rows else 0.0 for key in OVERLAPS}
     found = {"layers": len(rows), **_ratios(sums), **means}
     kept = [{key: value for key, value in row.items() if key not in keys} for row in rows]
     return {**found, "verdict": _verdict(found), "by_layer": kept}
@@ -168,7 +172,7 @@ def _verdict(pair: dict[str, Any]) -> str:
         return "much the same change: an average keeps it, a sum makes it twice as large"
     if pair["cosine"] <= OPPOSED or pair["sign_conflict"] >= FIGHT:
         return "they undo one another: expect to lose from both; TIES keeps the stronger of the two at each weight"
-    if max(pair["overlap_written"], pair["overlap_read"]) > SHARED * pair["expected_overlap"]:
+    if any(pair[f"overlap_{side}"] > min(0.5, SHARED * pair[f"random_{side}"]) for side in ("written", "read")):
         return "different changes in shared directions: try a sum, and measure both tasks"
     return "unrelated changes: a sum keeps both, an average halves each"
 
@@ -176,17 +180,21 @@ def _verdict(pair: dict[str, Any]) -> str:
 def describe(found: dict[str, Any]) -> str:
     """The same for people."""
     lines = [f"{chr(65 + n % 26)}  {path}   norm {found['norms'][n]:.4g}" for n, path in enumerate(found["adapters"])]
-    lines += ["", f"{'pair':6} {'layers':>6} {'cosine':>7} {'written':>8} {'read':>6} {'(random)':>8} {'conflict':>8}"]
+    lines += [
+        "",
+        f"{'pair':6} {'layers':>6} {'cosine':>7} {'written':>8} {'(random)':>8} {'read':>6} {'(random)':>8} {'conflict':>8}",
+    ]
     for pair in found["pairs"]:
         name = f"{chr(65 + pair['a'] % 26)}-{chr(65 + pair['b'] % 26)}"
         lines.append(
-            f"{name:6} {pair['layers']:>6} {pair['cosine']:>7.3f} {pair['overlap_written']:>8.3f} {pair['overlap_read']:>6.3f} "
-            f"{pair['expected_overlap']:>8.3f} {100 * pair['sign_conflict']:>7.1f}%   {pair['verdict']}"
+            f"{name:6} {pair['layers']:>6} {pair['cosine']:>7.3f} {pair['overlap_written']:>8.3f} {pair['random_written']:>8.3f} "
+            f"{pair['overlap_read']:>6.3f} {pair['random_read']:>8.3f} {100 * pair['sign_conflict']:>7.1f}%   {pair['verdict']}"
         )
     lines += [
         "",
         "cosine: 1 the same change, 0 unrelated, -1 opposite; written, read: directions shared, beside that of random ones;",
-        "conflict: of the weight both move, what they move in opposite directions (unrelated: 50%)",
+        "conflict: of the weight both move, what they move in opposite directions (unrelated: 50%);",
+        "only A and B are compared: no lengths of DoRA, nothing that is trained in full",
     ]
     return "\n".join(lines)
 

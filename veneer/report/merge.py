@@ -30,6 +30,7 @@ def merge_model(
     out: str | Path,
     *,
     onto: str = "auto",
+    trained_on: str | None = None,
     requantize: str | None = None,
     residual_rank: int = 16,
     check: bool = True,
@@ -45,6 +46,7 @@ def merge_model(
 
     Args:
         onto: auto, 16-bit, nf4, fp4 or int8.
+        trained_on: the same; what the base was when the adapters were trained. Left out, what they say: ours do.
         requantize: nf4, fp4 or int8: the result stays quantised (`merge_quantized`), with what that loses in an adapter of
             `residual_rank` beside it.
         check: measure; False for models that do not fit into memory.
@@ -52,7 +54,8 @@ def merge_model(
         texts: what is measured on; left out, three questions and three pieces of prose.
 
     Returns:
-        the report (`merge_report.json`), with `ways`, the divergence of each way that was measured, and `chosen`, why.
+        the report (`merge_report.json`): that of `merge_files` or `merge_quantized`, `divergence` also one by one, `measured`,
+        the divergence of a merge onto each base, and `chosen`, why this one.
 
     Raises:
         RefusedError: the result is further off than `tolerance`.
@@ -62,6 +65,8 @@ def merge_model(
     problems = []
     if onto not in ("auto", "16-bit", *kinds):
         problems.append(f"--onto: found {onto!r}, expected auto, 16-bit, {', '.join(kinds)}")
+    if trained_on not in (None, "16-bit", *kinds):
+        problems.append(f"--trained-on: found {trained_on!r}, expected 16-bit, {', '.join(kinds)}")
     if requantize is not None and requantize not in kinds:
         problems.append(f"--requantize: found {requantize!r}, expected {', '.join(kinds)}")
     if requantize is not None and len(sources) > 1:
@@ -75,7 +80,10 @@ def merge_model(
             f"--onto {onto}: {model} is stored in {stored}, there is no {onto} base in it",
             hint="leave --onto out, or give the 16-bit model it was made from",
         )
-    trained = {base_quantization(path) for path in sources}
+    known = trained_on is not None
+    trained = (
+        {base_quantization(path) for path in sources} if not known else {None if trained_on == "16-bit" else trained_on}
+    )
     if len(trained) > 1 and not stored:
         found = ", ".join(sorted(kind or "16-bit, or not known" for kind in trained))
         raise VeneerError(f"the adapters were trained on different bases: {found}", hint="merge one after the other")
@@ -85,12 +93,12 @@ def merge_model(
         raise VeneerError(f"--requantize: found {requantize}, but this merges onto a base in {kind}")
     reference: list[torch.Tensor] | None = None
     ways: dict[str, Any] = {}
-    chosen, limit = (
-        "as asked" if onto != "auto" else "the base it was trained on",
-        TOLERANCE if tolerance is None else tolerance,
-    )
+    limit = TOLERANCE if tolerance is None else tolerance
+    chosen = "as asked" if onto != "auto" else "the base it was trained on"
+    if onto == "auto" and belongs is None and not known:
+        chosen = "what it was trained on is not known: taken for the 16-bit base; --trained-on nf4 says otherwise"
     if check:
-        both = onto == "auto" and requantize is None and belongs is not None and not stored
+        both = onto == "auto" and belongs is not None and not stored
         reference, ways = _measure(model, sources, belongs, stored, texts, both=both)
         if ways:
             decoded, dense = ways[str(belongs)]["kl"], ways["16-bit"]["kl"]
@@ -103,7 +111,7 @@ def merge_model(
             load_adapter(merged, folder / RESIDUAL)
         assert reference is not None
         found = divergence(reference, text_logits(merged, tokenizer, texts))
-        if found["kl"] > limit and not force:
+        if not found["kl"] <= limit and not force:  # NaN too
             raise RefusedError(
                 f"the merged model is too far from base and adapter: found a KL of {found['kl']:.3g} nats "
                 f"(largest logit difference {found['max_logit_difference']:.3g}, the same likeliest token at "
@@ -114,22 +122,24 @@ def merge_model(
         return found
 
     verify = measured if check else None
+    about = {
+        "trained_on": belongs or ("16-bit" if known else "16-bit, or not known"),
+        "measured": ways,
+        "chosen": chosen,
+        "tolerance": limit if check else None,
+        "forced": force,
+    }
     if requantize is not None:
         wanted: Any = requantize
         report = merge_quantized(
             model, sources[0], out, kind=wanted, rank=residual_rank, decoded=kind is not None, check=verify,
-            progress=progress,
+            about=about, progress=progress,
         )  # type: ignore[arg-type]  # fmt: skip
     else:
-        report = merge_files(model, sources, out, onto=None if stored else kind, check=verify, progress=progress)
-    return {
-        "out": str(out),
-        **report,
-        **(report["divergence"] or {}),
-        "trained_on": belongs or "16-bit",
-        "measured": ways,
-        "chosen": chosen,
-    }
+        report = merge_files(
+            model, sources, out, onto=None if stored else kind, check=verify, about=about, progress=progress
+        )
+    return {"out": str(out), **report, **(report["divergence"] or {})}
 
 
 def _measure(

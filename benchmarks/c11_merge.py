@@ -181,7 +181,7 @@ def combining(options: Options, by: str, method: str) -> Record:
     imports("veneer")
     paths, out = sources(options), Path(options.work) / f"combined-{by}-{method}"
     clean = lambda: shutil.rmtree(out, ignore_errors=True)  # noqa: E731
-    density = {} if method == "svd" else {"density": DENSITY}
+    density: dict[str, Any] = {} if method == "svd" else {"density": DENSITY}
     weights = [1.0] * COUNT
     if by == "veneer":
         import veneer

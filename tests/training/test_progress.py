@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+from veneer.training import progress
 from veneer.training.progress import Metrics, Progress, drop_metrics_after, number
 
 
@@ -47,3 +48,12 @@ def test_off_a_terminal_few_steps_get_a_line(capsys, done, more, said):
     assert ("held-out loss 2.5000" in err) is ("eval_loss" in more)
     Progress(False, 9).step(9, row)
     assert capsys.readouterr().err == ""
+
+
+def test_a_counter_speaks_after_two_seconds_and_counts_from_its_first_call(monkeypatch, capsys):
+    clock = iter([100.0, 101.0, 103.0, 104.0, 110.0])  # the first call is not the moment it was made
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    tell = progress.counter("things done")
+    for done in range(1, 6):
+        tell(done, 5)
+    assert capsys.readouterr().err == "3 of 5 things done, 3 s left\n5 of 5 things done, 0 s left\n"

@@ -217,7 +217,7 @@ def write_model(
 
 def _unlike(theirs: Any, ours: Tensor) -> str | None:
     """Why a tensor of a GGUF cannot be the base of ours; None: it can."""
-    values = torch.from_numpy(np.ascontiguousarray(gguf.dequantize(theirs.data, theirs.tensor_type))).float()
+    values = torch.from_numpy(np.array(gguf.dequantize(theirs.data, theirs.tensor_type), dtype=np.float32))
     if values.shape != ours.shape:
         return f"found {tuple(values.shape)} there, expected {tuple(ours.shape)}"
     a, b = values.flatten().double(), ours.flatten().double()

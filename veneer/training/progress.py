@@ -50,15 +50,16 @@ class Progress:
 
 def counter(what: str) -> Callable[[int, int], None]:
     """A call for each of so many things done: one line on stderr about anything that takes longer than 2 s."""
-    began, live, last = time.monotonic(), sys.stderr.isatty(), 0.0
+    began, live, last = 0.0, sys.stderr.isatty(), 0.0
 
     def progress(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal began, last
         now = time.monotonic()
+        began = began or now  # at the first: what came before it was other work
         if now - began < 2 or (now - last < (0.2 if live else 10) and not (last and done == total)):
             return
         last = now
-        text = f"{done:,} of {total:,} {what}, {(now - began) / done * (total - done):,.0f} s left"
+        text = f"{done:,} of {total:,} {what}, {(now - began) / max(1, done - 1) * (total - done):,.0f} s left"
         print(
             f"\r\x1b[K{text}" if live else text,
             file=sys.stderr,

@@ -243,10 +243,12 @@ def cell_file(out: Path, task: str, cell: Cell, seed: int) -> Path:
     return out / task / f"{cell.slug}-s{seed}.json"
 
 
-def settings_of(options: Options, cell: Cell, seed: int) -> dict[str, Any]:
-    """What a cell's file must have been made with, as JSON gives it back."""
-    what = {key: value for key, value in asdict(cell).items() if key != "seeds"}  # more of them change no figure
-    return json.loads(json.dumps({"options": asdict(options), "cell": what, "seed": seed}))  # type: ignore[no-any-return]
+def settings_of(options: Options, cell: Cell, seed: int, task: str) -> dict[str, Any]:
+    """What a cell's file must have been made with, as JSON gives it back: all that can change its figures."""
+    what = {key: value for key, value in asdict(cell).items() if key != "seeds"}
+    sizes = asdict(options)
+    sizes.pop("other" if task == "home" else "home")
+    return json.loads(json.dumps({"options": sizes, "cell": what, "seed": seed}))  # type: ignore[no-any-return]
 
 
 def run_cells(
@@ -267,8 +269,8 @@ def run_cells(
     files = [cell_file(out, task, cell, seed) for seed, task, cell in wanted]
     other = [
         f"{file}: made with other settings"
-        for file, (seed, _, cell) in zip(files, wanted, strict=True)
-        if file.is_file() and json.loads(file.read_text())["settings"] != settings_of(options, cell, seed)
+        for file, (seed, task, cell) in zip(files, wanted, strict=True)
+        if file.is_file() and json.loads(file.read_text())["settings"] != settings_of(options, cell, seed, task)
     ]
     if other:
         raise SystemExit("\n".join([*other, "give another --out, or remove them"]))
@@ -289,7 +291,7 @@ def run_cells(
         record["all_seconds"] = time.monotonic() - started
         write_json(
             cell_file(out, name, cell, seed),
-            {"settings": settings_of(options, cell, seed), "machine": _machine(), **record},
+            {"settings": settings_of(options, cell, seed, name), "machine": _machine(), **record},
         )
     return failed
 

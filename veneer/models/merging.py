@@ -8,6 +8,7 @@ done is beside the weights in `merge_report.json`.
 from __future__ import annotations
 
 import collections
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from veneer.adapters.attach import adapters, lora_layers
 from veneer.adapters.experts import LoraParameter
-from veneer.adapters.files import load_adapter, same_weight
+from veneer.adapters.files import load_adapter, place_adapter, same_weight
 from veneer.adapters.lora import LoraEmbedding, LoraLayer, LoraLinear
 from veneer.adapters.merge import merge
-from veneer.adapters.peft_format import read_adapter
+from veneer.adapters.peft_format import AdapterFile, read_adapter
 from veneer.adapters.targets import is_factor, plain_name
 from veneer.adapters.tokens import token_rows
 from veneer.errors import VeneerError
@@ -33,10 +34,11 @@ from veneer.models.load import (
     load,
     read_config,
     resolve,
-    save_model,
     stored_dtype,
     weight_files,
+    write_model,
 )
+from veneer.ops import all_finite
 from veneer.quant.bnb_format import SCALE, STATE, unpack_layer
 from veneer.quant.linear import quantize
 from veneer.storage import (
@@ -44,7 +46,6 @@ from veneer.storage import (
     atomic_folder,
     read_json,
     require_disk_space,
-    require_empty_folder,
     sha256,
     stream_tensors,
     write_json,
@@ -91,8 +92,24 @@ def merge_files(
         VeneerError: what `load` and `load_adapter` find; adapters that cannot be added; NaN or Inf in a result; the disk is
             too small, or full. Nothing is left under the final name.
     """
-    if not replace:
-        require_empty_folder(out)
+    with atomic_folder(out, replace=replace) as folder:
+        return write_merged(
+            model, sources, folder, onto=onto, double_quant=double_quant, check=check, about=about, progress=progress
+        )
+
+
+def write_merged(
+    model: str | Path,
+    sources: Sequence[str | Path],
+    out: Path,
+    *,
+    onto: str | None = None,
+    double_quant: bool | None = None,
+    check: Callable[[Path], dict[str, Any]] | None = None,
+    about: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """`merge_files` into a folder that is there; what is in it after an error is of no use."""
     if not sources:
         raise VeneerError("adapters: found none, expected one or more folders")
     folder = resolve(str(model))
@@ -102,57 +119,54 @@ def merge_files(
             f"onto {onto}: {model} is stored in {stored}, there is no {onto} base in it",
             hint="leave it out, or give the 16-bit model it was made from",
         )
-    files = {file.name: TensorFile(file) for file in weight_files(folder)}
-    hollow = hollow_model(folder, config, files)
-    head = hollow.get_output_embeddings() if hasattr(hollow, "get_output_embeddings") else None
-    linears = {name for name, module in hollow.named_modules() if type(module) is nn.Linear and module is not head}
-    copies: dict[str, Tensor] = {}
-    for number, path in enumerate(sources):
-        load_adapter(hollow, path, f"merged{number}", activate=False, check_copies=False)
-        read = read_adapter(path)
-        copies |= read.copies
-        double_quant = read.double_quant if double_quant is None else double_quant
-    double_quant = True if double_quant is None else double_quant
-    size = sum(shape.numel() * dtype.itemsize for file in files.values() for dtype, shape in file.tensors.values())
-    require_disk_space(out, size * (4 if stored else 1), "the merged model")
-    plan = _Plan(hollow, files, getattr(config, "dtype", None) or torch.bfloat16, copies)
-    if onto and not stored:
-        plan.decode_as(onto, double_quant, linears)
-    if problems := _not_together(plan, sources):
-        raise VeneerError(problems, hint="combine them first (veneer combine), or merge one after the other")
-    if problems := plan.problems():
-        raise VeneerError([f"{folder}: {problem}" for problem in problems])
+    kind = stored or onto
     report: dict[str, Any] = {
         "model": str(model),
         "adapters": [str(path) for path in sources],
-        "onto": stored or onto or "16-bit",
+        "onto": kind or "16-bit",
         **(about or {}),
     }
-    with atomic_folder(out, replace=replace) as temporary:
+    with hashing(folder, sources) as hashes:
+        hollow = hollow_model(folder, config)
+        read = [read_adapter(path, hollow) for path in sources]
+        if double_quant is None:
+            double_quant = next((file.double_quant for file in read if file.double_quant is not None), True)
+        plan = _Plan(folder, config, hollow, list(zip(map(Path, sources), read, strict=True)))
+        plan.check(out.parent, bool(stored))
+        if onto and not stored:
+            plan.decode_as(onto, double_quant)
         if plan.strange:
-            if len(sources) > 1:
-                raise VeneerError(
-                    f"{folder}: its files name {plan.strange[0]} otherwise than the model, and it cannot be streamed",
-                    hint="combine the adapters first (veneer combine): one can be merged in memory",
-                )
-            report |= _in_memory(model, sources[0], temporary, stored or onto, double_quant)
+            report |= _in_memory(plan, model, sources, out, kind, double_quant)
         else:
-            report |= _streamed(plan, folder, temporary, progress)
-        report["divergence"] = None if check is None else check(temporary)
-        report["inputs"] = {
-            str(file): sha256(file)
-            for file in (*weight_files(folder), *(f for p in sources for f in sorted(Path(p).glob("adapter_*"))))
-        }
-        write_json(temporary / REPORT_FILE, report)
+            report |= _streamed(plan, out, progress)
+        report["divergence"] = None if check is None else check(out)
+        report["inputs"] = hashes()
+    write_json(out / REPORT_FILE, report)
     return report
 
 
-def hollow_model(folder: Path, config: Any = None, files: dict[str, TensorFile] | None = None) -> Any:
+@contextlib.contextmanager
+def hashing(folder: Path, sources: Sequence[str | Path]) -> Iterator[Callable[[], dict[str, str]]]:
+    """The sha256 of a model's and of adapters' files, made beside what is done meanwhile; called, waits for all of them."""
+    pool = ThreadPoolExecutor(1)
+    files = [*weight_files(folder), *(file for path in sources for file in sorted(Path(path).glob("adapter_*")))]
+    hashes = {str(file): pool.submit(sha256, file) for file in files}
+    try:
+        yield lambda: {file: value.result() for file, value in hashes.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def hollow_model(folder: Path, config: Any = None) -> Any:
     """The model of a folder whose every weight is one zero seen everywhere: it has the shape, the type it has in the files
     and a device, and takes no memory. Adapters go on it with all checks; nothing can be computed with it."""
     config = read_config(folder)[0] if config is None else config
-    files = {file.name: TensorFile(file) for file in weight_files(folder)} if files is None else files
-    types = {key: kind for file in files.values() for key, (kind, _) in file.tensors.items() if kind.is_floating_point}
+    types = {
+        key: kind
+        for file in weight_files(folder)
+        for key, (kind, _) in TensorFile(file).tensors.items()
+        if kind.is_floating_point
+    }
     model = build_skeleton(config, folder)
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
@@ -164,35 +178,22 @@ def hollow_model(folder: Path, config: Any = None, files: dict[str, TensorFile] 
     return model
 
 
-def _not_together(plan: _Plan, sources: Sequence[Any]) -> list[str]:
-    """Why adapters cannot be added: low-rank updates of a weight can, a value in its place cannot, and DoRA is no update."""
-    problems: list[str] = []
-    seen: dict[int, tuple[int, bool]] = {}
-    for number, (name, adapter) in enumerate(adapters(plan.model).items()):
-        if len(sources) > 1 and adapter.config.dora:
-            problems.append(f"{sources[number]}: DoRA scales the whole weight, it cannot be added to another adapter")
-        in_full = {plan.ids[key]: key for key in adapter.replaced}
-        rows = {path: found for path, found in token_rows(plan.model).items() if name in found.rows}
-        in_full |= {plan.ids[f"{path}.weight"]: f"{path}.weight" for path in rows}
-        low = {plan.ids[plan.key(path)]: plan.key(path) for path, x in plan.layers.items() if name in x.lora_A}
-        for which, key in {**low, **in_full}.items():
-            other, both_low = seen.get(which, (number, True))
-            if other != number and not (both_low and which in low and which not in in_full):
-                problems.append(
-                    f"{sources[number]} and {sources[other]} both change {key}, and not both by low-rank updates"
-                )
-            seen[which] = (number, which not in in_full)
-    return problems
-
-
 class _Plan:
     """Which tensors of which files become what.
 
     strange: names of files that are not the model's, or the other way round: transformers would rename or join them.
     """
 
-    def __init__(self, model: Any, files: dict[str, TensorFile], dtype: torch.dtype, copies: dict[str, Tensor]) -> None:
-        self.model, self.files, self.dtype = model, files, dtype
+    def __init__(self, folder: Path, config: Any, model: Any, sources: list[tuple[Path, AdapterFile]]) -> None:
+        self.folder, self.model, self.sources = folder, model, sources
+        self.files = files = {file.name: TensorFile(file) for file in weight_files(folder)}
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        self.linears = {f"{name}.weight" for name, x in model.named_modules() if type(x) is nn.Linear and x is not head}
+        copies: dict[str, Tensor] = {}
+        for number, (path, file) in enumerate(sources):
+            place_adapter(model, file, path, f"merged{number}", check_copies=False)
+            copies |= file.copies
         self.onto, self.double_quant = "", True
         self.quantized: set[str] = set()
         self.names = list(adapters(model))
@@ -252,9 +253,42 @@ class _Plan:
         """The name of the weight that an adapted layer changes."""
         return path if isinstance(self.layers[path], LoraParameter) else f"{path}.weight"
 
-    def decode_as(self, kind: str, double_quant: bool, linears: set[str]) -> None:
-        """These linears become what quantising would make of them."""
-        self.onto, self.double_quant, self.quantized = kind, double_quant, {f"{name}.weight" for name in linears}
+    def decode_as(self, kind: str, double_quant: bool) -> None:
+        """The linears but the head become what quantising would make of them."""
+        self.onto, self.double_quant, self.quantized = kind, double_quant, self.linears
+
+    def check(self, disk: Path, quantized: bool) -> None:
+        """Raise VeneerError for a disk that is too small, adapters that cannot be added and tensors that do not fit."""
+        size = sum(s.numel() * d.itemsize for file in self.files.values() for d, s in file.tensors.values())
+        require_disk_space(disk, size * (4 if quantized else 1), "the merged model")
+        if problems := self.not_together():
+            raise VeneerError(problems, hint="combine them first (veneer combine), or merge one after the other")
+        if problems := self.problems():
+            raise VeneerError([f"{self.folder}: {problem}" for problem in problems])
+
+    def not_together(self) -> list[str]:
+        """Why adapters cannot be added: low-rank updates of a weight can, a value in its place cannot, and DoRA is no
+        update."""
+        problems: list[str] = []
+        seen: dict[int, tuple[int, bool]] = {}
+        sources = [path for path, _ in self.sources]
+        for number, (name, adapter) in enumerate(adapters(self.model).items()):
+            if len(sources) > 1 and adapter.config.dora:
+                problems.append(
+                    f"{sources[number]}: DoRA scales the whole weight, it cannot be added to another adapter"
+                )
+            in_full = {self.ids[key]: key for key in adapter.replaced}
+            rows = {path: found for path, found in token_rows(self.model).items() if name in found.rows}
+            in_full |= {self.ids[f"{path}.weight"]: f"{path}.weight" for path in rows}
+            low = {self.ids[self.key(path)]: self.key(path) for path, x in self.layers.items() if name in x.lora_A}
+            for which, key in {**low, **in_full}.items():
+                other, both_low = seen.get(which, (number, True))
+                if other != number and not (both_low and which in low and which not in in_full):
+                    problems.append(
+                        f"{sources[number]} and {sources[other]} both change {key}, and not both by low-rank updates"
+                    )
+                seen[which] = (number, which not in in_full)
+        return problems
 
     def problems(self) -> list[str]:
         """Tensors of other shapes than config.json says, and parts of adapters that have no place."""
@@ -338,7 +372,7 @@ class _Plan:
 
 
 def _finite(key: str, tensor: Tensor) -> Tensor:
-    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise VeneerError(
             f"{key}: the merged weight holds NaN or Inf",
             hint="the base or the adapter is damaged, or its scale is far too large",
@@ -362,7 +396,7 @@ def _error(layer: LoraLayer, names: list[str], before: Tensor, merged: Tensor, r
     return {"max_error": float(difference), "rounding": float(rounding)}
 
 
-def _streamed(plan: _Plan, folder: Path, out: Path, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+def _streamed(plan: _Plan, out: Path, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
     total = sum(len(tensors) for tensors in plan.outputs.values())
     done, changed = 0, 0
     worst: dict[str, Any] | None = None
@@ -396,7 +430,7 @@ def _streamed(plan: _Plan, folder: Path, out: Path, progress: Callable[[int, int
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
-    _write_rest(plan, folder, out)
+    _write_rest(plan, plan.folder, out)
     return {"how": "streamed", "tensors": total, "changed": changed, "error": worst, "outputs": outputs}
 
 
@@ -436,19 +470,22 @@ def _write_rest(plan: _Plan, folder: Path, out: Path) -> None:
         write_json(out / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))})
 
 
-def _in_memory(model: Any, source: Any, out: Path, kind: str | None, double_quant: bool) -> dict[str, Any]:
+def _in_memory(
+    plan: _Plan, model: Any, sources: Sequence[Any], out: Path, kind: str | None, double_quant: bool
+) -> dict[str, Any]:
     """For models whose files have other names or other tensors than the model, as mixtures with an expert a tensor."""
-    stored = read_config(resolve(str(model)))[1]
-    wanted: Any = None if stored else kind
+    if len(sources) > 1:
+        raise VeneerError(
+            f"{plan.folder}: its files name {plan.strange[0]} otherwise than the model, and it cannot be streamed",
+            hint="combine the adapters first (veneer combine): one can be merged in memory",
+        )
+    wanted: Any = None if read_config(plan.folder)[1] else kind
     loaded, tokenizer = load(
         model, quantize=wanted, double_quant=double_quant, dtype=stored_dtype(model), device="cpu", fused=False
-    )  # type: ignore[arg-type]
-    load_adapter(loaded, source)
+    )
+    load_adapter(loaded, sources[0])
     changed = len(lora_layers(loaded))
     merge(loaded)
-    save_model(loaded, tokenizer, out / "model")
-    for file in (out / "model").iterdir():
-        file.rename(out / file.name)
-    (out / "model").rmdir()
+    write_model(loaded, tokenizer, out)
     outputs = {file.name: sha256(file) for file in sorted(out.glob("*.safetensors"))}
     return {"how": "in memory", "tensors": None, "changed": changed, "error": None, "outputs": outputs}

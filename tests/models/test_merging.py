@@ -256,6 +256,10 @@ def test_experts_that_are_stored_one_by_one_are_merged_in_memory(tmp_path, token
     path = adapter(tmp_path, folder)
     report = merge_files(folder, [path], tmp_path / "out")
     assert report["how"] == "in memory"
+    shapes = [
+        {key: x.shape for key, x in load_file(f / "model.safetensors").items()} for f in (folder, tmp_path / "out")
+    ]
+    assert shapes[0] == shapes[1]
     torch.testing.assert_close(logits(tmp_path / "out"), logits(folder, path), rtol=1e-4, atol=1e-4)
     with pytest.raises(veneer.VeneerError, match=r"cannot be streamed(.|\n)*combine the adapters first"):
         merge_files(folder, [path, path], tmp_path / "no")

@@ -74,6 +74,24 @@ def test_single_quantised_training_is_merged_onto_the_same_codes(tmp_path, token
         torch.testing.assert_close(logits(tmp_path / "out"), model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_both_bases_are_measured_for_several_adapters(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    paths = [adapter(tmp_path, folder, name, quantize="nf4") for name in ("a", "b")]
+    report = merge_model(str(folder), paths, tmp_path / "out")
+    assert report["onto"] == "nf4" and report["measured"]["nf4"]["kl"] < report["measured"]["16-bit"]["kl"]
+    assert report["kl"] < report["measured"]["16-bit"]["kl"]
+
+
+def test_options_that_do_not_go_together(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder)
+    with pytest.raises(veneer.VeneerError) as raised:
+        merge_model(str(folder), [path], tmp_path / "no", check=False, tolerance=1.0, force=True, texts=["a"],
+                    residual_rank=4)  # fmt: skip
+    found = [problem.partition(":")[0] for problem in raised.value.problems]
+    assert found == ["--text", "--tolerance", "--force", "--residual-rank"] and not (tmp_path / "no").exists()
+
+
 def test_what_cannot_be_asked(tmp_path, tokenizer):
     folder = written(tmp_path, tokenizer)
     a, b = adapter(tmp_path, folder, "a", quantize="nf4"), adapter(tmp_path, folder, "b")

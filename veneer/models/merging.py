@@ -59,43 +59,11 @@ COMPUTED = "rotary_emb.inv_freq"  # old files have it; a model makes it from its
 
 
 def merge_files(
-    model: str | Path,
-    sources: Sequence[str | Path],
-    out: str | Path,
-    *,
-    onto: str | None = None,
-    double_quant: bool | None = None,
-    check: Callable[[Path], dict[str, Any]] | None = None,
-    about: dict[str, Any] | None = None,
-    replace: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    model: str | Path, sources: Sequence[str | Path], out: str | Path, *, replace: bool = False, **options: Any
 ) -> dict[str, Any]:
-    """Write `model` with adapters merged into it as a folder of the same files, in the dtype they are stored in.
-
-    Args:
-        model: as `load` takes it; a quantised one is decoded.
-        sources: adapter folders; the updates of several are added.
-        onto: "nf4", "fp4" or "int8": every linear but the head becomes what that would make of it, decoded, before it is
-            merged: the base that a QLoRA adapter was trained on.
-        double_quant: with `onto`; left out, as the first adapter's base was, if that is known, else True.
-        about: more for the report.
-        check: called with the complete folder before it gets its name, returns what goes into the report as `divergence`;
-            what it raises leaves nothing behind.
-        progress: called with how many tensors are done, of how many.
-
-    Returns:
-        What is in `merge_report.json`: model, adapters, onto, how (streamed or in memory), tensors, changed, error (of the
-        changed tensors against fp64: max_error, and rounding, what rounding the exact sum costs; None in memory),
-        divergence, inputs and outputs with their sha256.
-
-    Raises:
-        VeneerError: what `load` and `load_adapter` find; adapters that cannot be added; NaN or Inf in a result; the disk is
-            too small, or full. Nothing is left under the final name.
-    """
+    """`write_merged` to a new folder `out`, atomically; `options` and what it returns and raises as there."""
     with atomic_folder(out, replace=replace) as folder:
-        return write_merged(
-            model, sources, folder, onto=onto, double_quant=double_quant, check=check, about=about, progress=progress
-        )
+        return write_merged(model, sources, folder, **options)
 
 
 def write_merged(
@@ -109,7 +77,28 @@ def write_merged(
     about: dict[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """`merge_files` into a folder that is there; what is in it after an error is of no use."""
+    """Write `model` with adapters merged into it as the same files, in the dtype they are stored in.
+
+    Args:
+        model: as `load` takes it; a quantised one is decoded.
+        sources: adapter folders; the updates of several are added.
+        out: a folder that is there; what is in it after an error is of no use.
+        onto: "nf4", "fp4" or "int8": every linear but the head becomes what that would make of it, decoded, before it is
+            merged: the base that a QLoRA adapter was trained on.
+        double_quant: with `onto`; left out, as the first adapter's base was, if that is known, else True.
+        about: more for the report.
+        check: called with the complete folder, returns what goes into the report as `divergence`.
+        progress: called with how many tensors are done, of how many.
+
+    Returns:
+        What is in `merge_report.json`: model, adapters, onto, how (streamed or in memory), tensors, changed, error (of the
+        changed tensors against fp64: max_error, and rounding, what rounding the exact sum costs; None in memory),
+        divergence, inputs and outputs with their sha256.
+
+    Raises:
+        VeneerError: what `load` and `load_adapter` find; adapters that cannot be added; NaN or Inf in a result; the disk is
+            too small, or full.
+    """
     if not sources:
         raise VeneerError("adapters: found none, expected one or more folders")
     folder = resolve(str(model))
@@ -191,9 +180,9 @@ class _Plan:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.linears = {f"{name}.weight" for name, x in model.named_modules() if type(x) is nn.Linear and x is not head}
         copies: dict[str, Tensor] = {}
-        for number, (path, file) in enumerate(sources):
-            place_adapter(model, file, path, f"merged{number}", check_copies=False)
-            copies |= file.copies
+        for number, (source, read) in enumerate(sources):
+            place_adapter(model, read, source, f"merged{number}", check_copies=False)
+            copies |= read.copies
         self.onto, self.double_quant = "", True
         self.quantized: set[str] = set()
         self.names = list(adapters(model))

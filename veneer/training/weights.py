@@ -21,8 +21,8 @@ from veneer.adapters.attach import active_adapter, adapter_parameters, adapters,
 from veneer.adapters.files import save_adapter
 from veneer.config import Method, TrainConfig
 from veneer.errors import VeneerError
-from veneer.ops import all_finite
 from veneer.models.load import save_model
+from veneer.ops import all_finite
 from veneer.optim.groups import parameter_groups
 from veneer.quant.linear import QuantizedLinear
 

@@ -14,9 +14,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import veneer
 from veneer.adapters.peft_format import read_adapter
 from veneer.errors import RefusedError
-from veneer.models.export import export
 from veneer.models.gguf_export import Names, modelfile, write_model
 from veneer.models.load import read_config
+from veneer.report.export import export
 
 TRICKY = {"rslora": True, "r": 4, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 3}}
 
@@ -113,6 +113,34 @@ def test_ranks_and_layers_that_vllm_has_not(tmp_path, tokenizer):
         export(path, tmp_path / "out", "ollama")
 
 
+def test_a_merged_model_is_measured_and_refused_as_by_merge(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder, quantize="nf4")
+    found = export(path, tmp_path / "out", "vllm", model=str(folder), merged=True)
+    measured = found["merge"]["measured"]
+    assert found["merge"]["onto"] == "nf4" and 0 < measured["nf4"]["kl"] < measured["16-bit"]["kl"]
+    assert (
+        json.loads((tmp_path / "out" / "merge_report.json").read_text())["divergence"] == found["merge"]["divergence"]
+    )
+    with pytest.raises(RefusedError, match="too far from base and adapter"):
+        export(path, tmp_path / "no", "peft", model=str(folder), merged=True, onto="16-bit", tolerance=1e-9)
+    assert not (tmp_path / "no").exists()
+    found = export(path, tmp_path / "yes", "peft", model=str(folder), merged=True, onto="16-bit", check=False)
+    assert found["merge"]["divergence"] is None
+
+
+@pytest.mark.parametrize(("consumer", "options", "message"), [
+    ("peft", {"onto": "nf4", "check": False}, "--onto, --no-check: of a merged model"),
+    ("vllm", {"kind": "q8_0", "like": "x.gguf"}, r"--type: is for llama.cpp and ollama(.|\n)*--like: is for"),
+    ("llama.cpp", {"model": "m", "system": "Hi."}, "--system: is for ollama"),
+    ("peft", {"onto": "nf5"}, "--onto: found 'nf5'"),
+])  # fmt: skip
+def test_options_without_use_are_refused(tmp_path, tokenizer, consumer, options, message):
+    path = adapter(tmp_path, written(tmp_path, tokenizer))
+    with pytest.raises(veneer.VeneerError, match=message):
+        export(path, tmp_path / "no", consumer, **options)
+
+
 # ---- llama.cpp ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +221,7 @@ def test_a_merged_gguf_is_that_of_the_merged_model(tmp_path, tokenizer, make, ki
     path = adapter(tmp_path, folder, **TRICKY)
     base = gguf_of(folder, tmp_path / "base.gguf")
     out = export(path, tmp_path / "out", "llama.cpp", model=str(folder), merged=True, like=base, kind=kind)
-    assert out["files"] == ["model.gguf"] and out["form"] == "merged model"
+    assert out["files"] == ["merge_report.json", "model.gguf"] and out["form"] == "merged model"
     wanted = tensors_of(gguf_of(written_merged(tmp_path, folder, path), tmp_path / "wanted.gguf"))
     found = tensors_of(tmp_path / "out" / "model.gguf")
     assert found.keys() == wanted.keys()
@@ -279,7 +307,11 @@ def test_a_modelfile_says_what_the_template_says(tmp_path, tokenizer):
     assert "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}<|im_start|>assistant\n" in text
     found = export(path, tmp_path / "whole", "ollama", model=str(folder), like=base, merged=True, system="Be brief.")
     text = (tmp_path / "whole" / "Modelfile").read_text()
-    assert found["files"] == ["Modelfile", "model.gguf"] and "FROM ./model.gguf" in text and "ADAPTER" not in text
+    assert (
+        found["files"] == ["Modelfile", "merge_report.json", "model.gguf"]
+        and "FROM ./model.gguf" in text
+        and "ADAPTER" not in text
+    )
     assert 'SYSTEM """Be brief."""' in text
 
 

@@ -7,22 +7,25 @@ done is beside the weights in `merge_report.json`.
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from veneer import ops
 from veneer.adapters.attach import adapters, lora_layers
 from veneer.adapters.experts import LoraParameter
 from veneer.adapters.files import load_adapter, place_adapter, same_weight
-from veneer.adapters.lora import LoraEmbedding, LoraLayer, LoraLinear
+from veneer.adapters.lora import LoraLayer, LoraLinear
 from veneer.adapters.merge import merge
 from veneer.adapters.peft_format import AdapterFile, read_adapter
 from veneer.adapters.targets import is_factor, plain_name
@@ -53,7 +56,7 @@ from veneer.storage import (
 
 REPORT_FILE = "merge_report.json"
 INDEX_FILE = "model.safetensors.index.json"
-ROWS = 16  # of a merged matrix that are compared with fp64
+ROWS = 16  # output features of a merged matrix that are compared with fp64
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")  # besides the weights
 COMPUTED = "rotary_emb.inv_freq"  # old files have it; a model makes it from its config
 
@@ -167,10 +170,45 @@ def hollow_model(folder: Path, config: Any = None) -> Any:
     return model
 
 
+class _Piece(NamedTuple):
+    """A stored tensor that is called otherwise than the parameter it is of, or is some rows of it, seen as a matrix."""
+
+    key: str
+    rows: slice
+
+
+def _pieces(model: Any, stored: set[str]) -> dict[str, _Piece]:
+    """Where stored tensors with other names than the model's (older ones; an expert a tensor) lie in its parameters.
+
+    transformers knows: the numbers of all rows are sent the way it would write the parameters. What comes out in another
+    order than that of rows is left out.
+    """
+    numbers: dict[str, Tensor] = {}
+    starts, total = [], 0
+    for key, parameter in model.named_parameters():
+        rows = parameter.shape[:-1].numel()
+        numbers[key] = torch.arange(total, total + rows, dtype=torch.int32).view(*parameter.shape[:-1], 1)
+        starts.append(total)
+        total += rows
+    try:
+        written = revert_weight_conversion(model, dict(numbers))
+    except Exception:  # a conversion that looks at more than shapes of rows
+        return {}
+    found, keys = {}, list(numbers)
+    for name in written.keys() & stored:
+        rows = written[name].flatten()
+        which = bisect.bisect_right(starts, int(rows[0])) - 1
+        first = int(rows[0]) - starts[which]
+        if torch.equal(rows, torch.arange(int(rows[0]), int(rows[0]) + len(rows), dtype=rows.dtype)):
+            found[name] = _Piece(keys[which], slice(first, first + len(rows)))
+    return found
+
+
 class _Plan:
     """Which tensors of which files become what.
 
-    strange: names of files that are not the model's, or the other way round: transformers would rename or join them.
+    pieces: stored tensors that are parameters under other names, or rows of them (experts stored one by one).
+    strange: other names of files that are not the model's, or the other way round: transformers would convert them.
     """
 
     def __init__(self, folder: Path, config: Any, model: Any, sources: list[tuple[Path, AdapterFile]]) -> None:
@@ -179,6 +217,11 @@ class _Plan:
         dtype = getattr(config, "dtype", None) or torch.bfloat16
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.linears = {f"{name}.weight" for name, x in model.named_modules() if type(x) is nn.Linear and x is not head}
+        state = {key for key, _ in model.named_parameters(remove_duplicate=False)} | {
+            k for k, _ in model.named_buffers()
+        }
+        other = {key for file in files.values() for key in file.tensors if not key.endswith(COMPUTED)} - state
+        self.pieces = _pieces(model, other) if other else {}
         copies: dict[str, Tensor] = {}
         for number, (source, read) in enumerate(sources):
             place_adapter(model, read, source, f"merged{number}", check_copies=False)
@@ -218,25 +261,46 @@ class _Plan:
                     self.parts[owner][key.removeprefix(f"{owner}.")] = name
                     if key == f"{owner}.weight" and f"{owner}.weight" in base:
                         self.outputs[name][key] = (dtype, base[f"{owner}.weight"].shape)
-        there = {key for tensors in self.outputs.values() for key in tensors}
-        tied = {id(base[key]) for key in there if key in base}
-        self.strange = sorted(key for key in there - base.keys() - buffers if not key.endswith(COMPUTED))
-        self.strange += sorted(key for key in base if key not in there and id(base[key]) not in tied)
-        self.untied = self._untie(base, there) if not self.strange else {}
+        there = {key for tensors in self.outputs.values() for key in tensors if not key.endswith(COMPUTED)} - buffers
+        self.strange = sorted(there - base.keys() - self.pieces.keys()) + self._unfit()
+        whole = {self.place(key)[0]: key for key in sorted(there)}
+        tied = {self.ids.get(key) for key in whole}
+        self.strange += sorted(key for key in base if self.ids[key] not in tied)
+        self.untied = self._untie(whole) if not self.strange else {}
         adapted = {self.ids[self.key(path)] for path in self.layers}
-        names = collections.Counter(self.ids[key] for key in there & base.keys())
+        names = collections.Counter(self.ids[key] for key in whole.keys() & base.keys())
         self.apart = bool(self.untied) or any(names[which] > 1 for which in adapted)  # what was tied is so no more
 
-    def _untie(self, base: dict[str, nn.Parameter], there: set[str]) -> dict[str, str]:
-        """Weights that are another's in the files, and one of them adapted: which one they are now. They go beside it."""
+    def _unfit(self) -> list[str]:
+        """Pieces of another shape than their rows, those of more than one expert, and those that are not all of a parameter."""
+        found, rows = [], collections.Counter[str]()
+        shapes = {key: shape for tensors in self.outputs.values() for key, (_, shape) in tensors.items()}
+        for key, piece in self.pieces.items():
+            full, count = self.base[piece.key].shape, piece.rows.stop - piece.rows.start
+            rows[piece.key] += count
+            one = full[:-1].numel() if count == full[:-1].numel() else full[-2]
+            if shapes[key] not in (full, (count, full[-1])) or piece.rows.start // one != (piece.rows.stop - 1) // one:
+                found.append(key)
+        return found + [key for key, count in rows.items() if count != self.base[key].shape[:-1].numel()]
+
+    def _untie(self, whole: dict[str, str]) -> dict[str, str]:
+        """Weights that are another's in the files, and one of them adapted: which one they are now. They go beside it.
+        whole: the stored name of each parameter."""
         found = {}
-        for key in base.keys() - there:
-            tied = [other for other in base if base[other] is base[key]]
+        for key in self.base.keys() - whole.keys():
+            tied = [other for other in self.base if self.base[other] is self.base[key]]
             if any(self.layer(other) is not None for other in tied):
-                found[key] = next(other for other in tied if other in there)
+                found[key] = whole[next(other for other in tied if other in whole)]
                 file = next(name for name, tensors in self.outputs.items() if found[key] in tensors)
                 self.outputs[file][key] = self.outputs[file][found[key]]
         return found
+
+    def place(self, key: str) -> tuple[str, slice | None]:
+        """The parameter that a stored tensor is of, and which rows of it, None: all."""
+        if key not in self.pieces:
+            return key, None
+        name, rows = self.pieces[key]
+        return name, None if rows.stop - rows.start == self.base[name].shape[:-1].numel() else rows
 
     def key(self, path: str) -> str:
         """The name of the weight that an adapted layer changes."""
@@ -300,7 +364,7 @@ class _Plan:
     def cost(self, file: str, key: str) -> int:
         """Bytes that making a tensor takes: itself, and where it is not merged in place the fp32 forms of it."""
         kind, shape = self.outputs[file][key]
-        dense = key in self.quantized or key.removesuffix(".weight") in self.parts
+        dense = self.place(key)[0] in self.quantized or key.removesuffix(".weight") in self.parts
         return shape.numel() * (kind.itemsize + (12 if dense else 0))
 
     def read(self, file: str, key: str) -> Tensor:
@@ -311,7 +375,7 @@ class _Plan:
             parts = {part: self.files[where].read(f"{owner}.{part}") for part, where in self.parts[owner].items()}
             return unpack_layer(parts, owner, torch.float32).dequantize(torch.float32)
         weight = self.files[file].read(source)
-        if key in self.quantized:
+        if self.place(key)[0] in self.quantized:
             return quantize(weight, self.onto, double_quant=self.double_quant).dequantize(torch.float32)
         return weight
 
@@ -321,32 +385,49 @@ class _Plan:
         dtype = self.outputs[file][key][0]
         weight = self.read(file, key)
         value, changed = weight, weight.dtype != dtype
-        owner, _, last = key.rpartition(".")
-        which = self.ids.get(key)
-        if which in self.copies and not same_weight(self.copies[which], weight):
+        name, part = self.place(key)
+        which = self.ids.get(name)
+        if which in self.copies and not same_weight(_part(self.copies[which], part), weight):
             raise VeneerError(f"{key}: the adapter has a copy of this weight, and it is of another base")
         if which in self.values:
-            value, changed = self.values[which], True
+            value, changed = _part(self.values[which], part).view(weight.shape), True
         if which in self.rows:
             ids, rows = self.rows[which]
             value, changed = value.index_copy(0, ids, rows.to(value.dtype)), True
-        layer = self.layer(key)
-        if layer is not None and (key.endswith(".weight") or isinstance(layer, LoraParameter)):
+        layer, (owner, _, last) = self.layer(name), name.rpartition(".")
+        if isinstance(layer, LoraParameter) and part is not None:
+            merged, error = self._merged_expert(layer, value, part, dtype)
+            return _finite(key, merged), error
+        if layer is not None and (last == "weight" or isinstance(layer, LoraParameter)):
             merged, error = self._merged(layer, value, dtype)
             return _finite(key, merged), error
         bias = self.layers.get(owner) if last == "bias" else None
         if bias is not None and bias.lora_bias:
             total = value.float()
-            for name, added in bias.lora_bias.items():
-                total = total + bias.scaling[name] * added.detach()
+            for adapter, added in bias.lora_bias.items():
+                total = total + bias.scaling[adapter] * added.detach()
             value, changed = total, True
         return _finite(key, value.to(dtype)), {} if changed else None
+
+    def _merged_expert(
+        self, layer: LoraParameter, weight: Tensor, rows: slice, dtype: torch.dtype
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Of one expert's tensor, `rows` of the parameter seen as a matrix."""
+        expert, first = divmod(rows.start, layer.weight.shape[1])
+        factors = [layer.of_expert(name, expert) for name in self.names if name in layer.lora_A]
+        left = torch.cat([left for left, _ in factors], 1)[first : first + len(weight)]
+        right = torch.cat([right for _, right in factors])
+        some = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
+        exact = weight[some].double() + left[some].double() @ right.double()
+        merged = ops.add_update(weight.contiguous(), left.contiguous(), right.contiguous()).to(dtype)
+        return merged, _differences(merged[some], exact)
 
     def _merged(self, layer: LoraLayer, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, dict[str, float]]:
         names = [name for name in self.names if name in layer.lora_A]
         holder, key = (layer.owner, layer.key) if isinstance(layer, LoraParameter) else (layer.base_layer, "weight")
-        rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
-        before = weight[rows].clone()
+        matrix = layer.as_matrices(weight, layer.a(names[0]), layer.b(names[0]))[0]
+        rows = torch.linspace(0, len(matrix) - 1, min(ROWS, len(matrix))).long()
+        before = matrix[rows].clone()
         plain = isinstance(layer, LoraLinear) and not isinstance(layer.base_layer, Conv1D) and len(names) == 1
         hollow = holder._parameters[key]
         holder._parameters[key] = nn.Parameter(weight, requires_grad=False)
@@ -357,7 +438,7 @@ class _Plan:
                 merged = (weight.float() + sum(layer.delta(name) for name in names)).to(dtype)
         finally:
             holder._parameters[key] = hollow
-        return merged, _error(layer, names, before, merged[rows], rows)
+        return merged, _error(layer, names, before, merged, rows)
 
 
 def _finite(key: str, tensor: Tensor) -> Tensor:
@@ -370,19 +451,25 @@ def _finite(key: str, tensor: Tensor) -> Tensor:
 
 
 def _error(layer: LoraLayer, names: list[str], before: Tensor, merged: Tensor, rows: Tensor) -> dict[str, float]:
-    """The largest difference of these rows from the sum in fp64, and that of rounding the exact sum; {}: not looked at."""
-    base = getattr(layer, "base_layer", None)
-    across = isinstance(layer, LoraEmbedding) or isinstance(base, Conv1D)  # rows of the weight are columns of B A
-    if not isinstance(layer, LoraLinear | LoraEmbedding) or (across and layer.magnitude):
-        return {}
-    exact = before.double()
+    """The largest difference of these output features of the merged weight from the sum in fp64, and that of rounding the
+    exact sum; of experts those of one."""
+    exact, found = before.double(), merged
     for name in names:
-        a, b = layer.a(name).detach().double(), layer.b(name).detach().double()
-        exact = exact + layer.scaling[name] * (a[:, rows].T @ b.T if across else b[rows] @ a)
+        found, a, b = layer.as_matrices(merged, layer.a(name).detach(), layer.b(name).detach())
+        exact = exact + layer.scaling[name] * b[rows].double() @ a.double()
     for magnitude in layer.magnitude.values():
-        exact = exact * (magnitude.detach().double()[rows] / torch.linalg.vector_norm(exact, dim=1))[:, None]
-    difference, rounding = (merged.double() - exact).abs().max(), (exact.to(merged.dtype).double() - exact).abs().max()
+        length = magnitude.detach().double().flatten()[rows] / torch.linalg.vector_norm(exact, dim=1)
+        exact = exact * length[:, None]
+    return _differences(found[rows], exact)
+
+
+def _differences(found: Tensor, exact: Tensor) -> dict[str, float]:
+    difference, rounding = (found.double() - exact).abs().max(), (exact.to(found.dtype).double() - exact).abs().max()
     return {"max_error": float(difference), "rounding": float(rounding)}
+
+
+def _part(whole: Tensor, rows: slice | None) -> Tensor:
+    return whole if rows is None else whole.reshape(-1, whole.shape[-1])[rows]
 
 
 def _streamed(plan: _Plan, out: Path, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
@@ -462,10 +549,10 @@ def _write_rest(plan: _Plan, folder: Path, out: Path) -> None:
 def _in_memory(
     plan: _Plan, model: Any, sources: Sequence[Any], out: Path, kind: str | None, double_quant: bool
 ) -> dict[str, Any]:
-    """For models whose files have other names or other tensors than the model, as mixtures with an expert a tensor."""
+    """For models whose files hold what transformers makes the parameters of in another way than row by row."""
     if len(sources) > 1:
         raise VeneerError(
-            f"{plan.folder}: its files name {plan.strange[0]} otherwise than the model, and it cannot be streamed",
+            f"{plan.folder}: its files hold {plan.strange[0]} otherwise than the model, and it cannot be streamed",
             hint="combine the adapters first (veneer combine): one can be merged in memory",
         )
     wanted: Any = None if read_config(plan.folder)[1] else kind

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -264,8 +265,9 @@ def combine(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER ...", help="Folders with LoRA adapters.")],
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     method: Annotated[
-        str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or della.")
-    ] = "linear",
+        str | None,
+        typer.Option(help="linear (left out), cat, svd, ties, dare_linear, dare_ties, magnitude_prune or della."),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One for each adapter, as 0.7,0.3 or 1,-1. Left out: an average.")
     ] = None,
@@ -274,8 +276,10 @@ def combine(
         float | None, typer.Option(help="The lowest rank whose error is at most this share of each layer's update.")
     ] = None,
     density: Annotated[float | None, typer.Option(help="Share of each update that a pruning method keeps.")] = None,
-    sign: Annotated[str, typer.Option(help="How signs are elected: total (the larger sum) or frequency.")] = "total",
-    seed: Annotated[int, typer.Option(help="Of the methods that keep at random.")] = 0,
+    sign: Annotated[
+        str | None, typer.Option(help="How signs are elected: total (the larger sum; left out) or frequency.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the methods that keep at random; left out: 0.")] = None,
     any_base: Annotated[bool, typer.Option("--any-base", help="Although they name different base models.")] = False,
     analyze: Annotated[
         bool, typer.Option("--analyze", help="Only compare them: can they be combined? Writes nothing.")
@@ -291,7 +295,8 @@ def combine(
     if plot is not None and not analyze:
         raise VeneerError("--plot: found without --analyze, expected both")
     if analyze:
-        idle = {"--out": out, "--weights": weights, "--rank": rank, "--max-error": max_error, "--density": density}
+        idle = {"--out": out, "--method": method, "--weights": weights, "--rank": rank, "--max-error": max_error,
+                "--density": density, "--sign": sign, "--seed": seed, "--any-base": any_base or None}  # fmt: skip
         if given := [option for option, value in idle.items() if value is not None]:
             raise VeneerError(f"{', '.join(given)}: found with --analyze, which only compares and writes nothing")
         found = interference.analyze(adapters, counter("layers compared"))
@@ -305,8 +310,8 @@ def combine(
     if out is None:
         raise VeneerError("--out: found none, expected the folder to write")
     report = combine_adapters(
-        adapters, out, method=method, weights=_numbers(weights), rank=rank, max_error=max_error, density=density,
-        sign=sign, seed=seed, any_base=any_base, progress=counter("layers combined"),  # type: ignore[arg-type]
+        adapters, out, method=method or "linear", weights=_numbers(weights), rank=rank, max_error=max_error,
+        density=density, sign=sign or "total", seed=seed or 0, any_base=any_base, progress=counter("layers combined"),  # type: ignore[arg-type]
     )  # fmt: skip
     if as_json:
         _print_json({"out": str(out), **report})
@@ -345,8 +350,12 @@ def export(
     like: Annotated[
         Path | None, typer.Option(help="A GGUF of the base, whose metadata a merged GGUF takes; else --model itself.")
     ] = None,
-    onto: Annotated[str, typer.Option(help="Of a merged model: as of veneer merge.")] = "auto",
+    onto: Annotated[str, typer.Option(help="Of a merged model: as of veneer merge; so are those below.")] = "auto",
+    trained_on: Annotated[
+        str | None, typer.Option(help="16-bit, nf4, fp4 or int8: the base in training, where the adapter does not say.")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare a merged model with base and adapter on text.")] = True,
+    text: Annotated[Path | None, typer.Option(help="Compare on this text file, a paragraph at a time.")] = None,
     tolerance: Annotated[
         float | None, typer.Option(min=0, help="KL from base and adapter, in nats, above which nothing is written.")
     ] = None,
@@ -360,8 +369,8 @@ def export(
     from veneer.training.progress import counter
 
     found = write(
-        adapter, out, consumer, model=model, merged=merged, kind=kind, like=like, system=system, onto=onto, check=check,
-        tolerance=tolerance, force=force, progress=counter("tensors merged"),
+        adapter, out, consumer, model=model, merged=merged, kind=kind, like=like, system=system, onto=onto,
+        trained_on=trained_on, check=check, texts=_paragraphs(text), tolerance=tolerance, force=force, progress=counter("tensors merged"),
     )  # fmt: skip
     if as_json:
         _print_json(found)
@@ -491,7 +500,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half written is taken away
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half written is taken away
     try:
         app()
     except VeneerError as error:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -291,7 +292,11 @@ def pickle_error(path: str | Path) -> VeneerError:
     )
 
 
-def sha256(path: str | Path) -> str:
-    """Hex sha256 of a file."""
+def sha256(path: str | Path, stop: threading.Event | None = None) -> str:
+    """Hex sha256 of a file; stop: once it is set the rest is not read, and what comes back is none."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
     with open(path, "rb", buffering=0) as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        while (count := handle.readinto(buffer)) and not (stop and stop.is_set()):
+            digest.update(view[:count])
+    return digest.hexdigest()

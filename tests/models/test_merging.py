@@ -275,7 +275,7 @@ def test_experts_that_are_stored_one_by_one_stay_so(tmp_path, tokenizer):
 
 
 def test_what_transformers_converts_otherwise_is_merged_in_memory(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(merging, "_pieces", lambda *_: {})
+    monkeypatch.setattr(merging, "pieces", lambda *_: {})
     make_mixture().eval().save_pretrained(tmp_path / "theirs")
     folder = tmp_path / "theirs"
     tokenizer.save_pretrained(folder)
@@ -332,7 +332,6 @@ def test_bad_models_and_adapters(tmp_path, tokenizer):
 
 INTERRUPTED = """
 import os, sys, veneer.storage as storage
-from veneer.models import merging
 from veneer.models.merging import merge_files
 real, done = storage.hashlib.sha256, [0]
 class Counting:
@@ -360,7 +359,6 @@ def test_a_killed_merge_leaves_nothing_under_the_final_name(tmp_path, tokenizer,
 
 PEAK = """
 import sys, resource
-from veneer.models import merging
 from veneer.models.merging import merge_files
 from veneer.machine import current_bytes, peak_bytes, reset_peak
 small, path, big, big_path, out = sys.argv[1:]
@@ -391,7 +389,6 @@ def test_the_peak_is_below_two_shards(tmp_path, tokenizer, settings):
 FULL_DISK = """
 import resource, signal, sys
 import veneer
-from veneer.models import merging
 from veneer.models.merging import merge_files
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))

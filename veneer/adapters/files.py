@@ -329,6 +329,7 @@ def load_adapter(
     """Put an adapter folder in PEFT's format on `model`, in place, and make it the active one.
 
     Args:
+        activate: False: it waits; what is active stays so, and what is merged (`hot_merge`) merged.
         dtype: of A and B on the model, whatever it is in the file.
         device: where the adapter waits while another is active, "cpu" say of a model on a GPU; left out, at the base.
         check_copies: compare weights of the base that the file has too with this base's; False: its shapes alone.
@@ -366,7 +367,8 @@ def place_adapter(
         VeneerError: it is of another base; all that does not fit.
     """
     base = _base(model)
-    problems = [*_factor_problems(model, file), *_weight_problems(base, file, check_copies=check_copies)]
+    weights = {**base, **_put_aside(model)} if file.copies else base
+    problems = [*_factor_problems(model, file), *_weight_problems(weights, file, check_copies=check_copies)]
     problems += _left_over_or_missing(model, file)
     broken = _broken_ties(model, file)
     replaced_there = {key: base[key] for key in file.replaced if key in base}
@@ -409,6 +411,14 @@ def place_adapter(
         if waits is not None:
             move(parameter, waits)
     answer_save_pretrained(model)
+
+
+def _put_aside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters that are not in place: an adapter's versions of them are, or merged ones."""
+    merged: dict[str, Any] = model.__dict__.get("veneer_merged", {})
+    found = {f"{path}.weight": kept[0] for path, kept in merged.items() if isinstance(kept, tuple)}
+    found |= {path: kept for path, kept in merged.items() if isinstance(kept, nn.Parameter)}
+    return {**found, **model.__dict__.get("veneer_base", {})}
 
 
 def _factor_problems(model: nn.Module, file: AdapterFile) -> list[str]:

@@ -7,9 +7,10 @@ import functools
 import importlib.util
 import io
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -163,8 +164,7 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
         raise VeneerError("this model still carries adapters", hint="merge them, or save them with save_adapter")
     tensors = bnb_format.model_tensors(model)
     if not quantized_layers(model):  # those are read back under the model's own names
-        with _quiet():
-            tensors = revert_weight_conversion(model, tensors)
+        tensors = dict(as_stored(model, lambda _, tensor: tensor.detach().cpu(), tensors)) or tensors
     require_disk_space(folder.parent, sum(tensor.nbytes for tensor in tensors.values()), "the model")
     config = model.config.to_dict()
     config.pop("_name_or_path", None)
@@ -180,6 +180,38 @@ def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
         # not save_pretrained: that refuses what many published models have, a temperature beside greedy search
         write_json(folder / "generation_config.json", model.generation_config.to_diff_dict())
     tokenizer.save_pretrained(folder)
+
+
+def as_stored(
+    model: Any, value: Callable[[str, torch.Tensor], torch.Tensor], tensors: dict[str, torch.Tensor] | None = None
+) -> list[tuple[str, torch.Tensor]]:
+    """The names and values under which transformers writes a model's state, whatever it makes of them when it reads them:
+    older names, an expert a tensor. A block of layers at a time.
+
+    Args:
+        value: what goes in the place of each tensor of the state, by its name.
+        tensors: the state, left out: all of it.
+
+    Returns:
+        nothing where it cannot say: the model's own names are read too.
+    """
+    state = model.state_dict() if tensors is None else tensors
+    groups: dict[str, list[str]] = {}
+    for key in state:
+        block = re.match(r".*?\.\d+\.", key)
+        groups.setdefault(block[0] if block else "", []).append(key)
+    found: list[tuple[str, torch.Tensor]] = []
+    for keys in groups.values():
+        given = {key: value(key, state[key]) for key in keys}
+        try:
+            with _quiet():
+                written = revert_weight_conversion(model, dict(given))
+        except Exception:  # a conversion that wants to see all of a model, or more than is in `value`
+            return []
+        if sum(tensor.numel() for tensor in written.values()) != sum(tensor.numel() for tensor in given.values()):
+            return []
+        found += written.items()
+    return found if len(dict(found)) == len(found) else []
 
 
 def describe_model(name: str | Path) -> dict[str, Any]:

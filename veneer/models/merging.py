@@ -7,18 +7,18 @@ done is beside the weights in `merge_report.json`.
 
 from __future__ import annotations
 
-import bisect
 import collections
 import contextlib
+import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from veneer import ops
@@ -27,7 +27,7 @@ from veneer.adapters.experts import LoraParameter
 from veneer.adapters.files import load_adapter, place_adapter, same_weight
 from veneer.adapters.lora import LoraLayer, LoraLinear
 from veneer.adapters.merge import merge
-from veneer.adapters.peft_format import AdapterFile, read_adapter
+from veneer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter
 from veneer.adapters.targets import is_factor, plain_name
 from veneer.adapters.tokens import token_rows
 from veneer.errors import VeneerError
@@ -41,6 +41,7 @@ from veneer.models.load import (
     weight_files,
     write_model,
 )
+from veneer.models.weights import pieces
 from veneer.ops import all_finite
 from veneer.quant.bnb_format import SCALE, STATE, unpack_layer
 from veneer.quant.linear import quantize
@@ -56,9 +57,9 @@ from veneer.storage import (
 
 REPORT_FILE = "merge_report.json"
 INDEX_FILE = "model.safetensors.index.json"
-ROWS = 16  # output features of a merged matrix that are compared with fp64
+ROWS = 16  # of a merged matrix that are compared with fp64, in the weight's layout or turned
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")  # besides the weights
-COMPUTED = "rotary_emb.inv_freq"  # old files have it; a model makes it from its config
+COMPUTED = r"rotary_emb\.inv_freq$"  # old files have it; a model makes it from its config
 
 
 def merge_files(
@@ -140,12 +141,13 @@ def write_merged(
 @contextlib.contextmanager
 def hashing(folder: Path, sources: Sequence[str | Path]) -> Iterator[Callable[[], dict[str, str]]]:
     """The sha256 of a model's and of adapters' files, made beside what is done meanwhile; called, waits for all of them."""
-    pool = ThreadPoolExecutor(1)
-    files = [*weight_files(folder), *(file for path in sources for file in sorted(Path(path).glob("adapter_*")))]
-    hashes = {str(file): pool.submit(sha256, file) for file in files}
+    pool, stop = ThreadPoolExecutor(1), threading.Event()
+    files = [*weight_files(folder), *(Path(path) / name for path in sources for name in (CONFIG_FILE, WEIGHTS_FILE))]
+    hashes = {str(file): pool.submit(sha256, file, stop) for file in files}
     try:
         yield lambda: {file: value.result() for file, value in hashes.items()}
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
@@ -170,40 +172,6 @@ def hollow_model(folder: Path, config: Any = None) -> Any:
     return model
 
 
-class _Piece(NamedTuple):
-    """A stored tensor that is called otherwise than the parameter it is of, or is some rows of it, seen as a matrix."""
-
-    key: str
-    rows: slice
-
-
-def _pieces(model: Any, stored: set[str]) -> dict[str, _Piece]:
-    """Where stored tensors with other names than the model's (older ones; an expert a tensor) lie in its parameters.
-
-    transformers knows: the numbers of all rows are sent the way it would write the parameters. What comes out in another
-    order than that of rows is left out.
-    """
-    numbers: dict[str, Tensor] = {}
-    starts, total = [], 0
-    for key, parameter in model.named_parameters():
-        rows = parameter.shape[:-1].numel()
-        numbers[key] = torch.arange(total, total + rows, dtype=torch.int32).view(*parameter.shape[:-1], 1)
-        starts.append(total)
-        total += rows
-    try:
-        written = revert_weight_conversion(model, dict(numbers))
-    except Exception:  # a conversion that looks at more than shapes of rows
-        return {}
-    found, keys = {}, list(numbers)
-    for name in written.keys() & stored:
-        rows = written[name].flatten()
-        which = bisect.bisect_right(starts, int(rows[0])) - 1
-        first = int(rows[0]) - starts[which]
-        if torch.equal(rows, torch.arange(int(rows[0]), int(rows[0]) + len(rows), dtype=rows.dtype)):
-            found[name] = _Piece(keys[which], slice(first, first + len(rows)))
-    return found
-
-
 class _Plan:
     """Which tensors of which files become what.
 
@@ -217,11 +185,11 @@ class _Plan:
         dtype = getattr(config, "dtype", None) or torch.bfloat16
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.linears = {f"{name}.weight" for name, x in model.named_modules() if type(x) is nn.Linear and x is not head}
-        state = {key for key, _ in model.named_parameters(remove_duplicate=False)} | {
-            k for k, _ in model.named_buffers()
-        }
-        other = {key for file in files.values() for key in file.tensors if not key.endswith(COMPUTED)} - state
-        self.pieces = _pieces(model, other) if other else {}
+        self.parts = _quantized_parts(files)
+        self.shapes = {key: shape for file in files.values() for key, (_, shape) in file.tensors.items()}
+        other = {key for key in self.shapes if self._owner(key) is None} - model.state_dict().keys()
+        other = {key for key in other if not re.search(COMPUTED, key)}
+        self.pieces = pieces(model, other) if other else {}
         copies: dict[str, Tensor] = {}
         for number, (source, read) in enumerate(sources):
             place_adapter(model, read, source, f"merged{number}", check_copies=False)
@@ -243,26 +211,22 @@ class _Plan:
                     found = (torch.tensor(tokens.ids[name]), tokens.rows[name].detach())
                     self.rows[self.ids[f"{path}.weight"]] = found
         self.copies = {self.ids[key]: value for key, value in copies.items() if key in self.ids}
-        self.parts: dict[str, dict[str, str]] = {}  # of stored quantised layers: which file holds which part
         self.outputs: dict[str, dict[str, tuple[torch.dtype, torch.Size]]] = {name: {} for name in files}
-        for file in files.values():
-            for key in file.tensors:
-                owner = key.partition(f".{STATE}")[0] if f".{STATE}" in key else key.removesuffix(f".{SCALE}")
-                if owner != key:
-                    self.parts[owner] = {}
         for name, file in files.items():
             for key, (kind, shape) in file.tensors.items():
-                owner = next(
-                    (o for o in (key.rpartition(".")[0], key.partition(".weight.")[0]) if o in self.parts), None
-                )
-                if owner is None or key == f"{owner}.bias":
+                owner = self._owner(key)
+                if owner is None:
                     self.outputs[name][key] = (kind, shape)
                 else:
                     self.parts[owner][key.removeprefix(f"{owner}.")] = name
                     if key == f"{owner}.weight" and f"{owner}.weight" in base:
                         self.outputs[name][key] = (dtype, base[f"{owner}.weight"].shape)
-        there = {key for tensors in self.outputs.values() for key in tensors if not key.endswith(COMPUTED)} - buffers
-        self.strange = sorted(there - base.keys() - self.pieces.keys()) + self._unfit()
+        idle = [re.compile(text) for text in (COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ()))]
+        there = {key for tensors in self.outputs.values() for key in tensors} - buffers
+        there -= {
+            key for key in there - base.keys() if any(pattern.search(key) for pattern in idle)
+        }  # passed on as they are
+        self.strange = sorted(there - base.keys() - self.pieces.keys()) + self._unfit(buffers)
         whole = {self.place(key)[0]: key for key in sorted(there)}
         tied = {self.ids.get(key) for key in whole}
         self.strange += sorted(key for key in base if self.ids[key] not in tied)
@@ -271,15 +235,23 @@ class _Plan:
         names = collections.Counter(self.ids[key] for key in whole.keys() & base.keys())
         self.apart = bool(self.untied) or any(names[which] > 1 for which in adapted)  # what was tied is so no more
 
-    def _unfit(self) -> list[str]:
-        """Pieces of another shape than their rows, those of more than one expert, and those that are not all of a parameter."""
+    def _owner(self, key: str) -> str | None:
+        """The quantised layer that a stored tensor is a part of."""
+        owner = next((o for o in (key.rpartition(".")[0], key.partition(".weight.")[0]) if o in self.parts), None)
+        return None if key == f"{owner}.bias" else owner
+
+    def _unfit(self, buffers: set[str]) -> list[str]:
+        """Pieces that are not a whole parameter or rows of one expert, and parameters of which not all rows are there."""
         found, rows = [], collections.Counter[str]()
-        shapes = {key: shape for tensors in self.outputs.values() for key, (_, shape) in tensors.items()}
         for key, piece in self.pieces.items():
-            full, count = self.base[piece.key].shape, piece.rows.stop - piece.rows.start
-            rows[piece.key] += count
-            one = full[:-1].numel() if count == full[:-1].numel() else full[-2]
-            if shapes[key] not in (full, (count, full[-1])) or piece.rows.start // one != (piece.rows.stop - 1) // one:
+            if piece.key in buffers:
+                continue
+            full, (start, stop) = self.base[piece.key].shape, (piece.rows.start, piece.rows.stop)
+            rows[piece.key] += stop - start
+            layer = self.layer(piece.key)
+            of_one = len(full) == 3 and start // full[1] == (stop - 1) // full[1]
+            as_rows = of_one and self.shapes[key] == (stop - start, full[-1])
+            if self.shapes[key] != full and not (as_rows and (layer is None or isinstance(layer, LoraParameter))):
                 found.append(key)
         return found + [key for key, count in rows.items() if count != self.base[key].shape[:-1].numel()]
 
@@ -296,11 +268,11 @@ class _Plan:
         return found
 
     def place(self, key: str) -> tuple[str, slice | None]:
-        """The parameter that a stored tensor is of, and which rows of it, None: all."""
+        """The parameter that a stored tensor is of, and which rows of it, None: it is the parameter."""
         if key not in self.pieces:
             return key, None
         name, rows = self.pieces[key]
-        return name, None if rows.stop - rows.start == self.base[name].shape[:-1].numel() else rows
+        return name, rows if name in self.base and self.base[name].shape != self.shapes[key] else None
 
     def key(self, path: str) -> str:
         """The name of the weight that an adapted layer changes."""
@@ -441,6 +413,17 @@ class _Plan:
         return merged, _error(layer, names, before, merged, rows)
 
 
+def _quantized_parts(files: dict[str, TensorFile]) -> dict[str, dict[str, str]]:
+    """The quantised layers of stored tensors, each with room for which file holds which part."""
+    found: dict[str, dict[str, str]] = {}
+    for file in files.values():
+        for key in file.tensors:
+            owner = key.partition(f".{STATE}")[0] if f".{STATE}" in key else key.removesuffix(f".{SCALE}")
+            if owner != key:
+                found[owner] = {}
+    return found
+
+
 def _finite(key: str, tensor: Tensor) -> Tensor:
     if not all_finite(tensor):
         raise VeneerError(
@@ -552,7 +535,7 @@ def _in_memory(
     """For models whose files hold what transformers makes the parameters of in another way than row by row."""
     if len(sources) > 1:
         raise VeneerError(
-            f"{plan.folder}: its files hold {plan.strange[0]} otherwise than the model, and it cannot be streamed",
+            f"{plan.folder}: {plan.strange[0]} is in its files otherwise than in the model, and it cannot be streamed",
             hint="combine the adapters first (veneer combine): one can be merged in memory",
         )
     wanted: Any = None if read_config(plan.folder)[1] else kind

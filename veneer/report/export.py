@@ -78,14 +78,21 @@ def export(
         )
     whole = bool(reasons) or merged
     if not whole:
-        _refuse_merging({**merging, "type": kind})
+        _refuse_merging({**merging, "type": kind, "like": like if consumer == "llama.cpp" else None})
     if model is not None and consumer in GGUF_CONSUMERS:
         gguf_export.Names(config)  # before anything is merged
         if (whole or consumer == "ollama") and not (base := _base_gguf(model, like)).is_file():
             raise VeneerError(f"--like {base}: no such file, expected a GGUF of the base")
+        if whole:
+            gguf_export.require_dense(resolve(model))
     if model is not None and not whole:  # an adapter of another base is seen here
         load_adapter(hollow_model(resolve(model)), source, check_copies=False)
-    report = None
+    report, modelfile = None, ""
+    if consumer == "ollama":
+        assert model is not None
+        comes_from = f"./{GGUF_MODEL}" if whole else str(_base_gguf(model, like))
+        beside = None if whole else f"./{GGUF_ADAPTER}"
+        modelfile = gguf_export.modelfile(load_tokenizer(resolve(model)), comes_from, beside, system)
     with atomic_folder(out) as folder:
         if whole:
             assert model is not None
@@ -96,12 +103,8 @@ def export(
             gguf_export.write_adapter(file, config, folder / GGUF_ADAPTER, name=Path(source).name)
         else:
             _write_peft(file, folder, VLLM_RANKS if consumer == "vllm" else None)
-        if consumer == "ollama":
-            assert model is not None
-            comes_from = f"./{GGUF_MODEL}" if whole else str(_base_gguf(model, like))
-            beside = None if whole else f"./{GGUF_ADAPTER}"
-            text = gguf_export.modelfile(load_tokenizer(resolve(model)), comes_from, beside, system)
-            (folder / MODELFILE).write_text(text, encoding="utf-8")
+        if modelfile:
+            (folder / MODELFILE).write_text(modelfile, encoding="utf-8")
         files = sorted(path.name for path in folder.iterdir())
     form = "merged model" if whole else "adapter"
     return {"out": str(out), "consumer": consumer, "form": form, "reasons": reasons, "files": files, "merge": report}
@@ -123,12 +126,15 @@ def _option_problems(consumer: str, model: Any, merged: bool, kind: Any, like: A
     return problems
 
 
+_OPTIONS = {"check": "no-check", "trained_on": "trained-on", "texts": "text"}
+
+
 def _refuse_merging(options: dict[str, Any]) -> None:
     """Raise VeneerError for options of a merge where nothing is merged."""
     unset: dict[str, Any] = {"onto": "auto", "check": True, "force": False}
     given = [name for name, value in options.items() if name != "progress" and value != unset.get(name)]
     if given:
-        names = ", ".join(f"--{'no-check' if name == 'check' else name}" for name in given)
+        names = ", ".join(f"--{_OPTIONS.get(name, name)}" for name in given)
         raise VeneerError(f"{names}: of a merged model, and this goes as an adapter", hint="--merged merges it")
 
 

@@ -10,7 +10,7 @@ import torch
 
 from veneer.adapters.files import load_adapter
 from veneer.adapters.merge import merge
-from veneer.adapters.peft_format import base_quantization
+from veneer.adapters.peft_format import read_adapter
 from veneer.config import Quantization
 from veneer.errors import RefusedError, VeneerError
 from veneer.evaluation import divergence, text_logits
@@ -109,7 +109,7 @@ def merge_into(
             load_adapter(merged, folder / RESIDUAL)
         found = divergence(reference, text_logits(merged, tokenizer, texts))
         if not found["kl"] <= limit and not force:  # NaN too
-            raise _too_far(found, limit)
+            raise _too_far(found, limit, requantized=requantize is not None)
         return found
 
     about = {
@@ -120,6 +120,7 @@ def merge_into(
         "forced": force,
     }
     common: dict[str, Any] = {"check": measured if check else None, "about": about, "progress": progress}
+    common["double_quant"] = None if base.stored else base.double_quant
     if requantize is None:
         return write_merged(model, sources, folder, onto=None if base.stored else base.kind, **common)
     rank = 16 if residual_rank is None else residual_rank
@@ -146,13 +147,15 @@ def option_problems(onto: str, trained_on: str | None, requantize: str | None = 
 
 class _Base(NamedTuple):
     """kind: what the base is decoded from before merging, None: it is the 16-bit one; stored: what it is on disk; belongs:
-    what the adapters were trained on, if that was quantised; known: the user said so; why: this kind."""
+    what the adapters were trained on, if that was quantised; known: the user said so; why: this kind; double_quant: of the
+    constants of 4 bits."""
 
     kind: str | None
     stored: str | None
     belongs: str | None
     known: bool
     why: str
+    double_quant: bool
 
 
 def _base(model: str, sources: Sequence[str | Path], onto: str, trained_on: str | None) -> _Base:
@@ -163,8 +166,9 @@ def _base(model: str, sources: Sequence[str | Path], onto: str, trained_on: str 
             f"--onto {onto}: {model} is stored in {stored}, there is no {onto} base in it",
             hint="leave --onto out, or give the 16-bit model it was made from",
         )
-    known = trained_on is not None
-    trained = {None if trained_on == "16-bit" else trained_on} if known else set(map(base_quantization, sources))
+    known, files = trained_on is not None, [read_adapter(path) for path in sources]
+    trained = {None if trained_on == "16-bit" else trained_on} if known else {file.trained_on for file in files}
+    double_quant = next((file.double_quant for file in files if file.double_quant is not None), True)
     if len(trained) > 1 and not stored:
         found = ", ".join(sorted(kind or "16-bit, or not known" for kind in trained))
         raise VeneerError(f"the adapters were trained on different bases: {found}", hint="merge one after the other")
@@ -173,7 +177,7 @@ def _base(model: str, sources: Sequence[str | Path], onto: str, trained_on: str 
     why = "as asked" if onto != "auto" else "the base it was trained on"
     if onto == "auto" and belongs is None and not known:
         why = "what it was trained on is not known: taken for the 16-bit base; --trained-on nf4 says otherwise"
-    return _Base(kind, stored, belongs, known, why)
+    return _Base(kind, stored, belongs, known, why, double_quant)
 
 
 def _measure(
@@ -181,7 +185,8 @@ def _measure(
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
     """Logits of base and adapters, and with `both` how far a merge onto each base is from that."""
     wanted: Any = None if base.stored else base.belongs
-    loaded, tokenizer = load(model, quantize=wanted, dtype=stored_dtype(model), fused=False)
+    how: dict[str, Any] = {"dtype": stored_dtype(model), "fused": False}
+    loaded, tokenizer = load(model, quantize=wanted, double_quant=base.double_quant, **how)
     for path in sources[:-1]:  # one after the other: what is in already is base for the next
         merge(load_adapter(loaded, path))
     load_adapter(loaded, sources[-1])
@@ -190,20 +195,21 @@ def _measure(
         return reference, {}
     ways = {str(base.belongs): divergence(reference, text_logits(merge(loaded), tokenizer, texts))}
     del loaded
-    dense, _ = load(model, dtype=stored_dtype(model), fused=False)
+    dense, _ = load(model, **how)
     for path in sources:
         merge(load_adapter(dense, path))
     ways["16-bit"] = divergence(reference, text_logits(dense, tokenizer, texts))
     return reference, ways
 
 
-def _too_far(found: dict[str, Any], limit: float) -> RefusedError:
+def _too_far(found: dict[str, Any], limit: float, *, requantized: bool) -> RefusedError:
+    higher = "keep a residual adapter of a higher rank (--residual-rank), " if requantized else ""
     return RefusedError(
         f"the merged model is too far from base and adapter: found a KL of {found['kl']:.3g} nats "
         f"(largest logit difference {found['max_logit_difference']:.3g}, the same likeliest token at "
         f"{100 * found['top1_agreement']:.1f}% of {found['tokens']} positions), expected at most {limit:g}",
-        hint="serve the adapter beside its base, merge onto another base (--onto), keep a residual adapter of a higher "
-        "rank (--residual-rank), or write it all the same with --force",
+        hint=f"serve the adapter beside its base, merge onto another base (--onto), {higher}or write it all the same with "
+        "--force",
     )
 
 
@@ -224,6 +230,10 @@ def describe(report: dict[str, Any]) -> str:
         lines.append(
             f"{report['changed']} of {report['tensors']} tensors changed; largest error against fp64 {error['max_error']:.3g}, "
             f"of which rounding {error['rounding']:.3g}"
+        )
+    else:
+        lines.append(
+            f"{report['changed']} layers changed; merged in memory, not tensor by tensor: no error against fp64"
         )
     found = report["divergence"]
     if found is None:

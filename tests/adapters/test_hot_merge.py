@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_mixture, make_model, randomised
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer.adapters.attach import active_adapter, adapter_parameters, remove_adapter
@@ -137,6 +137,19 @@ def test_an_adapter_that_is_loaded_to_wait_leaves_the_merge_and_what_is_active(t
     torch.testing.assert_close(logits(model), merged, rtol=1e-6, atol=1e-6)
     plain = veneer.load_adapter(make_model(), path, "waits", activate=False)
     assert torch.equal(logits(plain), logits(make_model())) and active_adapter(plain) is None
+
+
+def test_copies_of_the_base_are_compared_with_the_base_and_not_with_what_is_merged(tmp_path):
+    model = randomised(veneer.attach(make_model(), veneer.LoraConfig(r=4, targets=["embed_tokens", "q_proj"]), seed=0))
+    other = randomised(veneer.attach(make_model(), veneer.LoraConfig(r=2, targets=["q_proj"]), seed=1))
+    path = veneer.save_adapter(other, tmp_path / "other")
+    tensors, base = load_file(path / "adapter_model.safetensors"), make_model().model.embed_tokens.weight.detach()
+    save_file(
+        {**tensors, "base_model.model.model.embed_tokens.weight": base.clone()}, path / "adapter_model.safetensors"
+    )
+    veneer.hot_merge(model)
+    assert not torch.equal(model.model.embed_tokens.weight, base)
+    veneer.load_adapter(model, path, "other", activate=False)
 
 
 def test_what_cannot_be_merged():

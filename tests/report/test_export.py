@@ -134,6 +134,7 @@ def test_a_merged_model_is_measured_and_refused_as_by_merge(tmp_path, tokenizer)
     ("vllm", {"kind": "q8_0", "like": "x.gguf"}, r"--type: is for llama.cpp and ollama(.|\n)*--like: is for"),
     ("llama.cpp", {"model": "m", "system": "Hi."}, "--system: is for ollama"),
     ("peft", {"onto": "nf5"}, "--onto: found 'nf5'"),
+    ("vllm", {"trained_on": "nf4", "texts": ["a"]}, "--trained-on, --text: of a merged model"),
 ])  # fmt: skip
 def test_options_without_use_are_refused(tmp_path, tokenizer, consumer, options, message):
     path = adapter(tmp_path, written(tmp_path, tokenizer))
@@ -280,6 +281,17 @@ def test_adapters_that_are_not_of_this_base_and_heads_that_are_tied(tmp_path, to
     with pytest.raises(RefusedError, match="is stored in nf4: it cannot be compared"):
         export(adapter(tmp_path, tmp_path / "four", "q"), tmp_path / "no", "llama.cpp", model=str(tmp_path / "four"),
                merged=True, like=base)  # fmt: skip
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_is_refused_is_refused_before_anything_is_merged(tmp_path, tokenizer, monkeypatch):
+    folder = written(tmp_path, tokenizer, llama)
+    base, path = gguf_of(folder, tmp_path / "base.gguf"), adapter(tmp_path, folder)
+    with pytest.raises(veneer.VeneerError, match="--like: of a merged model"):
+        export(path, tmp_path / "no", "llama.cpp", model=str(folder), like=base)
+    monkeypatch.setattr("veneer.report.export.merge_into", None)
+    with pytest.raises(veneer.VeneerError, match='which would end it'):
+        export(path, tmp_path / "no", "ollama", model=str(folder), like=base, merged=True, system='"""')
     assert not (tmp_path / "no").exists()
 
 

@@ -68,7 +68,8 @@ def test_single_quantised_training_is_merged_onto_the_same_codes(tmp_path, token
     model, _ = veneer.load(folder, quantize="nf4", double_quant=False, dtype="float32", fused=False)
     veneer.attach(model, veneer.LoraConfig(r=4, targets="all-linear"), seed=0)
     path = veneer.save_adapter(model, tmp_path / "single")
-    merge_model(str(folder), [path], tmp_path / "out", onto="nf4")
+    report = merge_model(str(folder), [path], tmp_path / "out", onto="nf4")
+    assert report["kl"] < 1e-9 and merge_model(str(folder), [path], tmp_path / "auto")["measured"]["nf4"]["kl"] < 1e-9
     ids = torch.arange(1, 30)[None]
     with torch.no_grad():
         torch.testing.assert_close(logits(tmp_path / "out"), model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)

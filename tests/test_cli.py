@@ -3,8 +3,10 @@ import os
 import pickle
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -81,6 +83,19 @@ def good(tmp_path_factory):
     veneer.attach(model, veneer.LoraConfig(r=4), seed=0)
     veneer.save_adapter(model, path / "adapter")
     return path
+
+
+def test_a_merge_that_is_told_to_stop_leaves_nothing(good, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "veneer.cli", "merge", good / "model", good / "adapter", "--out", tmp_path / "out"]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment)
+    while not list(tmp_path.glob(".out.*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in text
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

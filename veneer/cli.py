@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -214,8 +216,9 @@ def merge(
         str | None, typer.Option(help="nf4, fp4 or int8: keep the model quantised, with a residual adapter beside it.")
     ] = None,
     residual_rank: Annotated[
-        int, typer.Option(min=0, help="With --requantize: rank of the adapter for what that loses; 0: none.")
-    ] = 16,
+        int | None,
+        typer.Option(min=0, help="With --requantize: rank of the adapter for what that loses, else 16; 0: none."),
+    ] = None,
     check: Annotated[bool, typer.Option(help="Compare it with base and adapter on text before it is written.")] = True,
     text: Annotated[Path | None, typer.Option(help="Compare on this text file, a paragraph at a time.")] = None,
     tolerance: Annotated[
@@ -262,8 +265,9 @@ def combine(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER ...", help="Folders with LoRA adapters.")],
     out: Annotated[Path | None, typer.Option(help="The folder to write.")] = None,
     method: Annotated[
-        str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune or della.")
-    ] = "linear",
+        str | None,
+        typer.Option(help="linear (left out), cat, svd, ties, dare_linear, dare_ties, magnitude_prune or della."),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option(help="One for each adapter, as 0.7,0.3 or 1,-1. Left out: an average.")
     ] = None,
@@ -272,8 +276,10 @@ def combine(
         float | None, typer.Option(help="The lowest rank whose error is at most this share of each layer's update.")
     ] = None,
     density: Annotated[float | None, typer.Option(help="Share of each update that a pruning method keeps.")] = None,
-    sign: Annotated[str, typer.Option(help="How signs are elected: total (the larger sum) or frequency.")] = "total",
-    seed: Annotated[int, typer.Option(help="Of the methods that keep at random.")] = 0,
+    sign: Annotated[
+        str | None, typer.Option(help="How signs are elected: total (the larger sum; left out) or frequency.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the methods that keep at random; left out: 0.")] = None,
     any_base: Annotated[bool, typer.Option("--any-base", help="Although they name different base models.")] = False,
     analyze: Annotated[
         bool, typer.Option("--analyze", help="Only compare them: can they be combined? Writes nothing.")
@@ -289,6 +295,10 @@ def combine(
     if plot is not None and not analyze:
         raise VeneerError("--plot: found without --analyze, expected both")
     if analyze:
+        idle = {"--out": out, "--method": method, "--weights": weights, "--rank": rank, "--max-error": max_error,
+                "--density": density, "--sign": sign, "--seed": seed, "--any-base": any_base or None}  # fmt: skip
+        if given := [option for option, value in idle.items() if value is not None]:
+            raise VeneerError(f"{', '.join(given)}: found with --analyze, which only compares and writes nothing")
         found = interference.analyze(adapters, counter("layers compared"))
         if plot is not None:
             found["plot"] = str(interference.plot(found, plot))
@@ -300,8 +310,8 @@ def combine(
     if out is None:
         raise VeneerError("--out: found none, expected the folder to write")
     report = combine_adapters(
-        adapters, out, method=method, weights=_numbers(weights), rank=rank, max_error=max_error, density=density,
-        sign=sign, seed=seed, any_base=any_base, progress=counter("layers combined"),  # type: ignore[arg-type]
+        adapters, out, method=method or "linear", weights=_numbers(weights), rank=rank, max_error=max_error,
+        density=density, sign=sign or "total", seed=seed or 0, any_base=any_base, progress=counter("layers combined"),  # type: ignore[arg-type]
     )  # fmt: skip
     if as_json:
         _print_json({"out": str(out), **report})
@@ -336,29 +346,39 @@ def export(
         str | None, typer.Option(help="The base: for llama.cpp and ollama, and to merge what cannot be an adapter.")
     ] = None,
     merged: Annotated[bool, typer.Option("--merged", help="A merged model, although an adapter would do.")] = False,
-    kind: Annotated[str, typer.Option("--type", help="Of a merged GGUF: f16 or q8_0.")] = "f16",
+    kind: Annotated[str | None, typer.Option("--type", help="Of a merged GGUF: f16 or q8_0; else f16.")] = None,
     like: Annotated[
         Path | None, typer.Option(help="A GGUF of the base, whose metadata a merged GGUF takes; else --model itself.")
     ] = None,
-    onto: Annotated[
-        str | None, typer.Option(help="16-bit, nf4, fp4 or int8: the base to merge onto; else what it was trained on.")
+    onto: Annotated[str, typer.Option(help="Of a merged model: as of veneer merge; so are those below.")] = "auto",
+    trained_on: Annotated[
+        str | None, typer.Option(help="16-bit, nf4, fp4 or int8: the base in training, where the adapter does not say.")
     ] = None,
+    check: Annotated[bool, typer.Option(help="Compare a merged model with base and adapter on text.")] = True,
+    text: Annotated[Path | None, typer.Option(help="Compare on this text file, a paragraph at a time.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0, help="KL from base and adapter, in nats, above which nothing is written.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write a merged model even above the tolerance.")] = False,
     system: Annotated[str | None, typer.Option(help="System message of a Modelfile.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write an adapter as another tool reads it, or a merged model where that tool cannot hold it."""
-    from veneer.models.export import export as write
+    from veneer.report import merge as report
+    from veneer.report.export import export as write
     from veneer.training.progress import counter
 
     found = write(
-        adapter, out, consumer, model=model, merged=merged, kind=kind, like=like, onto=onto, system=system,
-        progress=counter("tensors merged"),
+        adapter, out, consumer, model=model, merged=merged, kind=kind, like=like, system=system, onto=onto,
+        trained_on=trained_on, check=check, texts=_paragraphs(text), tolerance=tolerance, force=force, progress=counter("tensors merged"),
     )  # fmt: skip
     if as_json:
         _print_json(found)
         return
     for reason in found["reasons"]:
         print(f"merged into the base, because {reason}")
+    if found["merge"] is not None:
+        print(report.describe({"out": str(out), **found["merge"]}))
     print(f"{found['form']} for {consumer}: {out}  ({', '.join(found['files'])})")
     if consumer == "ollama":
         print(f"try it:  cd {shlex.quote(str(out))} && ollama create mine -f Modelfile && ollama run mine")
@@ -480,6 +500,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half written is taken away
     try:
         app()
     except VeneerError as error:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -245,18 +246,20 @@ def stream_tensors(
     digest = hashlib.sha256()
 
     def pieces() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little") + text
         for name, tensor in zip(names, tensors(names), strict=True):
             assert (tensor.dtype, tensor.shape) == plan[name], name
             yield tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
 
     with atomic_file(path) as temporary:
         try:
-            with open(temporary, "wb", buffering=0) as file:
-                for piece in itertools.chain([len(text).to_bytes(8, "little") + text], pieces()):
-                    digest.update(piece)
+            with open(temporary, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+                for piece in pieces():
+                    hashing = beside.submit(digest.update, piece)  # neither it nor the write holds Python's lock
                     view = memoryview(piece)
                     while len(view):
                         view = view[file.write(view) :]
+                    hashing.result()
         except OSError as error:
             temporary.unlink(missing_ok=True)
             free = shutil.disk_usage(temporary.parent).free
@@ -289,10 +292,11 @@ def pickle_error(path: str | Path) -> VeneerError:
     )
 
 
-def sha256(path: str | Path) -> str:
-    """Hex sha256 of a file, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while piece := handle.read(1 << 20):
-            digest.update(piece)
+def sha256(path: str | Path, stop: threading.Event | None = None) -> str:
+    """Hex sha256 of a file; stop: once it is set the rest is not read, and what comes back is none."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as handle:
+        while (count := handle.readinto(buffer)) and not (stop and stop.is_set()):
+            digest.update(view[:count])
     return digest.hexdigest()

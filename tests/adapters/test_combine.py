@@ -14,7 +14,7 @@ import veneer
 from veneer.adapters import algebra, sparsify
 from veneer.adapters.algebra import RowBlocks
 from veneer.adapters.attach import adapter_parameters, adapters, lora_layers
-from veneer.adapters.combine import METHODS, combine
+from veneer.adapters.combine import DELLA_WINDOW, METHODS, combine
 from veneer.adapters.peft_format import read_adapter
 from veneer.errors import RefusedError
 
@@ -263,6 +263,29 @@ def test_della_keeps_the_large_of_each_row_more_often():
     assert float(small) == pytest.approx(0.3, abs=0.04) and float(large) == pytest.approx(0.7, abs=0.04)
     assert float(kept.mean() / 60) == pytest.approx(0.5, abs=0.01)
     assert float((total / 60 - d).norm() / d.norm()) < 0.2  # divided by what each was kept with
+
+
+def test_della_elects_among_what_it_kept_divided_by_its_chance(tmp_path):
+    paths, weights, density = folders(tmp_path, ALIKE), (1, 0.5, 2, -1), 0.6
+    window = DELLA_WINDOW
+    alone = []
+    for number, path in enumerate(paths):
+        combine([path], tmp_path / str(number), method="della", weights=(1,), density=density, rank=48)
+        pruned = {}
+        for name, found in updates(tmp_path / str(number)).items():
+            d = updates(path)[name]
+            order = d.abs().argsort(1).argsort(1) / (d.shape[1] - 1)
+            chance = density - window * (0.5 - order)
+            kept = (found * chance / d - 1).abs() < 0.02
+            zero = found.abs() < 1e-4 * found.abs().max()
+            assert float((kept | zero).double().mean()) > 0.995 and 0.3 < float(zero.double().mean()) < 0.5
+            pruned[name] = torch.where(zero, 0.0, d / chance)
+        alone.append(pruned)
+    expected = {name: elected([ds[name] for ds in alone], weights, "total") for name in alone[0]}
+    combine(paths, tmp_path / "out", method="della", weights=weights, density=density, rank=48)
+    found = updates(tmp_path / "out")
+    for name, d in expected.items():  # where a value near zero decides an election, the two may differ
+        assert float(((found[name] - d).abs() > 1e-3 * d.abs().max()).double().mean()) < 0.01
 
 
 # ---- block by block -----------------------------------------------------------------------------------------------------

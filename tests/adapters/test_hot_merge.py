@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import make_mixture, make_model, randomised
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import veneer
 from veneer.adapters.attach import active_adapter, adapter_parameters, remove_adapter
@@ -119,6 +119,37 @@ def test_what_follows_a_hot_merge():
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     remove_adapter(model, "default")
     assert torch.equal(logits(model), plain) and not model.__dict__.get("veneer_merged")
+
+
+def test_an_adapter_that_is_loaded_to_wait_leaves_the_merge_and_what_is_active(tmp_path):
+    model = randomised(veneer.attach(make_model(), veneer.LoraConfig(r=4, **ALL), seed=0))
+    more = {"targets": ["q_proj", "embed_tokens"], "modules_to_save": ["norm"]}
+    other = randomised(veneer.attach(make_model(), veneer.LoraConfig(r=2, **more), seed=1))
+    path = veneer.save_adapter(other, tmp_path / "other")
+    veneer.hot_merge(model)
+    merged = logits(model)
+    veneer.load_adapter(model, path, "other", activate=False)
+    assert torch.equal(logits(model), merged) and model.__dict__["veneer_merged"]
+    assert not any(p.requires_grad for p in adapter_parameters(model, "other").values())
+    veneer.hot_merge(model, "other")
+    torch.testing.assert_close(logits(model), logits(other), rtol=1e-4, atol=1e-4)
+    veneer.hot_merge(model, "default")
+    torch.testing.assert_close(logits(model), merged, rtol=1e-6, atol=1e-6)
+    plain = veneer.load_adapter(make_model(), path, "waits", activate=False)
+    assert torch.equal(logits(plain), logits(make_model())) and active_adapter(plain) is None
+
+
+def test_copies_of_the_base_are_compared_with_the_base_and_not_with_what_is_merged(tmp_path):
+    model = randomised(veneer.attach(make_model(), veneer.LoraConfig(r=4, targets=["embed_tokens", "q_proj"]), seed=0))
+    other = randomised(veneer.attach(make_model(), veneer.LoraConfig(r=2, targets=["q_proj"]), seed=1))
+    path = veneer.save_adapter(other, tmp_path / "other")
+    tensors, base = load_file(path / "adapter_model.safetensors"), make_model().model.embed_tokens.weight.detach()
+    save_file(
+        {**tensors, "base_model.model.model.embed_tokens.weight": base.clone()}, path / "adapter_model.safetensors"
+    )
+    veneer.hot_merge(model)
+    assert not torch.equal(model.model.embed_tokens.weight, base)
+    veneer.load_adapter(model, path, "other", activate=False)
 
 
 def test_what_cannot_be_merged():

@@ -10,12 +10,15 @@ import pytest
 import torch
 from conftest import make_mixture, make_model, randomised
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import veneer
 from veneer.adapters.peft_format import read_adapter
+from veneer.models import merging
 from veneer.models.merging import merge_files
-from veneer.quant.linear import quantize_model
+from veneer.models.weights import BaseWeights
+from veneer.quant.bnb_format import pack_layer
+from veneer.quant.linear import QuantizedLinear, quantize, quantize_model
 from veneer.storage import sha256
 
 IDS = torch.arange(1, 30)[None]
@@ -60,6 +63,7 @@ CASES = {
     "rsLoRA, patterns": {"rslora": True, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 3}},
     "tied head": {"targets": ["lm_head", "q_proj"]},
     "embedding": {"targets": ["embed_tokens", "q_proj"]},
+    "DoRA of an embedding": {"targets": ["embed_tokens"], "dora": True},
     "modules and tokens": {"targets": ["q_proj"], "modules_to_save": ["norm"], "tokens": [4, 11]},
     "tied modules": {"targets": ["q_proj"], "modules_to_save": ["lm_head"]},
     "biases": {"targets": "attention", "bias": "all", "lora_bias": True},
@@ -149,7 +153,8 @@ def test_transformers_conv1d(tmp_path, tokenizer):
     folder = written(tmp_path, tokenizer, make)
     for number, settings in enumerate(({}, {"dora": True})):
         path = adapter(tmp_path, folder, f"a{number}", targets=["c_attn", "c_proj"], **settings)
-        merge_files(folder, [path], tmp_path / f"out{number}")
+        error = merge_files(folder, [path], tmp_path / f"out{number}")["error"]
+        assert 0 < error["max_error"] <= 1e-6
         torch.testing.assert_close(logits(tmp_path / f"out{number}"), logits(folder, path), rtol=1e-5, atol=1e-5)
 
 
@@ -158,7 +163,7 @@ def test_experts(tmp_path, tokenizer, kind):
     folder = written(tmp_path, tokenizer, lambda: make_mixture(kind).eval())
     path = adapter(tmp_path, folder)
     report = merge_files(folder, [path], tmp_path / "out")
-    assert report["how"] in ("streamed", "in memory")
+    assert report["how"] == "streamed" and 0 < report["error"]["max_error"] <= 1e-6
     torch.testing.assert_close(logits(tmp_path / "out"), logits(folder, path), rtol=1e-4, atol=1e-4)
 
 
@@ -248,11 +253,34 @@ def test_files_of_other_shapes_types_and_with_nan(tmp_path, tokenizer):
         merge_files(folder, [path], tmp_path / "no")
 
 
-def test_experts_that_are_stored_one_by_one_are_merged_in_memory(tmp_path, tokenizer):
+def test_experts_that_are_stored_one_by_one_stay_so(tmp_path, tokenizer):
     make_mixture().eval().save_pretrained(tmp_path / "theirs")  # transformers writes them so
     folder = tmp_path / "theirs"
     tokenizer.save_pretrained(folder)
     assert any(".experts.0." in key for key in load_file(folder / "model.safetensors"))
+    paths = [adapter(tmp_path, folder, name) for name in ("a", "b")]
+    shapes = {key: x.shape for key, x in load_file(folder / "model.safetensors").items()}
+    expected = logits(folder, paths[0])
+    for shards in (1, 3):
+        out = tmp_path / f"out{shards}"
+        report = merge_files(folder if shards == 1 else sharded(folder, shards), paths[:1], out)
+        files = [load_file(file) for file in out.glob("*.safetensors")]
+        assert {key: x.shape for file in files for key, x in file.items()} == shapes and report["how"] == "streamed"
+        torch.testing.assert_close(logits(out), expected, rtol=1e-4, atol=1e-4)
+        assert 0 < report["error"]["max_error"] <= 1e-6
+    merge_files(out, paths[1:], tmp_path / "one by one")
+    merge_files(folder, paths, tmp_path / "both")
+    torch.testing.assert_close(logits(tmp_path / "both"), logits(tmp_path / "one by one"), rtol=1e-4, atol=1e-4)
+    full = adapter(tmp_path, folder, "c", targets=["q_proj"], modules_to_save=["mlp"])
+    merge_files(folder, [full], tmp_path / "full")
+    torch.testing.assert_close(logits(tmp_path / "full"), logits(folder, full), rtol=1e-4, atol=1e-4)
+
+
+def test_what_transformers_converts_otherwise_is_merged_in_memory(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(merging, "pieces", lambda *_: {})
+    make_mixture().eval().save_pretrained(tmp_path / "theirs")
+    folder = tmp_path / "theirs"
+    tokenizer.save_pretrained(folder)
     path = adapter(tmp_path, folder)
     report = merge_files(folder, [path], tmp_path / "out")
     assert report["how"] == "in memory"
@@ -427,3 +455,96 @@ def test_smollm2_merged_is_base_and_adapter(tmp_path, dtype):
             wanted, weights = (one(input_ids=ids).logits.double() for one in (exact, rounded))
         unavoidable = float((weights - wanted).norm() + (beside - wanted).norm())
         assert float((found - wanted).norm()) < 1.2 * unavoidable and float((weights - wanted).norm()) < effect
+
+
+# ---- tensors that are called otherwise than the model's ---------------------------------------------------------------
+
+
+def theirs(tmp_path, tokenizer, model, name="theirs"):
+    """A model as transformers writes it."""
+    model.eval().save_pretrained(tmp_path / name)
+    tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path / name
+
+
+def test_experts_one_by_one_in_bf16_are_rounded_once_and_the_others_are_the_same_to_the_bit(tmp_path, tokenizer):
+    folder = theirs(tmp_path, tokenizer, make_mixture().to(torch.bfloat16))
+    settings = {"targets": [], "parameters": ["experts.down_proj"]}
+    paths = [adapter(tmp_path, folder, "a", **settings), adapter(tmp_path, folder, "b", 1, r=2, **settings)]
+    factors = [read_adapter(path).factors for path in paths]
+    report = merge_files(folder, paths, tmp_path / "out")
+    before, after = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "out"))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert report["changed"] == len(changed) == 8 and all(".w2." in key for key in changed)
+    for key in changed:
+        layer, expert = int(key.split(".")[2]), int(key.split(".experts.")[1].split(".")[0])
+        exact = before[key].double()
+        for file in factors:
+            one = file[f"model.layers.{layer}.mlp.experts.down_proj"]
+            a = one.a.double().view(4, -1, one.a.shape[1])[expert]
+            b = one.b.double().view(one.b.shape[0], -1, 4)[..., expert]
+            exact += one.scaling * b @ a
+        assert float((after[key] != exact.bfloat16()).double().mean()) < 1e-3
+        assert float((after[key].double() - exact).abs().max()) <= 1.001 * report["error"]["rounding"] + 1e-3
+
+
+def test_onto_what_it_was_trained_on_with_experts_one_by_one(tmp_path, tokenizer):
+    folder = theirs(tmp_path, tokenizer, make_mixture())
+    path = adapter(tmp_path, folder, quantize="nf4")
+    merge_files(folder, [path], tmp_path / "out", onto="nf4")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(folder, path, quantize="nf4"), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_of_one(tmp_path, tokenizer):
+    config = make_mixture().config
+    config.num_local_experts = config.num_experts_per_tok = 1
+    folder = theirs(tmp_path, tokenizer, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    path = adapter(tmp_path, folder)
+    assert merge_files(folder, [path], tmp_path / "out")["how"] == "streamed"
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(folder, path), rtol=1e-4, atol=1e-4)
+
+
+def test_quantised_experts_one_by_one_are_refused_in_words(tmp_path, tokenizer):
+    folder = theirs(tmp_path, tokenizer, make_mixture())
+    path = adapter(tmp_path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if ".experts." in key]:
+        layer = QuantizedLinear(quantize(tensors.pop(key), "nf4"), None, torch.float32)
+        tensors |= {f"{key.removesuffix('.weight')}.{part}": value for part, value in pack_layer(layer).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    four = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": four}))
+    with pytest.raises(veneer.VeneerError):
+        merge_files(folder, [path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_an_older_name(tmp_path, tokenizer, tied):
+    config = GPTNeoXConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = GPTNeoXForCausalLM(config)
+    folder = theirs(tmp_path, tokenizer, model)
+    ours = veneer.save_model(model, tokenizer, tmp_path / "ours")
+    names, own = (load_file(where / "model.safetensors").keys() for where in (folder, ours))
+    assert names == own and ("embed_out.weight" in names) != tied
+    path = adapter(tmp_path, folder, targets=["lm_head", "dense"])
+    report = merge_files(folder, [path], tmp_path / "out")
+    assert report["how"] == "streamed"
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(folder, path), rtol=1e-5, atol=1e-5)
+    norm = BaseWeights(folder).norms(["lm_head"])["lm_head"][0]
+    assert norm == pytest.approx(float(model.get_output_embeddings().weight.norm()), rel=1e-5)
+
+
+def test_a_saved_mixture_has_the_names_that_others_read(tmp_path, tokenizer):
+    model = make_mixture("qwen3_moe").eval()
+    wanted = load_file(theirs(tmp_path, tokenizer, model) / "model.safetensors")
+    found = load_file(veneer.save_model(model, tokenizer, tmp_path / "ours") / "model.safetensors")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "ours"), model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(plain(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)

@@ -68,10 +68,29 @@ def test_single_quantised_training_is_merged_onto_the_same_codes(tmp_path, token
     model, _ = veneer.load(folder, quantize="nf4", double_quant=False, dtype="float32", fused=False)
     veneer.attach(model, veneer.LoraConfig(r=4, targets="all-linear"), seed=0)
     path = veneer.save_adapter(model, tmp_path / "single")
-    merge_model(str(folder), [path], tmp_path / "out", onto="nf4")
+    report = merge_model(str(folder), [path], tmp_path / "out", onto="nf4")
+    assert report["kl"] < 1e-9 and merge_model(str(folder), [path], tmp_path / "auto")["measured"]["nf4"]["kl"] < 1e-9
     ids = torch.arange(1, 30)[None]
     with torch.no_grad():
         torch.testing.assert_close(logits(tmp_path / "out"), model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_both_bases_are_measured_for_several_adapters(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    paths = [adapter(tmp_path, folder, name, quantize="nf4") for name in ("a", "b")]
+    report = merge_model(str(folder), paths, tmp_path / "out")
+    assert report["onto"] == "nf4" and report["measured"]["nf4"]["kl"] < report["measured"]["16-bit"]["kl"]
+    assert report["kl"] < report["measured"]["16-bit"]["kl"]
+
+
+def test_options_that_do_not_go_together(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    path = adapter(tmp_path, folder)
+    with pytest.raises(veneer.VeneerError) as raised:
+        merge_model(str(folder), [path], tmp_path / "no", check=False, tolerance=1.0, force=True, texts=["a"],
+                    residual_rank=4)  # fmt: skip
+    found = [problem.partition(":")[0] for problem in raised.value.problems]
+    assert found == ["--text", "--tolerance", "--force", "--residual-rank"] and not (tmp_path / "no").exists()
 
 
 def test_what_cannot_be_asked(tmp_path, tokenizer):

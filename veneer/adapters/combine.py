@@ -37,6 +37,7 @@ from veneer.adapters.peft_format import (
 from veneer.adapters.sparsify import Prune, Rule, Sign, Update, dense_sum
 from veneer.adapters.tokens import TokenRows
 from veneer.errors import RefusedError, VeneerError
+from veneer.ops import all_finite
 from veneer.storage import atomic_folder, require_empty_folder, write_json, write_tensors
 
 REPORT_FILE = "combine_report.json"
@@ -298,7 +299,7 @@ def _layers(
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for name, layer in zip(names, pool.map(one_layer, names), strict=True):
-                if not bool(torch.isfinite(layer.a).all() and torch.isfinite(layer.b).all()):
+                if not (all_finite(layer.a) and all_finite(layer.b)):
                     raise VeneerError(
                         f"{name}: the result holds NaN or Inf: its weights, or the adapters, are too large"
                     )

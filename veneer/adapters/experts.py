@@ -161,6 +161,17 @@ class LoraParameter(LoraLayer):
         zero = torch.zeros(self.weight.shape, device=a.device)
         return _added(zero, a, b, 1.0, self.transposed)
 
+    def as_matrices(self, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        middle = self.experts // 2
+        w = weight[middle]
+        return w.T if self.transposed else w, *_factors(a, b, middle, self.experts, a.dtype)
+
+    def of_expert(self, name: str, expert: int) -> tuple[Tensor, Tensor]:
+        """L and R, fp32, for which L R is an adapter's update of one expert in the layout of the weight."""
+        a, b = self.lora_A[name].detach().float(), self.lora_B[name].detach().float()
+        a, b = _factors(a, b, expert, self.experts, a.dtype)
+        return (self.scaling[name] * a.T, b.T) if self.transposed else (self.scaling[name] * b, a)
+
     def active_factors(self) -> tuple[Tensor, Tensor, float]:
         """A, B and the scaling of the active adapter."""
         assert self.active is not None

@@ -42,9 +42,10 @@ from veneer.adapters.targets import (
     resolve_parameters,
     resolve_targets,
 )
-from veneer.adapters.tokens import TokenRows, token_layers
+from veneer.adapters.tokens import TokenRows, move, token_layers
 from veneer.config import TARGET_PRESETS, Dtype, LoraConfig
 from veneer.errors import RefusedError, VeneerError
+from veneer.ops import all_finite
 from veneer.quant.linear import quantized_layers
 from veneer.storage import (
     atomic_folder,
@@ -73,7 +74,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str | None = None, *,
     if (allocator := adapters(model)[name].allocator) is not None:
         allocator.warn_if_early()
     factors = _plain(model, name)
-    bad = [key for key, value in factors.items() if not bool(torch.isfinite(value).all())]
+    bad = [key for key, value in factors.items() if not all_finite(value)]
     if bad:
         raise VeneerError([f"{key}: found NaN or Inf, not saved" for key in bad])
     path = Path(path)
@@ -328,6 +329,7 @@ def load_adapter(
     """Put an adapter folder in PEFT's format on `model`, in place, and make it the active one.
 
     Args:
+        activate: False: it waits; what is active stays so, and what is merged (`hot_merge`) merged.
         dtype: of A and B on the model, whatever it is in the file.
         device: where the adapter waits while another is active, "cpu" say of a model on a GPU; left out, at the base.
         check_copies: compare weights of the base that the file has too with this base's; False: its shapes alone.
@@ -341,9 +343,86 @@ def load_adapter(
     check_adapter_name(name)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
-    path, waits = Path(path), None if device is None else torch.device(device)
-    file = read_adapter(path, model)
-    raw, config = file.raw, file.config.model_copy(update={"dtype": dtype})
+    place_adapter(
+        model, read_adapter(path, model), Path(path), name, dtype=dtype, device=device, check_copies=check_copies
+    )
+    if activate:
+        set_adapter(model, name)
+    return model
+
+
+def place_adapter(
+    model: nn.Module,
+    file: AdapterFile,
+    path: Path,
+    name: str,
+    *,
+    dtype: Dtype = "float32",
+    device: str | None = None,
+    check_copies: bool = True,
+) -> None:
+    """Put an adapter that was read from `path` on `model`, not active: what is active, or merged, stays so.
+
+    Raises:
+        VeneerError: it is of another base; all that does not fit.
+    """
+    base = _base(model)
+    weights = {**base, **_put_aside(model)} if file.copies else base
+    problems = [*_factor_problems(model, file), *_weight_problems(weights, file, check_copies=check_copies)]
+    problems += _left_over_or_missing(model, file)
+    broken = _broken_ties(model, file)
+    replaced_there = {key: base[key] for key in file.replaced if key in base}
+    try:
+        tokens = token_layers(model, file.config.tokens, list(file.factors), replaced_there)
+    except VeneerError as error:
+        tokens = {}
+        problems += [problem.replace("lora.tokens", "trainable_token_indices", 1) for problem in error.problems]
+    else:
+        problems += _token_problems(base, tokens, file.tokens)
+    if broken and not problems:
+        raise RefusedError(
+            [f"adapter {path}: {problem}" for problem in broken],
+            hint="untie them on the model first: head.weight = nn.Parameter(head.weight.detach().clone()) and "
+            "model.config.tie_word_embeddings = False; or train again with ensure_weight_tying",
+        )
+    if problems:
+        made_for, here = file.raw.get("base_model_name_or_path"), getattr(model, "name_or_path", "?")
+        raise VeneerError(
+            [f"adapter {path}: {problem}" for problem in problems + broken],
+            hint=f"it was made for {made_for!r}; this model is {here!r}" if made_for else None,
+        )
+    config = file.config.model_copy(update={"dtype": dtype})
+    for layer, found in file.factors.items():
+        more = {"magnitude": found.magnitude, "bias": found.bias, "dtype": getattr(torch, dtype)}
+        adapted(model, layer).add(name, found.a, found.b, scaling=found.scaling, dropout=config.dropout, **more)
+    for embedding, ids in tokens.items():
+        TokenRows.of(model, embedding).add(name, ids, file.tokens[embedding])
+    tied = _tied(model)
+    replaced = {
+        key: nn.Parameter(tensor.to(device=base[key].device, dtype=base[key].dtype))
+        for key, tensor in file.replaced.items()
+        if not any(other in file.replaced for other in tied[key][: tied[key].index(key)])  # a tied one once
+    }
+    waits = None if device is None else torch.device(device)
+    adapters(model)[name] = Adapter(config, file.raw, replaced, device=waits)
+    freeze_base(model)
+    for parameter in adapter_parameters(model, name).values():
+        parameter.requires_grad_(False)
+        if waits is not None:
+            move(parameter, waits)
+    answer_save_pretrained(model)
+
+
+def _put_aside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters that are not in place: an adapter's versions of them are, or merged ones."""
+    merged: dict[str, Any] = model.__dict__.get("veneer_merged", {})
+    found = {f"{path}.weight": kept[0] for path, kept in merged.items() if isinstance(kept, tuple)}
+    found |= {path: kept for path, kept in merged.items() if isinstance(kept, nn.Parameter)}
+    return {**found, **model.__dict__.get("veneer_base", {})}
+
+
+def _factor_problems(model: nn.Module, file: AdapterFile) -> list[str]:
+    """Factors of layers that the model has not, or of another shape."""
     problems = []
     for layer, found in file.factors.items():
         kind = None if "base_layer" in layer.split(".") else layer_at(model, layer)
@@ -365,61 +444,25 @@ def load_adapter(
             for part, (tensor, shape) in expected.items()
             if tuple(tensor.shape) != shape
         ]
-    base = _base(model)
-    for key, tensor in file.replaced.items():
+    return problems
+
+
+def _weight_problems(base: dict[str, nn.Parameter], file: AdapterFile, *, check_copies: bool) -> list[str]:
+    """Weights trained in full that have no place in the base, and copies of the base's that are not this base's."""
+    problems = []
+    for key, tensor in (*file.replaced.items(), *file.copies.items()):
         if key not in base:
             problems.append(f"{key}: found in the adapter, but this model has no such weight")
-        elif base[key].shape != tensor.shape:
+        elif key in file.replaced and base[key].shape != tensor.shape:
             problems.append(f"{key}: found {tuple(tensor.shape)}, expected {tuple(base[key].shape)}")
-    for key, tensor in file.copies.items():
-        if key not in base:
-            problems.append(f"{key}: found in the adapter, but this model has no such weight")
-        elif tensor.shape != base[key].shape or (check_copies and not same_weight(tensor, base[key])):
+        elif key in file.copies and (
+            tensor.shape != base[key].shape or (check_copies and not same_weight(tensor, base[key]))
+        ):
             problems.append(
                 f"{key}: found with the adapter, {tuple(tensor.shape)}, but this base's, {tuple(base[key].shape)}, is another; "
                 "it was changed or resized before the training, or the adapter is of another base"
             )
-    problems += _left_over_or_missing(model, file)
-    broken = _broken_ties(model, file)
-    replaced_there = {key: base[key] for key in file.replaced if key in base}
-    try:
-        tokens = token_layers(model, config.tokens, list(file.factors), replaced_there)
-    except VeneerError as error:
-        tokens = {}
-        problems += [problem.replace("lora.tokens", "trainable_token_indices", 1) for problem in error.problems]
-    else:
-        problems += _token_problems(base, tokens, file.tokens)
-    if broken and not problems:
-        raise RefusedError(
-            [f"adapter {path}: {problem}" for problem in broken],
-            hint="untie them on the model first: head.weight = nn.Parameter(head.weight.detach().clone()) and "
-            "model.config.tie_word_embeddings = False; or train again with ensure_weight_tying",
-        )
-    if problems:
-        problems += broken
-        made_for = raw.get("base_model_name_or_path")
-        raise VeneerError(
-            [f"adapter {path}: {problem}" for problem in problems],
-            hint=f"it was made for {made_for!r}; this model is {getattr(model, 'name_or_path', '?')!r}"
-            if made_for
-            else None,
-        )
-    freeze_base(model)
-    for layer, found in file.factors.items():
-        more = {"magnitude": found.magnitude, "bias": found.bias, "dtype": getattr(torch, dtype)}
-        adapted(model, layer).add(name, found.a, found.b, scaling=found.scaling, dropout=config.dropout, **more)
-    for embedding, ids in tokens.items():
-        TokenRows.of(model, embedding).add(name, ids, file.tokens[embedding])
-    tied = _tied(model)
-    replaced = {
-        key: nn.Parameter(tensor.to(device=base[key].device, dtype=base[key].dtype))
-        for key, tensor in file.replaced.items()
-        if not any(other in file.replaced for other in tied[key][: tied[key].index(key)])  # a tied one once
-    }
-    adapters(model)[name] = Adapter(config, raw, replaced, device=waits)
-    set_adapter(model, name if activate else active_adapter(model))
-    answer_save_pretrained(model)
-    return model
+    return problems
 
 
 def _wrong_settings(path: Any, name: Any, dtype: Any, device: Any) -> list[str]:

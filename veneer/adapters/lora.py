@@ -240,6 +240,10 @@ class LoraLayer(nn.Module):
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return b @ a
 
+    def as_matrices(self, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W (out, in), A (r, in) and B (out, r) of a weight and factors in this layer's layout, views; of experts one's."""
+        return weight.flatten(1), a.flatten(1), b.flatten(1)
+
     def dense(self, base: Any = None) -> Tensor:
         """The base's weight in fp32; a 4-bit one decoded. base: another than the one in place."""
         base = self.base_layer if base is None else base
@@ -318,6 +322,9 @@ class LoraLinear(LoraLayer):
 
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).T if isinstance(self.base_layer, Conv1D) else b @ a
+
+    def as_matrices(self, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return weight.T if isinstance(self.base_layer, Conv1D) else weight, a, b
 
     def merged_to(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         base = self.base_of(name)
@@ -468,6 +475,9 @@ class LoraEmbedding(LoraLayer):
 
     def _update(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).T
+
+    def as_matrices(self, weight: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return weight.T, a, b
 
     def merged_to(self, name: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         weight = self.base_of(name).weight.detach()

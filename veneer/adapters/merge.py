@@ -14,6 +14,7 @@ from veneer.adapters.experts import LoraParameter
 from veneer.adapters.lora import LoraLayer
 from veneer.adapters.tokens import token_rows
 from veneer.errors import VeneerError
+from veneer.ops import all_finite
 from veneer.quant.linear import QuantizedLinear
 
 
@@ -65,9 +66,7 @@ def _checked(model: Any, name: str | None) -> str:
     require_adapter(model, name)
     layers = lora_layers(model)
     bad = [path for path, layer in layers.items() if name in layer.lora_A and not _finite(layer, name)]
-    bad += [
-        p for p, rows in token_rows(model).items() if name in rows.rows and not bool(rows.rows[name].isfinite().all())
-    ]
+    bad += [p for p, rows in token_rows(model).items() if name in rows.rows and not all_finite(rows.rows[name])]
     problems = [f"{path}: the update holds NaN or Inf" for path in bad]
     problems += [
         f"{path}: the adapter's bias (lora_bias) has no place in a layer without one"
@@ -82,14 +81,14 @@ def _checked(model: Any, name: str | None) -> str:
 def _finite(layer: LoraLayer, name: str) -> bool:
     """Whether the merged weight is; where its factors leave no doubt it is not made for that."""
     factors = [value.detach() for value in layer.parameters_of(name).values()]
-    if not all(bool(torch.isfinite(value).all()) for value in factors):
+    if not all(map(all_finite, factors)):
         return False
     largest = math.prod(float(value.abs().max()) for value in factors[:2]) * layer.rank(name) * abs(layer.scaling[name])
     if largest < 1e30 and layer.weight.dtype != torch.float16:
         return True
     base = layer.base_layer
     dtype = base.compute_dtype if isinstance(base, QuantizedLinear) else layer.weight.dtype
-    return bool(torch.isfinite(layer.merged_to(name, dtype)).all())
+    return all_finite(layer.merged_to(name, dtype))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from veneer.adapters.patterns import by_pattern, ends_in, is_regex, is_suffix, m
 from veneer.adapters.tokens import TokenRows
 from veneer.config import LoraConfig
 from veneer.errors import RefusedError, VeneerError
+from veneer.ops import all_finite
 from veneer.storage import (
     PICKLE_SUFFIXES,
     pickle_error,
@@ -286,7 +287,7 @@ def _read_tensors(
             problems.append(f"tensor {key}: found {found_dtype}, expected floating point: {', '.join(expected)}")
         elif not tensor.numel():
             problems.append(f"tensor {key}: found {tuple(tensor.shape)}, which holds nothing")
-        elif not bool(torch.isfinite(tensor).all()):
+        elif not all_finite(tensor):
             problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
         match = _FACTOR.fullmatch(key)
         if match is None:

@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from veneer.adapters.lora import LoraLayer, LoraLinear
 from veneer.config import LoraConfig
 from veneer.errors import VeneerError
+from veneer.ops import all_finite
 from veneer.quant.linear import QuantizedLinear, quantize
 
 OF_WEIGHTS = ("pissa", "loftq")
@@ -243,7 +244,7 @@ def input_directions(
             owner, moments = _moments(model, {path: modules[path] for path in group}, batches)
             for path, moment in moments.items():
                 sharing = [other for other in owner if owner[other] == path]
-                if not moment.count or not bool(torch.isfinite(moment.scatter).all()):
+                if not moment.count or not all_finite(moment.scatter):
                     what = "inputs that are not finite" if moment.count else "no tokens"
                     raise VeneerError(f"lora.init: eva: {path}: found {what} in the data")
                 vectors, shares = moment.directions(max(ranks[other] for other in sharing))

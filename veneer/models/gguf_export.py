@@ -130,6 +130,14 @@ def write_adapter(file: AdapterFile, config: Any, path: str | Path, *, name: str
     return {"file": str(path), "alpha": alpha, "tensors": len(made)}
 
 
+def require_dense(base: Path) -> None:
+    """Raise RefusedError for a base that is stored quantised."""
+    if (stored := read_config(base)[1]) is not None:
+        raise RefusedError(
+            f"{base} is stored in {stored}: it cannot be compared with a GGUF", hint="give the 16-bit base"
+        )
+
+
 def write_model(
     folder: str | Path, like: str | Path, path: str | Path, *, base: str | Path, kind: str = "f16"
 ) -> dict[str, Any]:
@@ -149,10 +157,7 @@ def write_model(
     config, quantization = read_config(folder)
     if quantization:
         raise RefusedError(f"{folder} is quantised to {quantization}", hint="merge it into 16 bits first")
-    if (stored := read_config(Path(base))[1]) is not None:
-        raise RefusedError(
-            f"{base} is stored in {stored}: it cannot be compared with {like}", hint="give the 16-bit base"
-        )
+    require_dense(Path(base))
     names = Names(config)
     check_gguf(like)
     reader = gguf.GGUFReader(like)

@@ -7,9 +7,10 @@ import functools
 import importlib.util
 import io
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +19,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from veneer.config import Dtype, Quantization
 from veneer.errors import VeneerError
@@ -151,27 +153,65 @@ def save_model(model: Any, tokenizer: Any, path: str | Path, *, replace: bool = 
     Raises:
         VeneerError: adapters are still on it, the folder is not empty, or the disk is too small.
     """
+    with atomic_folder(path, replace=replace) as folder:
+        write_model(model, tokenizer, folder)
+    return Path(path)
+
+
+def write_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """The files of `save_model`, into a folder that is there; tensors have the names and shapes transformers read them under."""
     if getattr(model, "veneer_adapters", None):
         raise VeneerError("this model still carries adapters", hint="merge them, or save them with save_adapter")
-    path = Path(path)
     tensors = bnb_format.model_tensors(model)
-    require_disk_space(path, sum(tensor.nbytes for tensor in tensors.values()), "the model")
-    with atomic_folder(path, replace=replace) as folder:
-        config = model.config.to_dict()
-        config.pop("_name_or_path", None)
-        config.pop("quantization_config", None)
-        config["architectures"] = [type(model).__name__]
-        dtype = model.get_input_embeddings().weight.dtype
-        config["dtype"] = str(dtype).removeprefix("torch.")
-        if (quantization := bnb_format.quantization_config(model)) is not None:
-            config["quantization_config"] = quantization
-        write_json(folder / "config.json", config)
-        write_tensors(folder / "model.safetensors", tensors)
-        if model.generation_config is not None:
-            # not save_pretrained: that refuses what many published models have, a temperature beside greedy search
-            write_json(folder / "generation_config.json", model.generation_config.to_diff_dict())
-        tokenizer.save_pretrained(folder)
-    return path
+    if not quantized_layers(model):  # those are read back under the model's own names
+        tensors = dict(as_stored(model, lambda _, tensor: tensor.detach().cpu(), tensors)) or tensors
+    require_disk_space(folder.parent, sum(tensor.nbytes for tensor in tensors.values()), "the model")
+    config = model.config.to_dict()
+    config.pop("_name_or_path", None)
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    dtype = model.get_input_embeddings().weight.dtype
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    if (quantization := bnb_format.quantization_config(model)) is not None:
+        config["quantization_config"] = quantization
+    write_json(folder / "config.json", config)
+    write_tensors(folder / "model.safetensors", tensors)
+    if model.generation_config is not None:
+        # not save_pretrained: that refuses what many published models have, a temperature beside greedy search
+        write_json(folder / "generation_config.json", model.generation_config.to_diff_dict())
+    tokenizer.save_pretrained(folder)
+
+
+def as_stored(
+    model: Any, value: Callable[[str, torch.Tensor], torch.Tensor], tensors: dict[str, torch.Tensor] | None = None
+) -> list[tuple[str, torch.Tensor]]:
+    """The names and values under which transformers writes a model's state, whatever it makes of them when it reads them:
+    older names, an expert a tensor. A block of layers at a time.
+
+    Args:
+        value: what goes in the place of each tensor of the state, by its name.
+        tensors: the state, left out: all of it.
+
+    Returns:
+        nothing where it cannot say: the model's own names are read too.
+    """
+    state = model.state_dict() if tensors is None else tensors
+    groups: dict[str, list[str]] = {}
+    for key in state:
+        block = re.match(r".*?\.\d+\.", key)
+        groups.setdefault(block[0] if block else "", []).append(key)
+    found: list[tuple[str, torch.Tensor]] = []
+    for keys in groups.values():
+        given = {key: value(key, state[key]) for key in keys}
+        try:
+            with _quiet():
+                written = revert_weight_conversion(model, dict(given))
+        except Exception:  # a conversion that wants to see all of a model, or more than is in `value`
+            return []
+        if sum(tensor.numel() for tensor in written.values()) != sum(tensor.numel() for tensor in given.values()):
+            return []
+        found += written.items()
+    return found if len(dict(found)) == len(found) else []
 
 
 def describe_model(name: str | Path) -> dict[str, Any]:
@@ -292,10 +332,7 @@ def _converted(gguf: Path, pinned: str | None, convert: bool = True) -> Path:
             f"{gguf}: transformers cannot read this {summary.architecture} GGUF: {_in_a_line(error)}"
         ) from error
     with atomic_folder(folder, replace=True) as temporary:
-        save_model(model, tokenizer, temporary / "model")
-        for file in (temporary / "model").iterdir():
-            file.rename(temporary / file.name)
-        (temporary / "model").rmdir()
+        write_model(model, tokenizer, temporary)
         sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
         write_json(temporary / "complete.json", sizes)
     return folder

@@ -28,37 +28,47 @@ from veneer.adapters.lora import LoraLinear
 from veneer.adapters.peft_format import read_adapter
 from veneer.config import LoraConfig, Quantization
 from veneer.errors import VeneerError
-from veneer.models.load import load, resolve, save_model, stored_dtype, stored_quantization, weight_files
-from veneer.models.merging import REPORT_FILE
+from veneer.models.load import load, resolve, stored_dtype, stored_quantization, write_model
+from veneer.models.merging import REPORT_FILE, hashing
 from veneer.models.weights import BaseWeights
 from veneer.quant.four_bit import FourBitTensor
 from veneer.quant.linear import QuantizedLinear, QuantizedTensor, quantize, quantized_layers
-from veneer.storage import atomic_folder, require_empty_folder, sha256, write_json
+from veneer.storage import atomic_folder, sha256, write_json
 
 RESIDUAL = "residual"  # the folder of the residual adapter inside the model's
 
 
 def merge_quantized(
+    model: str | Path, source: str | Path, out: str | Path, *, replace: bool = False, **options: Any
+) -> dict[str, Any]:
+    """`write_quantized` to a new folder `out`, atomically; `options` and what it returns and raises as there."""
+    with atomic_folder(out, replace=replace) as folder:
+        return write_quantized(model, source, folder, name=str(out), **options)
+
+
+def write_quantized(
     model: str | Path,
     source: str | Path,
-    out: str | Path,
+    out: Path,
     *,
+    name: str,
     kind: Quantization = "nf4",
     double_quant: bool | None = None,
     rank: int = 16,
     decoded: bool = True,
     check: Callable[[Path], dict[str, Any]] | None = None,
     about: dict[str, Any] | None = None,
-    replace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write `model` with an adapter merged into it in 4 or 8 bits, and in `out`/residual an adapter of what was lost.
 
     Args:
+        out: a folder that is there; what is in it after an error is of no use.
+        name: the folder's in the end; the residual says it of its base.
         rank: of the residual; 0: none is kept.
         decoded: onto what `kind` makes of the base, which a QLoRA adapter was trained on; False: onto the 16-bit base.
         double_quant: left out, as the stored base is, or as the adapter's was, if that is known, else True.
-        check, about: as of `merge_files`.
+        check, about, progress: as of `write_merged`.
 
     Returns:
         What is in `merge_report.json`: how often each way was nearest, and the error with and without the residual, of the
@@ -67,8 +77,6 @@ def merge_quantized(
     Raises:
         VeneerError: what `load` and `load_adapter` find; an adapter that changes more than linears.
     """
-    if not replace:
-        require_empty_folder(out)
     if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= 4096:
         raise VeneerError(f"rank of the residual: found {rank!r}, expected a whole number from 0 to 4,096")
     stored = stored_quantization(model)
@@ -78,83 +86,97 @@ def merge_quantized(
         )
     if stored and not decoded:
         raise VeneerError(f"{model} is stored in {stored}, there is no 16-bit base in it")
-    read = read_adapter(source)
-    double_quant = read.double_quant if double_quant is None else double_quant
-    double_quant = True if double_quant is None else double_quant
-    how: dict[str, Any] = {"double_quant": double_quant, "dtype": stored_dtype(model), "device": "cpu", "fused": False}
-    base, tokenizer = load(model, quantize=None if stored else kind, **how)
-    if stored:
-        double_quant = next((x.double_quant for x in quantized_layers(base).values()), double_quant)
-    original = None if decoded else BaseWeights(resolve(str(model)))
-    load_adapter(base, source)
-    others = [path for path, layer in lora_layers(base).items() if not isinstance(layer.base_layer, QuantizedLinear)]
-    adapter = next(iter(base.veneer_adapters.values()))
+    with hashing(resolve(str(model)), [source]) as hashes:
+        doubly = read_adapter(source).double_quant if double_quant is None else double_quant
+        how: dict[str, Any] = {"double_quant": True if doubly is None else doubly, "dtype": stored_dtype(model)}
+        base, tokenizer = load(model, quantize=None if stored else kind, device="cpu", fused=False, **how)
+        load_adapter(base, source)
+        _require_linears(base)
+        done = _Requantised(base, kind, rank, None if decoded else BaseWeights(resolve(str(model))))
+        layers: dict[str, LoraLinear] = {path: x for path, x in lora_layers(base).items() if isinstance(x, LoraLinear)}
+        for number, (path, layer) in enumerate(layers.items(), 1):
+            done.layer(path, layer)
+            if progress is not None:
+                progress(number, len(layers))
+        remove_adapter(base, "default")
+        report: dict[str, Any] = {
+            "model": str(model),
+            "adapters": [str(source)],
+            "onto": kind if decoded else "16-bit",
+            "how": f"requantised to {kind}",
+            "rank": rank,
+            "ways": dict(done.ways),
+            "tensors": None,
+            "changed": len(layers),
+            **(about or {}),
+            "error": done.error(),
+        }
+        write_model(base, tokenizer, out)
+        if done.residuals:
+            _save_residual(base, done.residuals, out / RESIDUAL, name, rank)
+        report["divergence"] = None if check is None else check(out)
+        report["inputs"] = hashes()
+    outputs = sorted(out.rglob("*.safetensors"))
+    report["outputs"] = {str(file.relative_to(out)): sha256(file) for file in outputs}
+    write_json(out / REPORT_FILE, report)
+    return report
+
+
+def _require_linears(model: Any) -> None:
+    """Raise VeneerError for all that an adapter changes besides quantised linears."""
+    layers = lora_layers(model)
+    others = [path for path, layer in layers.items() if not isinstance(layer.base_layer, QuantizedLinear)]
+    adapter = next(iter(model.veneer_adapters.values()))
     others += [*adapter.replaced, *(f"tokens {n}" for n in (adapter.config.tokens or ()))]
-    others += [f"{p}, lora_bias" for p, x in lora_layers(base).items() if x.lora_bias and x.bias is None]
+    others += [f"{p}, lora_bias" for p, x in layers.items() if x.lora_bias and x.bias is None]
     if others:
         raise VeneerError(
             [f"{path}: not a quantised linear, it cannot be merged into one" for path in others],
             hint="merge into 16 bits (--out without --requantize), then quantise that",
         )
-    residuals: dict[str, tuple[Tensor, Tensor]] = {}
-    ways: collections.Counter[str] = collections.Counter()
-    squared = dict.fromkeys(("update", "without", "with"), 0.0)
-    layers: dict[str, LoraLinear] = {path: x for path, x in lora_layers(base).items() if isinstance(x, LoraLinear)}
-    with torch.no_grad():
-        for done, (path, layer) in enumerate(layers.items()):
-            quantized = layer.base_layer
-            start = quantized.dequantize(torch.float32)
-            merged = layer.merged("default")
-            if original is not None:
-                weight = original.weight(path)
-                if weight is None or weight.shape != start.shape:
-                    raise VeneerError(
-                        f"{path}: not in the files of {model} under that name", hint="merge onto nf4 instead"
-                    )
-                dense = nn.Linear(*reversed(start.shape), bias=False, device="meta")
-                dense.weight = nn.Parameter(weight.float(), requires_grad=False)
-                merged = merged - start + dense.weight if not layer.magnitude else _dora(layer, dense)
-                start = dense.weight
-            way, tensor, factors, lost = _best(quantized.tensor(), merged, kind, double_quant, rank)
-            ways[way] += 1
-            squared["update"] += float((merged - start).double().square().sum())
-            squared["without"] += lost[0]
-            squared["with"] += lost[1]
-            bias = layer.merged_bias("default")
-            bias = quantized.bias if bias is None else bias.to(quantized.bias.dtype)
-            layer.base_layer = QuantizedLinear(tensor, bias, quantized.compute_dtype).eval()
-            if factors is not None:
-                residuals[path] = factors
-            if progress is not None:
-                progress(done + 1, len(layers))
-    remove_adapter(base, "default")
-    update = squared.pop("update")
-    report: dict[str, Any] = {
-        "model": str(model),
-        "adapters": [str(source)],
-        "onto": kind if decoded else "16-bit",
-        "how": f"requantised to {kind}",
-        "rank": rank,
-        "ways": dict(ways),
-        "tensors": None,
-        "changed": len(layers),
-        **(about or {}),
-        "error": {f"{key} residual": math.sqrt(value / update) if update else 0.0 for key, value in squared.items()},
-    }
-    with atomic_folder(out, replace=replace) as temporary:
-        save_model(base, tokenizer, temporary / "model")
-        for file in (temporary / "model").iterdir():
-            file.rename(temporary / file.name)
-        (temporary / "model").rmdir()
-        if residuals:
-            _save_residual(base, residuals, temporary / RESIDUAL, str(out), rank)
-        report["divergence"] = None if check is None else check(temporary)
-        inputs = [*weight_files(resolve(str(model))), *sorted(Path(source).glob("adapter_*"))]
-        report["inputs"] = {str(file): sha256(file) for file in inputs}
-        outputs = sorted(temporary.rglob("*.safetensors"))
-        report["outputs"] = {str(file.relative_to(temporary)): sha256(file) for file in outputs}
-        write_json(temporary / REPORT_FILE, report)
-    return report
+
+
+class _Requantised:
+    """What became of the layers: residual factors, how often each way was nearest, squared norms of update and errors."""
+
+    def __init__(self, model: Any, kind: str, rank: int, original: BaseWeights | None) -> None:
+        self.kind, self.rank, self.original = kind, rank, original
+        self.double_quant = next((x.double_quant for x in quantized_layers(model).values()), True)
+        self.residuals: dict[str, tuple[Tensor, Tensor]] = {}
+        self.ways: collections.Counter[str] = collections.Counter()
+        self.squared = dict.fromkeys(("update", "without", "with"), 0.0)
+
+    @torch.no_grad()
+    def layer(self, path: str, layer: LoraLinear) -> None:
+        """Merge a layer's adapter into its base and make that a quantised linear again."""
+        quantized = layer.base_layer
+        start, merged = quantized.dequantize(torch.float32), layer.merged("default")
+        if self.original is not None:
+            weight = self.original.weight(path)
+            if weight is None or weight.shape != start.shape:
+                raise VeneerError(
+                    f"{path}: not in the files of the model under that name", hint="merge onto nf4 instead"
+                )
+            dense = nn.Linear(*reversed(start.shape), bias=False, device="meta")
+            dense.weight = nn.Parameter(weight.float(), requires_grad=False)
+            merged = merged - start + dense.weight if not layer.magnitude else _dora(layer, dense)
+            start = dense.weight
+        way, tensor, factors, lost = _best(quantized.tensor(), merged, self.kind, self.double_quant, self.rank)
+        self.ways[way] += 1
+        self.squared["update"] += float((merged - start).double().square().sum())
+        self.squared["without"] += lost[0]
+        self.squared["with"] += lost[1]
+        bias = layer.merged_bias("default")
+        bias = quantized.bias if bias is None else bias.to(quantized.bias.dtype)
+        layer.base_layer = QuantizedLinear(tensor, bias, quantized.compute_dtype).eval()
+        if factors is not None:
+            self.residuals[path] = factors
+
+    def error(self) -> dict[str, float]:
+        """Of the update's norm, without and with the residual."""
+        update = self.squared["update"]
+        parts = {key: self.squared[key] for key in ("without", "with")}
+        return {f"{key} residual": math.sqrt(value / update) if update else 0.0 for key, value in parts.items()}
 
 
 def _dora(layer: LoraLinear, dense: nn.Linear) -> Tensor:

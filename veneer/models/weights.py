@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from veneer.errors import VeneerError
-from veneer.models.load import weight_files
+from veneer.models.load import as_stored, build_skeleton, read_config, weight_files
 from veneer.quant.bnb_format import SCALE, STATE, unpack_layer
 
 HEADS = ("lm_head", "embed_out", "output")
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+
+
+class Piece(NamedTuple):
+    """A stored tensor that is called otherwise than the parameter or buffer it is of, or is some rows of it, seen as a matrix."""
+
+    key: str
+    rows: slice
+
+
+def pieces(model: Any, stored: set[str]) -> dict[str, Piece]:
+    """Where stored tensors with other names than the model's (older ones; an expert a tensor) lie in its parameters.
+
+    transformers knows: each row's number goes, twice, the way it would write the parameters. What comes out in another
+    order than that of rows, or turned, is left out.
+    """
+    rows = {key: tensor.shape[:-1].numel() for key, tensor in model.state_dict().items()}
+    starts, total = [], 0
+    for count in rows.values():
+        starts.append(total)
+        total += count
+    keys = list(rows)
+    first = dict(zip(keys, starts, strict=True))
+
+    def numbered(key: str, tensor: Tensor) -> Tensor:
+        lead = tensor.shape[:-1]
+        return torch.arange(2 * first[key], 2 * (first[key] + rows[key])).view(*lead, 2)
+
+    found = {}
+    for name, numbers in as_stored(model, numbered):
+        if name not in stored:
+            continue
+        flat = numbers.flatten()
+        begin = int(flat[0])
+        key = keys[bisect.bisect_right(starts, begin // 2) - 1]
+        at = begin // 2 - first[key]
+        inside = len(flat) % 2 == 0 and at + len(flat) // 2 <= rows[key]
+        if inside and torch.equal(flat, torch.arange(begin, begin + len(flat))):
+            found[name] = Piece(key, slice(at, at + len(flat) // 2))
+    return found
 
 
 class BaseWeights:
@@ -79,11 +121,22 @@ class BaseWeights:
                 keys = [key for key in self._file if key.startswith(f"{name}.")]
                 quantised = any(key == f"{name}.{SCALE}" or key.startswith(f"{name}.{STATE}") for key in keys)
                 return self._decoded(name, keys) if quantised else self._read(f"{name}.weight")
+        for name in (layer, f"{layer}.weight"):
+            if name in self._renamed:
+                return self._read(self._renamed[name])
         if layer.rpartition(".")[2] in HEADS:  # not in the file: it is the embeddings' own
             embeddings = [key for key in self._file if key.rpartition(".weight")[0].rpartition(".")[2] in EMBEDDINGS]
             if len(embeddings) == 1:
                 return self._read(embeddings[0])
         return None
+
+    @functools.cached_property
+    def _renamed(self) -> dict[str, str]:
+        """What the files call the parameters that they have whole, but under other names."""
+        model = build_skeleton(read_config(self.folder)[0], self.folder)
+        whole = {key: tensor.shape[:-1].numel() for key, tensor in model.state_dict().items()}
+        found = pieces(model, self._file.keys() - whole.keys())
+        return {x.key: name for name, x in found.items() if x.rows.stop - x.rows.start == whole[x.key]}
 
     def _decoded(self, name: str, keys: list[str]) -> Tensor:
         parts = {key.removeprefix(f"{name}."): self._read(key) for key in keys}

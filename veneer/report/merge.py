@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 
-from veneer.adapters.attach import lora_layers
 from veneer.adapters.files import load_adapter
-from veneer.adapters.merge import hot_merge, merge
-from veneer.adapters.peft_format import base_quantization
+from veneer.adapters.merge import merge
+from veneer.adapters.peft_format import read_adapter
 from veneer.config import Quantization
 from veneer.errors import RefusedError, VeneerError
 from veneer.evaluation import divergence, text_logits
 from veneer.models.load import load, stored_dtype, stored_quantization
-from veneer.models.merging import merge_files
-from veneer.models.requantize import RESIDUAL, merge_quantized
-from veneer.quant.linear import quantized_layers
-from veneer.storage import require_empty_folder
+from veneer.models.merging import write_merged
+from veneer.models.requantize import RESIDUAL, write_quantized
+from veneer.storage import atomic_folder
 
 TOLERANCE = 0.02  # nats: KL of a merged model from base and adapter; bf16 rounding alone makes about a twentieth of it
 
@@ -28,39 +26,112 @@ def merge_model(
     model: str,
     sources: Sequence[str | Path],
     out: str | Path,
+    **options: Any,
+) -> dict[str, Any]:
+    """Write `model` with adapters merged into it to a new folder `out`, atomically; `options` and the rest as `merge_into`.
+
+    Returns:
+        what `merge_into` does, with `out`, and the figures of `divergence` one by one.
+    """
+    with atomic_folder(out) as folder:
+        report = merge_into(folder, model, sources, name=str(out), **options)
+    return {"out": str(out), **report, **(report["divergence"] or {})}
+
+
+def merge_into(
+    folder: Path,
+    model: str,
+    sources: Sequence[str | Path],
     *,
+    name: str,
     onto: str = "auto",
     trained_on: str | None = None,
     requantize: str | None = None,
-    residual_rank: int = 16,
+    residual_rank: int | None = None,
     check: bool = True,
     tolerance: float | None = None,
     force: bool = False,
     texts: list[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write `model` with adapters merged into it, measured against base and adapter on text before it gets its name.
+    """Write `model` with adapters merged into it, measured against base and adapter on text, into a folder that is there.
 
     An adapter that was trained on a quantised base belongs to that base: with `onto` "auto" both merges are measured, onto
     that base decoded and onto the 16-bit one, and the nearer is written.
 
     Args:
+        name: the folder's in the end.
         onto: auto, 16-bit, nf4, fp4 or int8.
         trained_on: the same; what the base was when the adapters were trained. Left out, what they say: ours do.
         requantize: nf4, fp4 or int8: the result stays quantised (`merge_quantized`), with what that loses in an adapter of
-            `residual_rank` beside it.
+            `residual_rank` (left out: 16) beside it.
         check: measure; False for models that do not fit into memory.
         tolerance: KL in nats above which nothing is written, but with `force`; left out: TOLERANCE.
         texts: what is measured on; left out, three questions and three pieces of prose.
 
     Returns:
-        the report (`merge_report.json`): that of `merge_files` or `merge_quantized`, `divergence` also one by one, `measured`,
-        the divergence of a merge onto each base, and `chosen`, why this one.
+        the report (`merge_report.json`): that of `merge_files` or `merge_quantized`, `measured`, the divergence of a merge
+        onto each base, and `chosen`, why this one.
 
     Raises:
         RefusedError: the result is further off than `tolerance`.
-        VeneerError: what merging finds.
+        VeneerError: what merging finds, and options that do not go together.
     """
+    problems = option_problems(onto, trained_on, requantize, len(sources))
+    if not check:
+        idle = {"--text": texts is not None, "--tolerance": tolerance is not None, "--force": force}
+        problems += [
+            f"{option}: is of no use without measuring (--no-check)" for option, given in idle.items() if given
+        ]
+    if residual_rank is not None and requantize is None:
+        problems.append("--residual-rank: found without --requantize, expected both")
+    if problems:
+        raise VeneerError(problems)
+    base = _base(model, sources, onto, trained_on)
+    if requantize is not None and base.kind not in (None, requantize):
+        raise VeneerError(f"--requantize: found {requantize}, but this merges onto a base in {base.kind}")
+    reference: list[torch.Tensor] = []
+    ways: dict[str, Any] = {}
+    if check:
+        both = onto == "auto" and base.belongs is not None and not base.stored
+        reference, ways = _measure(model, sources, base, texts, both=both)
+        if ways:
+            decoded, dense = ways[str(base.belongs)]["kl"], ways["16-bit"]["kl"]
+            base = base._replace(
+                kind=None if dense < decoded else base.belongs,
+                why=f"measured: KL {decoded:.2g} onto the {base.belongs} base decoded, {dense:.2g} onto the 16-bit one",
+            )
+    limit = TOLERANCE if tolerance is None else tolerance
+
+    def measured(folder: Path) -> dict[str, Any]:
+        merged, tokenizer = load(folder, dtype=stored_dtype(folder), fused=False)
+        if requantize is not None and (folder / RESIDUAL).is_dir():
+            load_adapter(merged, folder / RESIDUAL)
+        found = divergence(reference, text_logits(merged, tokenizer, texts))
+        if not found["kl"] <= limit and not force:  # NaN too
+            raise _too_far(found, limit, requantized=requantize is not None)
+        return found
+
+    about = {
+        "trained_on": base.belongs or ("16-bit" if base.known else "16-bit, or not known"),
+        "measured": ways,
+        "chosen": base.why,
+        "tolerance": limit if check else None,
+        "forced": force,
+    }
+    common: dict[str, Any] = {"check": measured if check else None, "about": about, "progress": progress}
+    common["double_quant"] = None if base.stored else base.double_quant
+    if requantize is None:
+        return write_merged(model, sources, folder, onto=None if base.stored else base.kind, **common)
+    rank = 16 if residual_rank is None else residual_rank
+    wanted: Any = requantize
+    return write_quantized(
+        model, sources[0], folder, name=name, kind=wanted, rank=rank, decoded=base.kind is not None, **common
+    )
+
+
+def option_problems(onto: str, trained_on: str | None, requantize: str | None = None, adapters: int = 1) -> list[str]:
+    """What is wrong with these options of a merge."""
     kinds = get_args(Quantization)
     problems = []
     if onto not in ("auto", "16-bit", *kinds):
@@ -69,108 +140,77 @@ def merge_model(
         problems.append(f"--trained-on: found {trained_on!r}, expected 16-bit, {', '.join(kinds)}")
     if requantize is not None and requantize not in kinds:
         problems.append(f"--requantize: found {requantize!r}, expected {', '.join(kinds)}")
-    if requantize is not None and len(sources) > 1:
+    if requantize is not None and adapters > 1:
         problems.append("--requantize: found several adapters, expected one; combine them first (veneer combine)")
-    if problems:
-        raise VeneerError(problems)
-    require_empty_folder(out)
+    return problems
+
+
+class _Base(NamedTuple):
+    """kind: what the base is decoded from before merging, None: it is the 16-bit one; stored: what it is on disk; belongs:
+    what the adapters were trained on, if that was quantised; known: the user said so; why: this kind; double_quant: of the
+    constants of 4 bits."""
+
+    kind: str | None
+    stored: str | None
+    belongs: str | None
+    known: bool
+    why: str
+    double_quant: bool
+
+
+def _base(model: str, sources: Sequence[str | Path], onto: str, trained_on: str | None) -> _Base:
+    """The base to merge onto, as far as it can be said without measuring."""
     stored = stored_quantization(model)
     if stored and onto not in ("auto", stored):
         raise VeneerError(
             f"--onto {onto}: {model} is stored in {stored}, there is no {onto} base in it",
             hint="leave --onto out, or give the 16-bit model it was made from",
         )
-    known = trained_on is not None
-    trained = (
-        {base_quantization(path) for path in sources} if not known else {None if trained_on == "16-bit" else trained_on}
-    )
+    known, files = trained_on is not None, [read_adapter(path) for path in sources]
+    trained = {None if trained_on == "16-bit" else trained_on} if known else {file.trained_on for file in files}
+    double_quant = next((file.double_quant for file in files if file.double_quant is not None), True)
     if len(trained) > 1 and not stored:
         found = ", ".join(sorted(kind or "16-bit, or not known" for kind in trained))
         raise VeneerError(f"the adapters were trained on different bases: {found}", hint="merge one after the other")
-    belongs = stored or trained.pop()
-    kind = stored or (belongs if onto == "auto" else onto if onto in kinds else None)
-    if requantize is not None and kind not in (None, requantize):
-        raise VeneerError(f"--requantize: found {requantize}, but this merges onto a base in {kind}")
-    reference: list[torch.Tensor] | None = None
-    ways: dict[str, Any] = {}
-    limit = TOLERANCE if tolerance is None else tolerance
-    chosen = "as asked" if onto != "auto" else "the base it was trained on"
+    belongs = stored or next(iter(trained), None)
+    kind = stored or (belongs if onto == "auto" else None if onto == "16-bit" else onto)
+    why = "as asked" if onto != "auto" else "the base it was trained on"
     if onto == "auto" and belongs is None and not known:
-        chosen = "what it was trained on is not known: taken for the 16-bit base; --trained-on nf4 says otherwise"
-    if check:
-        both = onto == "auto" and belongs is not None and not stored
-        reference, ways = _measure(model, sources, belongs, stored, texts, both=both)
-        if ways:
-            decoded, dense = ways[str(belongs)]["kl"], ways["16-bit"]["kl"]
-            kind = None if dense < decoded else belongs
-            chosen = f"measured: KL {decoded:.2g} onto the {belongs} base decoded, {dense:.2g} onto the 16-bit one"
-
-    def measured(folder: Path) -> dict[str, Any]:
-        merged, tokenizer = load(folder, dtype=stored_dtype(folder), fused=False)
-        if requantize is not None and (folder / RESIDUAL).is_dir():
-            load_adapter(merged, folder / RESIDUAL)
-        assert reference is not None
-        found = divergence(reference, text_logits(merged, tokenizer, texts))
-        if not found["kl"] <= limit and not force:  # NaN too
-            raise RefusedError(
-                f"the merged model is too far from base and adapter: found a KL of {found['kl']:.3g} nats "
-                f"(largest logit difference {found['max_logit_difference']:.3g}, the same likeliest token at "
-                f"{100 * found['top1_agreement']:.1f}% of {found['tokens']} positions), expected at most {limit:g}",
-                hint="serve the adapter beside its base, merge onto another base (--onto), keep a residual adapter of a higher "
-                "rank (--residual-rank), or write it all the same with --force",
-            )
-        return found
-
-    verify = measured if check else None
-    about = {
-        "trained_on": belongs or ("16-bit" if known else "16-bit, or not known"),
-        "measured": ways,
-        "chosen": chosen,
-        "tolerance": limit if check else None,
-        "forced": force,
-    }
-    if requantize is not None:
-        wanted: Any = requantize
-        report = merge_quantized(
-            model, sources[0], out, kind=wanted, rank=residual_rank, decoded=kind is not None, check=verify,
-            about=about, progress=progress,
-        )  # type: ignore[arg-type]  # fmt: skip
-    else:
-        report = merge_files(
-            model, sources, out, onto=None if stored else kind, check=verify, about=about, progress=progress
-        )
-    return {"out": str(out), **report, **(report["divergence"] or {})}
+        why = "what it was trained on is not known: taken for the 16-bit base; --trained-on nf4 says otherwise"
+    return _Base(kind, stored, belongs, known, why, double_quant)
 
 
 def _measure(
-    model: str,
-    sources: Sequence[str | Path],
-    kind: str | None,
-    stored: str | None,
-    texts: list[str] | None,
-    *,
-    both: bool,
+    model: str, sources: Sequence[str | Path], base: _Base, texts: list[str] | None, *, both: bool
 ) -> tuple[list[torch.Tensor], dict[str, Any]]:
-    """Logits of base and adapters, the base in `kind`, and how far a merge onto each base is from that."""
-    loaded, tokenizer = load(model, quantize=None if stored else kind, dtype=stored_dtype(model), fused=False)  # type: ignore[arg-type]
-    if len(sources) == 1:
-        load_adapter(loaded, sources[0])
-        reference = text_logits(loaded, tokenizer, texts)
-    else:  # one after the other: what is in already is base for the next
-        for path in sources:
-            load_adapter(loaded, path)
-            reference = text_logits(loaded, tokenizer, texts)
-            merge(loaded)
-    if kind is None or not both or len(sources) > 1:
+    """Logits of base and adapters, and with `both` how far a merge onto each base is from that."""
+    wanted: Any = None if base.stored else base.belongs
+    how: dict[str, Any] = {"dtype": stored_dtype(model), "fused": False}
+    loaded, tokenizer = load(model, quantize=wanted, double_quant=base.double_quant, **how)
+    for path in sources[:-1]:  # one after the other: what is in already is base for the next
+        merge(load_adapter(loaded, path))
+    load_adapter(loaded, sources[-1])
+    reference = text_logits(loaded, tokenizer, texts)
+    if not both:
         return reference, {}
-    hot_merge(loaded)
-    ways = {kind: divergence(reference, text_logits(loaded, tokenizer, texts))}
+    ways = {str(base.belongs): divergence(reference, text_logits(merge(loaded), tokenizer, texts))}
     del loaded
-    dense, _ = load(model, dtype=stored_dtype(model), fused=False)
-    load_adapter(dense, sources[0])
-    ways["16-bit"] = divergence(reference, text_logits(hot_merge(dense), tokenizer, texts))
-    assert not quantized_layers(dense) and lora_layers(dense)
+    dense, _ = load(model, **how)
+    for path in sources:
+        merge(load_adapter(dense, path))
+    ways["16-bit"] = divergence(reference, text_logits(dense, tokenizer, texts))
     return reference, ways
+
+
+def _too_far(found: dict[str, Any], limit: float, *, requantized: bool) -> RefusedError:
+    higher = "keep a residual adapter of a higher rank (--residual-rank), " if requantized else ""
+    return RefusedError(
+        f"the merged model is too far from base and adapter: found a KL of {found['kl']:.3g} nats "
+        f"(largest logit difference {found['max_logit_difference']:.3g}, the same likeliest token at "
+        f"{100 * found['top1_agreement']:.1f}% of {found['tokens']} positions), expected at most {limit:g}",
+        hint=f"serve the adapter beside its base, merge onto another base (--onto), {higher}or write it all the same with "
+        "--force",
+    )
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -190,6 +230,10 @@ def describe(report: dict[str, Any]) -> str:
         lines.append(
             f"{report['changed']} of {report['tensors']} tensors changed; largest error against fp64 {error['max_error']:.3g}, "
             f"of which rounding {error['rounding']:.3g}"
+        )
+    else:
+        lines.append(
+            f"{report['changed']} layers changed; merged in memory, not tensor by tensor: no error against fp64"
         )
     found = report["divergence"]
     if found is None:

@@ -22,6 +22,7 @@ from veneer.adapters.files import save_adapter
 from veneer.config import Method, TrainConfig
 from veneer.errors import VeneerError
 from veneer.models.load import save_model
+from veneer.ops import all_finite
 from veneer.optim.groups import parameter_groups
 from veneer.quant.linear import QuantizedLinear
 
@@ -179,7 +180,7 @@ class FullWeights(Masters):
         return sum(p.nbytes for p in self.model.parameters())
 
     def save(self, out: Path) -> dict[str, str | None]:
-        bad = [name for name, p in self.parameters.items() if not bool(torch.isfinite(p).all())]
+        bad = [name for name, p in self.parameters.items() if not all_finite(p)]
         if bad:
             raise VeneerError([f"{name}: found NaN or Inf, not saved" for name in bad])
         return {"adapter": None, "model": str(save_model(self.model, self.tokenizer, out / "model", replace=True))}

@@ -10,9 +10,8 @@ What a tool cannot hold as an adapter goes as a merged model, where a base is gi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,14 +19,15 @@ from torch.nn import functional as F
 from veneer.adapters.combine import portable_config
 from veneer.adapters.files import base_metadata, load_adapter
 from veneer.adapters.peft_format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, read_adapter
-from veneer.config import Quantization
 from veneer.errors import RefusedError, VeneerError
 from veneer.models import gguf_export
 from veneer.models.load import EMBEDDED, embedded_gguf, load_tokenizer, read_config, resolve
-from veneer.models.merging import hollow_model, merge_files
-from veneer.storage import atomic_folder, require_empty_folder, write_json, write_tensors
+from veneer.models.merging import REPORT_FILE, hollow_model
+from veneer.report.merge import merge_into, option_problems
+from veneer.storage import atomic_folder, require_empty_folder, sha256, write_json, write_tensors
 
 CONSUMERS = ("peft", "vllm", "llama.cpp", "ollama")
+GGUF_CONSUMERS = CONSUMERS[2:]
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_OTHERS = ("embed_tokens", "lm_head")  # layers besides linears that it takes adapters of
 GGUF_ADAPTER, GGUF_MODEL, MODELFILE = "adapter.gguf", "model.gguf", "Modelfile"
@@ -40,11 +40,10 @@ def export(
     *,
     model: str | None = None,
     merged: bool = False,
-    kind: str = "f16",
+    kind: str | None = None,
     like: str | Path | None = None,
-    onto: str | None = None,
     system: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    **merging: Any,
 ) -> dict[str, Any]:
     """Write an adapter folder for another tool into the folder `out`.
 
@@ -52,25 +51,22 @@ def export(
         consumer: one of CONSUMERS.
         model: the base; needed for llama.cpp and ollama, and where the adapter has to be merged.
         merged: a merged model although an adapter would do.
-        kind: f16 or q8_0, of a merged GGUF; like: a GGUF of the base, whose metadata it takes; left out, the base itself
-            where that is a GGUF.
-        onto: "16-bit", or what the base is quantised to before merging (`merge_files`); left out, what the adapter was
-            trained on.
+        kind: f16 (left out) or q8_0, of a merged GGUF; like: a GGUF of the base, whose metadata it takes; left out, the
+            base itself where that is a GGUF.
         system: of a Modelfile; left out, what the model's template says.
+        merging: of a merged model, the options of `merge_into`: onto, check, tolerance, ...
 
     Returns:
-        out, consumer, form ("adapter" or "merged model"), reasons (why it was merged), files.
+        out, consumer, form ("adapter" or "merged model"), reasons (why it was merged), files, merge (its report, or None).
 
     Raises:
-        RefusedError: the tool cannot hold this adapter, and there is no base to merge it into.
-        VeneerError: what reading, merging and writing find.
+        RefusedError: the tool cannot hold this adapter, and there is no base to merge it into; the merged model is too far
+            from base and adapter.
+        VeneerError: what reading, merging and writing find; options that this consumer has no use for.
     """
-    if consumer not in CONSUMERS:
-        raise VeneerError(f"--for: found {consumer!r}, expected {', '.join(CONSUMERS)}")
-    if onto not in (None, "16-bit", *get_args(Quantization)):
-        raise VeneerError(f"--onto: found {onto!r}, expected 16-bit, {', '.join(get_args(Quantization))}")
-    if model is None and (merged or consumer in ("llama.cpp", "ollama")):
-        raise VeneerError(f"--model: found none, expected the base model for {consumer}{' --merged' if merged else ''}")
+    problems = _option_problems(consumer, model, merged, kind, like, system)
+    if problems := [*problems, *option_problems(merging.get("onto", "auto"), merging.get("trained_on"))]:
+        raise VeneerError(problems)
     require_empty_folder(out)
     file = read_adapter(source)
     config = None if model is None else read_config(resolve(model))[0]
@@ -81,31 +77,75 @@ def export(
             hint="give the base with --model: then it is merged into it",
         )
     whole = bool(reasons) or merged
-    if model is not None and consumer in ("llama.cpp", "ollama"):
+    if not whole:
+        _refuse_merging({**merging, "type": kind, "like": like if consumer == "llama.cpp" else None})
+    if model is not None and consumer in GGUF_CONSUMERS:
         gguf_export.Names(config)  # before anything is merged
-        if kind not in gguf_export.TYPES:
-            raise VeneerError(f"--type: found {kind!r}, expected {', '.join(gguf_export.TYPES)}")
         if (whole or consumer == "ollama") and not (base := _base_gguf(model, like)).is_file():
             raise VeneerError(f"--like {base}: no such file, expected a GGUF of the base")
+        if whole:
+            gguf_export.require_dense(resolve(model))
     if model is not None and not whole:  # an adapter of another base is seen here
         load_adapter(hollow_model(resolve(model)), source, check_copies=False)
+    report, modelfile = None, ""
+    if consumer == "ollama":
+        assert model is not None
+        comes_from = f"./{GGUF_MODEL}" if whole else str(_base_gguf(model, like))
+        beside = None if whole else f"./{GGUF_ADAPTER}"
+        modelfile = gguf_export.modelfile(load_tokenizer(resolve(model)), comes_from, beside, system)
     with atomic_folder(out) as folder:
         if whole:
             assert model is not None
-            _merged(source, file, folder, consumer, model, kind, like, onto, progress)
-        elif consumer in ("peft", "vllm"):
-            _write_peft(file, folder, VLLM_RANKS if consumer == "vllm" else None)
-        else:
+            report = merge_into(folder, model, [source], name=str(out), **merging)
+            if consumer in GGUF_CONSUMERS:
+                _as_gguf(folder, report, model, like, kind or "f16")
+        elif consumer in GGUF_CONSUMERS:
             gguf_export.write_adapter(file, config, folder / GGUF_ADAPTER, name=Path(source).name)
-        if consumer == "ollama":
-            assert model is not None
-            comes_from = f"./{GGUF_MODEL}" if whole else str(_base_gguf(model, like))
-            beside = None if whole else f"./{GGUF_ADAPTER}"
-            text = gguf_export.modelfile(load_tokenizer(resolve(model)), comes_from, beside, system)
-            (folder / MODELFILE).write_text(text, encoding="utf-8")
+        else:
+            _write_peft(file, folder, VLLM_RANKS if consumer == "vllm" else None)
+        if modelfile:
+            (folder / MODELFILE).write_text(modelfile, encoding="utf-8")
         files = sorted(path.name for path in folder.iterdir())
     form = "merged model" if whole else "adapter"
-    return {"out": str(out), "consumer": consumer, "form": form, "reasons": reasons, "files": files}
+    return {"out": str(out), "consumer": consumer, "form": form, "reasons": reasons, "files": files, "merge": report}
+
+
+def _option_problems(consumer: str, model: Any, merged: bool, kind: Any, like: Any, system: Any) -> list[str]:
+    if consumer not in CONSUMERS:
+        return [f"--for: found {consumer!r}, expected {', '.join(CONSUMERS)}"]
+    problems = []
+    if model is None and (merged or consumer in GGUF_CONSUMERS):
+        problems.append(f"--model: found none, expected the base model for {consumer}{' --merged' if merged else ''}")
+    if kind not in (None, *gguf_export.TYPES):
+        problems.append(f"--type: found {kind!r}, expected {', '.join(gguf_export.TYPES)}")
+    if consumer not in GGUF_CONSUMERS:
+        idle = {"--type": kind, "--like": like}
+        problems += [f"{name}: is for {' and '.join(GGUF_CONSUMERS)}" for name, x in idle.items() if x is not None]
+    if system is not None and consumer != "ollama":
+        problems.append("--system: is for ollama's Modelfile")
+    return problems
+
+
+_OPTIONS = {"check": "no-check", "trained_on": "trained-on", "texts": "text"}
+
+
+def _refuse_merging(options: dict[str, Any]) -> None:
+    """Raise VeneerError for options of a merge where nothing is merged."""
+    unset: dict[str, Any] = {"onto": "auto", "check": True, "force": False}
+    given = [name for name, value in options.items() if name != "progress" and value != unset.get(name)]
+    if given:
+        names = ", ".join(f"--{_OPTIONS.get(name, name)}" for name in given)
+        raise VeneerError(f"{names}: of a merged model, and this goes as an adapter", hint="--merged merges it")
+
+
+def _as_gguf(folder: Path, report: dict[str, Any], model: str, like: Any, kind: str) -> None:
+    """The merged model in `folder` becomes a GGUF there; its report stays, with the hash of that."""
+    merged = [path for path in folder.iterdir() if path.name != REPORT_FILE]
+    gguf_export.write_model(folder, _base_gguf(model, like), folder / GGUF_MODEL, base=resolve(model), kind=kind)
+    for path in merged:
+        path.unlink()
+    report["outputs"] = {GGUF_MODEL: sha256(folder / GGUF_MODEL)}
+    write_json(folder / REPORT_FILE, report)
 
 
 def _reasons(file: AdapterFile, consumer: str, tied: bool) -> list[str]:
@@ -169,25 +209,6 @@ def _write_peft(file: AdapterFile, folder: Path, ranks: tuple[int, ...] | None) 
         config["target_modules"] = sorted({name.rpartition(".")[2] for name in file.factors})
     write_json(folder / CONFIG_FILE, config)
     write_tensors(folder / WEIGHTS_FILE, tensors, metadata=base_metadata(file.trained_on, file.double_quant))
-
-
-def _merged(
-    source: str | Path, file: AdapterFile, folder: Path, consumer: str, model: str, kind: str, like: Any, onto: Any,
-    progress: Any,
-) -> None:  # fmt: skip
-    kinds: Any = file.trained_on if onto is None else None if onto == "16-bit" else onto
-    if consumer in ("peft", "vllm"):
-        merge_files(model, [source], folder / "model", onto=kinds, progress=progress)
-        for path in (folder / "model").iterdir():
-            path.rename(folder / path.name)
-        (folder / "model").rmdir()
-        return
-    base = _base_gguf(model, like)
-    merge_files(model, [source], folder / "model", onto=kinds, progress=progress)
-    gguf_export.write_model(folder / "model", base, folder / GGUF_MODEL, base=resolve(model), kind=kind)
-    for path in (folder / "model").iterdir():
-        path.unlink()
-    (folder / "model").rmdir()
 
 
 def _base_gguf(model: str, like: str | Path | None) -> Path:

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from veneer import storage
 from veneer.errors import VeneerError
@@ -100,3 +102,20 @@ def test_disk_too_small_says_what_was_found(tmp_path, monkeypatch):
     with pytest.raises(VeneerError, match=r"for 2 checkpoints: found 2\.0 MB free at .*, expected 3\.5 MB"):
         storage.require_disk_space(tmp_path / "not" / "there", 3_500_000, "2 checkpoints")
     storage.require_disk_space(tmp_path, 2_000_000, "2 checkpoints")
+
+
+def test_the_same_tensors_give_the_same_bytes_that_everybody_reads(tmp_path):
+    tensors = {
+        "half": torch.arange(7).bfloat16(), "turned": torch.arange(12.0).view(3, 4).T, "none": torch.empty(0, 3),
+        "one": torch.tensor(2.5), "yes": torch.tensor([True, False]), "bytes": torch.arange(5, dtype=torch.uint8),
+    }  # fmt: skip
+    metadata = {key: key.upper() for key in "hgfedcba"}
+    digests = {storage.write_tensors(tmp_path / f"{n}.safetensors", tensors, metadata) for n in range(4)}
+    other = dict(reversed(tensors.items())), dict(reversed(metadata.items()))
+    digests.add(storage.write_tensors(tmp_path / "other.safetensors", *other))
+    assert digests == {storage.sha256(tmp_path / "other.safetensors")}
+    found = load_file(tmp_path / "other.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], x) and found[key].dtype == x.dtype for key, x in tensors.items())
+    with safe_open(tmp_path / "other.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", **metadata}

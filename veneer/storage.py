@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from veneer.errors import VeneerError
 
@@ -156,23 +156,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors to one safetensors file, atomically. Each is made contiguous and moved to the CPU.
+) -> str:
+    """Write tensors to one safetensors file, atomically; returns its sha256. The same tensors give the same bytes.
 
     Raises:
         VeneerError: the file cannot be written, mostly because the disk is full.
     """
-    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    with atomic_file(path) as temporary:
-        try:
-            save_file(ready, temporary, metadata={"format": "pt", **(metadata or {})})
-        except (SafetensorError, OSError) as error:
-            temporary.unlink(missing_ok=True)  # what was written of it is not part of what is free
-            needed, free = sum(tensor.nbytes for tensor in ready.values()), shutil.disk_usage(temporary.parent).free
-            raise VeneerError(
-                f"{path} could not be written: {error}; found {free / 1e6:,.1f} MB free, expected {needed / 1e6:,.1f} MB",
-                hint="free some space or choose an output folder on another disk",
-            ) from error
+    plan = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    return stream_tensors(path, plan, lambda names: (tensors[name].detach().cpu() for name in names), metadata)
 
 
 # safetensors' names of the types of numbers.
@@ -223,8 +214,11 @@ def stream_tensors(
     path: str | Path,
     plan: Mapping[str, tuple[torch.dtype, torch.Size]],
     tensors: Callable[[list[str]], Iterator[torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Write a safetensors file one tensor at a time, atomically; returns its sha256.
+
+    The order of all that is in it is fixed, as it is not in what the safetensors library writes.
 
     Args:
         plan: what will be in it.
@@ -234,7 +228,7 @@ def stream_tensors(
         VeneerError: the file cannot be written, mostly because the disk is full.
     """
     names = sorted(plan, key=lambda name: (-plan[name][0].itemsize, name))  # large types first: all are aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
     place = 0
     for name in names:
         dtype, shape = plan[name]

@@ -50,8 +50,8 @@ def save_checkpoint(
             tensors[f"optimizer/{key}/{name}"] = value
     path = folder / f"step-{step:08d}"
     with atomic_folder(path, replace=True) as temporary:
-        write_tensors(temporary / TENSORS, tensors)
-        write_json(temporary / STATE, {**state, "step": step, "sha256": sha256(temporary / TENSORS)})
+        digest = write_tensors(temporary / TENSORS, tensors)
+        write_json(temporary / STATE, {**state, "step": step, "sha256": digest})
     there = sorted(folder.glob("step-*"))
     for other in {*there} - {*[p for p in there if p.name <= path.name][-keep_last:]}:
         shutil.rmtree(other)

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from veneer.errors import VeneerError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+SYNCED = 32 << 20  # bytes; so much is sent to the disk while more is made, and little is left to wait for at the end
 JSON_LIMIT = 64 << 20  # bytes; no config or index file of any known model is near it
 
 
@@ -72,10 +73,9 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync(Path(folder) / name)
-            _fsync(Path(folder))
+        inside = [Path(folder) / name for folder, _, names in os.walk(temporary) for name in (*names, ".")]
+        with ThreadPoolExecutor(8) as pool:  # each waits for the disk, and the disk can do several at once
+            list(pool.map(_fsync, inside))
         if path.is_dir():
             # rename() needs an empty target; moving the old folder aside first keeps a whole one at all times.
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
@@ -247,13 +247,23 @@ def stream_tensors(
 
     with atomic_file(path) as temporary:
         try:
-            with open(temporary, "wb", buffering=0) as file, ThreadPoolExecutor(1) as beside:
+            with (
+                open(temporary, "wb", buffering=0) as file,
+                ThreadPoolExecutor(1) as beside,
+                ThreadPoolExecutor(1) as disk,
+            ):
+                unsynced, syncs = 0, []
                 for piece in pieces():
                     hashing = beside.submit(digest.update, piece)  # neither it nor the write holds Python's lock
                     view = memoryview(piece)
                     while len(view):
                         view = view[file.write(view) :]
                     hashing.result()
+                    if (unsynced := unsynced + len(piece)) >= SYNCED:
+                        unsynced = 0
+                        syncs.append(disk.submit(os.fsync, file.fileno()))
+                for sync in syncs:
+                    sync.result()
         except OSError as error:
             temporary.unlink(missing_ok=True)
             free = shutil.disk_usage(temporary.parent).free

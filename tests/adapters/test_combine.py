@@ -203,6 +203,30 @@ def test_ties_is_the_papers(tmp_path, density, sign, weights):
     )
 
 
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune"])
+def test_pruning_sees_the_true_updates_whatever_their_ranks_and_scalings(tmp_path, method):
+    same = {name: {**settings, "targets": ["q_proj", "down_proj"]} for name, settings in DIFFERENT.items()}
+    paths, weights = folders(tmp_path, same), (1, 0.5, -1)
+    each = [updates(path) for path in paths]
+    combine(paths, tmp_path / "out", method=method, weights=weights, density=0.4, rank=64)
+    cut = {name: [trimmed(u[name], 0.4) for u in each] for name in each[0]}
+    if method == "ties":
+        expected = {name: elected(ds, weights, "total") for name, ds in cut.items()}
+    else:
+        expected = {name: sum(w * d for w, d in zip(weights, ds, strict=True)) for name, ds in cut.items()}
+    close(updates(tmp_path / "out"), expected, 2e-5)
+
+
+def test_masks_of_two_adapters_and_of_two_layers_are_independent(tmp_path):
+    kept = []
+    for number, path in enumerate(folders(tmp_path, ALIKE)[:2]):
+        combine([path], tmp_path / str(number), method="dare_linear", weights=(1,), density=0.5, rank=48)
+        found = updates(tmp_path / str(number))
+        kept += [found[name].abs() > 1e-3 * found[name].abs().max() for name in sorted(found) if "q_proj" in name]
+    for one, other in itertools.combinations(kept, 2):
+        assert float((one == other).double().mean()) == pytest.approx(0.5, abs=0.05)
+
+
 def test_magnitude_prune_is_the_sum_of_the_largest(tmp_path):
     paths, weights = folders(tmp_path, ALIKE), (1, -2, 0.5, 0.1)
     each = [updates(path) for path in paths]
@@ -321,6 +345,19 @@ def test_factors_of_a_matrix_that_is_never_whole(shape, monkeypatch):
             float(m.double().square().sum())
         )
         assert found.a.shape == (8, shape[1]) and found.b.shape == (shape[0], 8)
+
+
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
+@pytest.mark.parametrize("rank", [20, 29, 31, 50, 60, 1000])
+def test_ranks_near_the_width_of_a_matrix_that_is_never_whole(shape, rank, monkeypatch):
+    monkeypatch.setattr(algebra, "DIRECT", 8)
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    found = algebra.nearest_factors(blocks(m, 7), rank)
+    k = min(rank, *shape)
+    assert found.a.shape == (k, shape[1]) and found.b.shape == (shape[0], k)
+    best = float((m.double() - nearest(m.double(), k)).norm())
+    error = float((m.double() - found.b.double() @ found.a.double()).norm())
+    assert error <= 1.02 * best + 1e-4 * float(m.norm()) and found.lost == pytest.approx(error**2, rel=1e-2, abs=1e-3)
 
 
 def test_small_blocks_combine_as_one(tmp_path, monkeypatch):

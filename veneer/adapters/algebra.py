@@ -147,11 +147,16 @@ class RowBlocks:
 
 def nearest_factors(matrix: RowBlocks, rank: int | None = None, max_error: float | None = None) -> LowRank:
     """`truncated` of a dense matrix: through the Gram matrix of its smaller side where that is small, else with a block
-    Krylov method (Musco & Musco 2015, arXiv 1504.05477) that keeps factors and one block of rows in memory."""
+    Krylov method (Musco & Musco 2015, arXiv 1504.05477) that keeps factors and one block of rows in memory. Ranks above half
+    the smaller side take one matrix of the columns, or this one."""
     out, width = matrix.shape
     if min(out, width) <= DIRECT:
-        return _by_gram(torch.cat([rows for _, rows in matrix]), rank, max_error)
+        return _directly(matrix, rank, max_error)
     return _by_krylov(matrix, rank, max_error)
+
+
+def _directly(matrix: RowBlocks, rank: int | None, max_error: float | None) -> LowRank:
+    return _by_gram(torch.cat([rows for _, rows in matrix]), rank, max_error)
 
 
 def _by_gram(m: Tensor, rank: int | None, max_error: float | None) -> LowRank:
@@ -171,10 +176,29 @@ def _by_gram(m: Tensor, rank: int | None, max_error: float | None) -> LowRank:
     return LowRank(b, a, float(torch.linalg.vector_norm(m, dtype=torch.float64).square()), float(lost.square()))
 
 
+def _by_width(matrix: RowBlocks, rank: int | None, max_error: float | None) -> LowRank:
+    """Through the Gram matrix of the columns, in fp64: for ranks of which a Krylov space would be all columns anyway."""
+    out, width = matrix.shape
+    gram, squared = torch.zeros(width, width, dtype=torch.float64), 0.0
+    for _, rows in matrix:
+        gram.addmm_(rows.double().T, rows.double())
+        squared += float(torch.linalg.vector_norm(rows, dtype=torch.float64).square())
+    values, vectors = torch.linalg.eigh(gram)
+    s = values.flip(0)[: min(out, width)].clamp_(min=0).sqrt_()
+    k = kept_rank(s, len(s), rank, max_error)
+    turned, root = vectors.flip(1)[:, :k], s[:k].sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    b = torch.empty(out, k)
+    for start, rows in matrix:
+        b[start : start + len(rows)] = (rows.double() @ turned / root).float()
+    return LowRank(b, (root[:, None] * turned.T).float(), squared, max(0.0, squared - float(s[:k].square().sum())))
+
+
 def _by_krylov(matrix: RowBlocks, rank: int | None, max_error: float | None, columns: int | None = None) -> LowRank:
     out, width = matrix.shape
-    columns = min(columns or (rank or DIRECT // 8) + OVERSAMPLED, width)
-    passes = min(PASSES, max(1, width // columns))
+    columns = columns or (rank or DIRECT // 8) + OVERSAMPLED
+    if 2 * columns > min(out, width):
+        return (_by_width if width <= out else _directly)(matrix, rank, max_error)
+    passes = min(PASSES, width // columns)
     x = torch.randn(width, columns, generator=torch.Generator().manual_seed(0))
     spaces: list[Tensor] = []
     squared = 0.0
@@ -192,9 +216,7 @@ def _by_krylov(matrix: RowBlocks, rank: int | None, max_error: float | None, col
     values, vectors = torch.linalg.eigh(projected.double().T @ projected.double())
     s = values.flip(0).clamp_(min=0).sqrt_()
     if max_error is not None and rank is None and float(s.square().sum()) < (1 - max_error**2) * squared:
-        if q.shape[1] < min(out, width):  # the space that was looked at does not hold enough
-            return _by_krylov(matrix, rank, max_error, 2 * columns)
-        max_error = 0.0
+        return _by_krylov(matrix, rank, max_error, 2 * columns)  # the space that was looked at does not hold enough
     k = kept_rank(s, len(s), rank, max_error)
     root = s[:k].sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     turned = vectors.flip(1)[:, :k]

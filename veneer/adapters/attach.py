@@ -286,9 +286,9 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def adapted(model: nn.Module, path: str) -> LoraLayer:
-    """The adapted layer at `path`; a plain layer there is wrapped first."""
-    wrapped = layer_at(model, path)
+def adapted(model: nn.Module, path: str, wrapped: LoraLayer | None = None) -> LoraLayer:
+    """The adapted layer at `path`; a plain layer there is wrapped first. wrapped: what `layer_at` gave for it."""
+    wrapped = layer_at(model, path) if wrapped is None else wrapped
     assert wrapped is not None, path
     parent, _, child = path.rpartition(".")
     owner: Any = model.get_submodule(parent)

@@ -14,10 +14,11 @@ trained. Adapters with a weight of zero take no part. The result has scaling 1, 
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -63,6 +64,7 @@ METHODS: dict[str, Method] = {
 DENSITY = 0.5  # of the methods that prune, where nothing is said
 DELLA_WINDOW = 0.2
 LARGEST_RANK = 1 << 16
+ALONE = 1 << 25  # weights of a layer above which no other is in work beside it
 
 
 class Source(NamedTuple):
@@ -83,8 +85,8 @@ def combine(
     rank: int | None = None,
     max_error: float | None = None,
     density: float | None = None,
-    sign: Sign = "total",
-    seed: int = 0,
+    sign: Sign | None = None,
+    seed: int | None = None,
     any_base: bool = False,
     replace: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -97,8 +99,8 @@ def combine(
         rank: of the result; left out: what `linear` and `cat` need, else the largest of the adapters'.
         max_error: instead or besides: the smallest rank whose error, of the sum's norm in each layer, is at most this.
         density: of the methods that prune, the share of each update that is kept (0 to 1).
-        sign: of the methods that elect: "total", the larger sum, or "frequency", the more adapters.
-        seed: of the methods that keep at random.
+        sign: of the methods that elect: "total" (left out), the larger sum, or "frequency", the more adapters.
+        seed: of the methods that keep at random; left out: 0.
         any_base: adapters that name different base models are combined all the same.
         replace: what lies in `out` is replaced.
         progress: called with how many layers are done, of how many.
@@ -111,7 +113,7 @@ def combine(
         VeneerError: all that is wrong with the settings and the adapters, at once.
         RefusedError: nothing is wrong, but a part of an adapter has no exact place in the result.
     """
-    problems = _wrong_settings(sources, method, weights, rank, max_error, density, sign)
+    problems = _wrong_settings(sources, method, weights, rank, max_error, density, sign, seed)
     files: list[AdapterFile | None] = []
     for path in sources:
         try:
@@ -136,17 +138,18 @@ def combine(
         require_empty_folder(out)
     rule = None
     if (prune := METHODS[method].prune) is not None:
-        rule = Rule(prune, sign if elect else None, DENSITY if density is None else density)
+        rule = Rule(prune, (sign or "total") if elect else None, DENSITY if density is None else density)
         if prune == "della":  # as wide as the density leaves room for
             rule = rule._replace(window=min(DELLA_WINDOW, 2 * rule.density, 2 * (1 - rule.density)))
+    seed = seed or 0
     layers = _layers(live, method, rule, rank, max_error, seed, progress)
-    report = _report(everything, live, method, rule, seed, layers)
+    report = _report(everything, live, method, rule, seed, layers, rank)
     _write(Path(out), live, layers, report, replace)
     return report
 
 
 def _wrong_settings(
-    sources: Sequence[Any], method: Any, weights: Any, rank: Any, max_error: Any, density: Any, sign: Any
+    sources: Sequence[Any], method: Any, weights: Any, rank: Any, max_error: Any, density: Any, sign: Any, seed: Any
 ) -> list[str]:
     problems = []
     if len(sources) < 1:
@@ -175,8 +178,14 @@ def _wrong_settings(
         problems.append(f"density: found {density!r}, expected a share above 0, up to 1")
     elif density is not None and METHODS[method].prune != "magnitude" and density < 1 / 65536:
         problems.append(f"density: found {density!r}, expected at least 1/65,536: masks are random numbers of 16 bits")
-    if sign not in get_args(Sign):
+    if sign not in (None, *get_args(Sign)):
         problems.append(f"sign: found {sign!r}, expected {', '.join(get_args(Sign))}")
+    elif sign is not None and method in METHODS and not METHODS[method].elect:
+        problems.append(f"sign: found {sign!r}, which {method} does not take: it elects no signs")
+    if seed is not None and not (isinstance(seed, int) and not isinstance(seed, bool)):
+        problems.append(f"seed: found {seed!r}, expected a whole number")
+    elif seed is not None and method in METHODS and METHODS[method].prune not in ("random", "della"):
+        problems.append(f"seed: found {seed!r}, which {method} does not take: nothing in it is random")
     return problems
 
 
@@ -265,6 +274,11 @@ def _sides(shape: tuple[Any, ...]) -> str:
     return f"({out}, {', '.join(map(str, inner))})" + (f" x {experts} experts" if experts > 1 else "")
 
 
+def _elements(live: list[Source], name: str) -> int:
+    one = next(source.file.factors[name] for source in live if name in source.file.factors)
+    return (one.a.numel() // len(one.a)) * len(one.b)
+
+
 class Layer(NamedTuple):
     """A combined layer: factors as files have them, and the squared norm of the whole and of what the rank left out."""
 
@@ -293,12 +307,19 @@ def _layers(
         parts = [(source, source.file.factors[name]) for source in live if name in source.file.factors]
         return _layer(name, parts, method, rule, rank, max_error, seed)
 
+    def made() -> Iterator[tuple[str, Layer]]:
+        # one thread for each layer, where its matrices are too small to share; large ones, an embedding's, one by one
+        small = [name for name in names if _elements(live, name) <= ALONE]
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from zip(small, pool.map(one_layer, small), strict=True)
+        torch.set_num_threads(threads)
+        yield from ((name, one_layer(name)) for name in names if name not in set(small))
+
     threads = torch.get_num_threads()
     found = {}
-    # one thread for each layer: its matrices are too small to share
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with contextlib.closing(made()) as layers:
         try:
-            for name, layer in zip(names, pool.map(one_layer, names), strict=True):
+            for name, layer in layers:
                 if not (all_finite(layer.a) and all_finite(layer.b)):
                     raise VeneerError(
                         f"{name}: the result holds NaN or Inf: its weights, or the adapters, are too large"
@@ -359,7 +380,13 @@ def _exact(updates: list[Update], method: str, rank: int | None, max_error: floa
 
 
 def _report(
-    everything: list[Source], live: list[Source], method: str, rule: Rule | None, seed: int, layers: dict[str, Layer]
+    everything: list[Source],
+    live: list[Source],
+    method: str,
+    rule: Rule | None,
+    seed: int,
+    layers: dict[str, Layer],
+    rank: int | None,
 ) -> dict[str, Any]:
     squared, lost = sum(one.squared for one in layers.values()), sum(one.lost for one in layers.values())
     errors = {name: _share(one.lost, one.squared) for name, one in layers.items()}
@@ -369,12 +396,24 @@ def _report(
     notes = []
     if not elects and not math.isclose(total, 1, rel_tol=1e-6):
         notes.append(f"the weights sum to {total:g}: the result is not an average of the adapters")
+    negative = [str(source.path) for source in live if source.weight < 0]
+    if negative:
+        turned = "its votes turn round too" if elects else "what it does is taken away"
+        notes.append(f"a negative weight for {', '.join(negative)}: {turned}")
+    sizes = [abs(source.weight) for source in live]
+    if elects and not math.isclose(sum(sizes), len(sizes), rel_tol=1e-6):
+        notes.append(
+            f"the weights' sizes have a mean of {sum(sizes) / len(sizes):g}: {method} averages what was elected already, "
+            "so 1 each keeps an adapter's size"
+        )
     if any(abs(source.weight) > 4 for source in live):
         notes.append("a weight above 4: an update of that size may leave where the base model works")
     if skipped := [str(source.path) for source in everything if source.weight == 0]:
         notes.append(f"weight 0, no part in it: {', '.join(skipped)}")
     if any(one.magnitude is not None for source in live for one in source.file.factors.values()):
         notes.append("DoRA: directions and lengths were averaged each by itself")
+    if rank is not None and layers and (most := max(one.rank for one in layers.values())) < rank:
+        notes.append(f"rank {rank} was asked: {most} is all that the layers or the update have")
     if squared == 0:
         notes.append("the result is no update at all: the adapters cancel out, or are all zero")
     kinds = {source.file.trained_on or "16-bit, or not known" for source in live}

@@ -368,7 +368,8 @@ def place_adapter(
     """
     base = _base(model)
     weights = {**base, **_put_aside(model)} if file.copies else base
-    problems = [*_factor_problems(model, file), *_weight_problems(weights, file, check_copies=check_copies)]
+    layers = {path: None if "base_layer" in path.split(".") else layer_at(model, path) for path in file.factors}
+    problems = [*_factor_problems(layers, file), *_weight_problems(weights, file, check_copies=check_copies)]
     problems += _left_over_or_missing(model, file)
     broken = _broken_ties(model, file)
     replaced_there = {key: base[key] for key in file.replaced if key in base}
@@ -394,7 +395,9 @@ def place_adapter(
     config = file.config.model_copy(update={"dtype": dtype})
     for layer, found in file.factors.items():
         more = {"magnitude": found.magnitude, "bias": found.bias, "dtype": getattr(torch, dtype)}
-        adapted(model, layer).add(name, found.a, found.b, scaling=found.scaling, dropout=config.dropout, **more)
+        adapted(model, layer, layers[layer]).add(
+            name, found.a, found.b, scaling=found.scaling, dropout=config.dropout, **more
+        )
     for embedding, ids in tokens.items():
         TokenRows.of(model, embedding).add(name, ids, file.tokens[embedding])
     tied = _tied(model)
@@ -421,12 +424,11 @@ def _put_aside(model: nn.Module) -> dict[str, nn.Parameter]:
     return {**found, **model.__dict__.get("veneer_base", {})}
 
 
-def _factor_problems(model: nn.Module, file: AdapterFile) -> list[str]:
+def _factor_problems(layers: dict[str, LoraLayer | None], file: AdapterFile) -> list[str]:
     """Factors of layers that the model has not, or of another shape."""
     problems = []
     for layer, found in file.factors.items():
-        kind = None if "base_layer" in layer.split(".") else layer_at(model, layer)
-        if kind is None:
+        if (kind := layers[layer]) is None:
             problems.append(f"{layer}: found in the adapter, but this model has no such layer that can be adapted")
             continue
         try:

@@ -160,12 +160,21 @@ def _over_all(rows: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("inner", "squared_a", "squared_b", "against", "moved")
     sums = {key: sum(row[key] for row in rows) for key in keys}
     means = {key: sum(row[key] for row in rows) / len(rows) if rows else 0.0 for key in OVERLAPS}
-    found = {"layers": len(rows), **_ratios(sums), **means}
+    found = {
+        "layers": len(rows),
+        **_ratios(sums),
+        **means,
+        "moved_any": not rows or bool(sums["squared_a"] * sums["squared_b"]),
+    }
     kept = [{key: value for key, value in row.items() if key not in keys} for row in rows]
-    return {**found, "verdict": _verdict(found), "by_layer": kept}
+    verdict = _verdict(found)
+    del found["moved_any"]
+    return {**found, "verdict": verdict, "by_layer": kept}
 
 
 def _verdict(pair: dict[str, Any]) -> str:
+    if not pair["moved_any"]:
+        return "one of them changes nothing"
     if not pair["layers"]:
         return "no layer in common: their sum is both, exactly"
     if pair["cosine"] >= NEAR:
@@ -177,15 +186,20 @@ def _verdict(pair: dict[str, Any]) -> str:
     return "unrelated changes: a sum keeps both, an average halves each"
 
 
+def _letter(number: int) -> str:
+    """A to Z, then A1, B1, ..."""
+    return chr(65 + number % 26) + (str(number // 26) if number >= 26 else "")
+
+
 def describe(found: dict[str, Any]) -> str:
     """The same for people."""
-    lines = [f"{chr(65 + n % 26)}  {path}   norm {found['norms'][n]:.4g}" for n, path in enumerate(found["adapters"])]
+    lines = [f"{_letter(n)}  {path}   norm {found['norms'][n]:.4g}" for n, path in enumerate(found["adapters"])]
     lines += [
         "",
         f"{'pair':6} {'layers':>6} {'cosine':>7} {'written':>8} {'(random)':>8} {'read':>6} {'(random)':>8} {'conflict':>8}",
     ]
     for pair in found["pairs"]:
-        name = f"{chr(65 + pair['a'] % 26)}-{chr(65 + pair['b'] % 26)}"
+        name = f"{_letter(pair['a'])}-{_letter(pair['b'])}"
         lines.append(
             f"{name:6} {pair['layers']:>6} {pair['cosine']:>7.3f} {pair['overlap_written']:>8.3f} {pair['random_written']:>8.3f} "
             f"{pair['overlap_read']:>6.3f} {pair['random_read']:>8.3f} {100 * pair['sign_conflict']:>7.1f}%   {pair['verdict']}"
@@ -208,7 +222,7 @@ def plot(found: dict[str, Any], path: str | Path) -> Path:
     path, figure = figure_of(path, (4 + 1.2 * len(found["pairs"]), 9))
     pairs = found["pairs"]
     layers = list(dict.fromkeys(row["layer"] for pair in pairs for row in pair["by_layer"]))
-    names = [f"{chr(65 + pair['a'] % 26)}-{chr(65 + pair['b'] % 26)}" for pair in pairs]
+    names = [f"{_letter(pair['a'])}-{_letter(pair['b'])}" for pair in pairs]
     axes = figure.subplots(1, 2, sharey=True)
     for axis, key, (low, high), colours in (
         (axes[0], "cosine", (-1, 1), "RdBu"),
@@ -224,7 +238,7 @@ def plot(found: dict[str, Any], path: str | Path) -> Path:
         figure.colorbar(image, ax=axis, shrink=0.6)
     every = max(1, len(layers) // 40)
     axes[0].set_yticks(range(0, len(layers), every), layers[::every], fontsize=6)
-    letters = ", ".join(f"{chr(65 + n % 26)}: {Path(name).name}" for n, name in enumerate(found["adapters"]))
+    letters = ", ".join(f"{_letter(n)}: {Path(name).name}" for n, name in enumerate(found["adapters"]))
     figure.suptitle(f"do these adapters go together?   {letters}", fontsize=10)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:], dpi=150)

@@ -235,7 +235,7 @@ def merge(
         model, adapters, out, onto=onto, trained_on=trained_on, requantize=requantize, residual_rank=residual_rank, check=check,
         tolerance=tolerance, force=force, texts=_paragraphs(text), progress=counter("tensors merged"),
     )  # fmt: skip
-    if onto != "auto" and not found["onto"].startswith((trained := found["trained_on"])[:6]):
+    if onto != "auto" and (trained := found["trained_on"]) not in (found["onto"], report.UNKNOWN):
         print(
             f"note: trained on the base in {trained}, merged onto {found['onto']}; --onto {trained} takes the one it was "
             "trained on",
@@ -269,9 +269,14 @@ def combine(
         typer.Option(help="linear (left out), cat, svd, ties, dare_linear, dare_ties, magnitude_prune or della."),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="One for each adapter, as 0.7,0.3 or 1,-1. Left out: an average.")
+        str | None,
+        typer.Option(
+            help="One for each adapter, as 0.7,0.3 or 1,-1. Left out: an average; of methods that elect signs, 1 each."
+        ),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the result. Left out: what the method needs.")] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the result. Left out: what linear and cat need, else the largest there is.")
+    ] = None,
     max_error: Annotated[
         float | None, typer.Option(help="The lowest rank whose error is at most this share of each layer's update.")
     ] = None,
@@ -311,7 +316,7 @@ def combine(
         raise VeneerError("--out: found none, expected the folder to write")
     report = combine_adapters(
         adapters, out, method=method or "linear", weights=_numbers(weights), rank=rank, max_error=max_error,
-        density=density, sign=sign or "total", seed=seed or 0, any_base=any_base, progress=counter("layers combined"),  # type: ignore[arg-type]
+        density=density, sign=sign, seed=seed, any_base=any_base, progress=counter("layers combined"),  # type: ignore[arg-type]
     )  # fmt: skip
     if as_json:
         _print_json({"out": str(out), **report})
@@ -348,7 +353,10 @@ def export(
     merged: Annotated[bool, typer.Option("--merged", help="A merged model, although an adapter would do.")] = False,
     kind: Annotated[str | None, typer.Option("--type", help="Of a merged GGUF: f16 or q8_0; else f16.")] = None,
     like: Annotated[
-        Path | None, typer.Option(help="A GGUF of the base, whose metadata a merged GGUF takes; else --model itself.")
+        Path | None,
+        typer.Option(
+            help="A GGUF of the base, for a merged GGUF's metadata or to stand beside in a Modelfile; else --model."
+        ),
     ] = None,
     onto: Annotated[str, typer.Option(help="Of a merged model: as of veneer merge; so are those below.")] = "auto",
     trained_on: Annotated[

@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -307,7 +307,7 @@ def _layers(
         parts = [(source, source.file.factors[name]) for source in live if name in source.file.factors]
         return _layer(name, parts, method, rule, rank, max_error, seed)
 
-    def made() -> Iterator[tuple[str, Layer]]:
+    def made() -> Generator[tuple[str, Layer], None, None]:
         # one thread for each layer, where its matrices are too small to share; large ones, an embedding's, one by one
         small = [name for name in names if _elements(live, name) <= ALONE]
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:

@@ -44,6 +44,7 @@ FAMILIES = {  # by transformers' model_type; others need changes of weights that
     "qwen3": Family(gguf.MODEL_ARCH.QWEN3, False),
 }
 OWN_KEYS = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
+HALF_LIMIT = 65_504
 ALIKE = 0.98  # least cosine of a base tensor with that of a GGUF of the same model, in 4 bits or more
 
 
@@ -206,6 +207,8 @@ def write_model(
             return np.array(theirs[name].data)
         file, key = ours[name]
         array = names.turn(key, file.read(key).float()).contiguous().numpy()
+        if plan[name][1] == TYPES["f16"] and (largest := float(np.abs(array).max(initial=0))) > HALF_LIMIT:
+            raise VeneerError(f"{key}: found {largest:,.0f}, f16 holds numbers up to {HALF_LIMIT:,}", hint="take q8_0")
         return array if plan[name][1] == gguf.GGMLQuantizationType.F32 else gguf.quantize(array, plan[name][1])
 
     unlike = []

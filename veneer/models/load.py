@@ -297,9 +297,27 @@ def embedded_gguf() -> Path:
     return file
 
 
+def read_gguf(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """The model of a GGUF, decoded, and its tokenizer, as transformers reads them; nothing is kept."""
+    kwargs: dict[str, Any] = {}
+    try:  # newer transformers keep GGUF weights packed unless told otherwise; older ones always decode
+        from transformers.utils.quantization_config import GgufConfig
+
+        kwargs["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass
+    try:
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # transformers has no switch for this progress bar
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype, **kwargs)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # whatever the file makes transformers stumble over
+        raise VeneerError(f"{gguf}: transformers cannot read this GGUF: {_in_a_line(error)}") from error
+    return model, tokenizer
+
+
 def _converted(gguf: Path, pinned: str | None, convert: bool = True) -> Path:
     """The safetensors folder of a GGUF, from the cache or made now. Weights are decoded to bf16 once."""
-    summary = check_gguf(gguf)
+    check_gguf(gguf)
     digest = sha256(gguf)
     if pinned is not None and digest != pinned:
         raise VeneerError(
@@ -314,23 +332,7 @@ def _converted(gguf: Path, pinned: str | None, convert: bool = True) -> Path:
     if not convert:
         raise VeneerError(f"model {gguf}: not read yet, there is no copy in {cache_folder()}")
     print(f"reading {gguf.name} once; later starts take seconds", file=sys.stderr, flush=True)
-    kwargs: dict[str, Any] = {}
-    try:  # newer transformers keep GGUF weights packed unless told otherwise; older ones always decode
-        from transformers.utils.quantization_config import GgufConfig
-
-        kwargs["quantization_config"] = GgufConfig(dequantize=True)
-    except ImportError:
-        pass
-    try:
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # transformers has no switch for this progress bar
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **kwargs
-            )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    except Exception as error:  # whatever the file makes transformers stumble over
-        raise VeneerError(
-            f"{gguf}: transformers cannot read this {summary.architecture} GGUF: {_in_a_line(error)}"
-        ) from error
+    model, tokenizer = read_gguf(gguf)
     with atomic_folder(folder, replace=True) as temporary:
         write_model(model, tokenizer, temporary)
         sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}

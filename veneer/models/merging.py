@@ -43,6 +43,7 @@ from veneer.models.load import (
 )
 from veneer.models.weights import pieces
 from veneer.ops import all_finite
+from veneer.ops.reference import TINY
 from veneer.quant.bnb_format import SCALE, STATE, unpack_layer
 from veneer.quant.linear import quantize
 from veneer.storage import (
@@ -142,7 +143,11 @@ def write_merged(
 def hashing(folder: Path, sources: Sequence[str | Path]) -> Iterator[Callable[[], dict[str, str]]]:
     """The sha256 of a model's and of adapters' files, made beside what is done meanwhile; called, waits for all of them."""
     pool, stop = ThreadPoolExecutor(1), threading.Event()
-    files = [*weight_files(folder), *(Path(path) / name for path in sources for name in (CONFIG_FILE, WEIGHTS_FILE))]
+    files = [
+        folder / "config.json",
+        *weight_files(folder),
+        *(Path(path) / name for path in sources for name in (CONFIG_FILE, WEIGHTS_FILE)),
+    ]
     hashes = {str(file): pool.submit(sha256, file, stop) for file in files}
     try:
         yield lambda: {file: value.result() for file, value in hashes.items()}
@@ -336,7 +341,10 @@ class _Plan:
     def cost(self, file: str, key: str) -> int:
         """Bytes that making a tensor takes: itself, and where it is not merged in place the fp32 forms of it."""
         kind, shape = self.outputs[file][key]
-        dense = self.place(key)[0] in self.quantized or key.removesuffix(".weight") in self.parts
+        name = self.place(key)[0]
+        layer = self.layer(name)
+        dense = name in self.quantized or key.removesuffix(".weight") in self.parts
+        dense |= layer is not None and (len(self.names) > 1 or bool(layer.magnitude))
         return shape.numel() * (kind.itemsize + (12 if dense else 0))
 
     def read(self, file: str, key: str) -> Tensor:
@@ -356,8 +364,8 @@ class _Plan:
         """A tensor of the merged model, and if it changed, its error."""
         dtype = self.outputs[file][key][0]
         weight = self.read(file, key)
-        value, changed = weight, weight.dtype != dtype
         name, part = self.place(key)
+        value, changed = weight, name in self.quantized or name.removesuffix(".weight") in self.parts
         which = self.ids.get(name)
         if which in self.copies and not same_weight(_part(self.copies[which], part), weight):
             raise VeneerError(f"{key}: the adapter has a copy of this weight, and it is of another base")
@@ -441,7 +449,7 @@ def _error(layer: LoraLayer, names: list[str], before: Tensor, merged: Tensor, r
         found, a, b = layer.as_matrices(merged, layer.a(name).detach(), layer.b(name).detach())
         exact = exact + layer.scaling[name] * b[rows].double() @ a.double()
     for magnitude in layer.magnitude.values():
-        length = magnitude.detach().double().flatten()[rows] / torch.linalg.vector_norm(exact, dim=1)
+        length = magnitude.detach().double().flatten()[rows] / torch.linalg.vector_norm(exact, dim=1).clamp(min=TINY)
         exact = exact * length[:, None]
     return _differences(found[rows], exact)
 

@@ -10,6 +10,8 @@ What a tool cannot hold as an adapter goes as a merged model, where a base is gi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def export(
         _refuse_merging({**merging, "type": kind, "like": like if consumer == "llama.cpp" else None})
     if model is not None and consumer in GGUF_CONSUMERS:
         gguf_export.Names(config)  # before anything is merged
-        if (whole or consumer == "ollama") and not (base := _base_gguf(model, like)).is_file():
+        if (whole or consumer == "ollama") and not (base := _base_gguf(model, like, reasons)).is_file():
             raise VeneerError(f"--like {base}: no such file, expected a GGUF of the base")
         if whole:
             gguf_export.require_dense(resolve(model))
@@ -96,9 +98,11 @@ def export(
     with atomic_folder(out) as folder:
         if whole:
             assert model is not None
-            report = merge_into(folder, model, [source], name=str(out), **merging)
+            convert = partial(_as_gguf, model, like, kind or "f16") if consumer in GGUF_CONSUMERS else None
+            report = merge_into(folder, model, [source], name=str(out), convert=convert, **merging)
             if consumer in GGUF_CONSUMERS:
-                _as_gguf(folder, report, model, like, kind or "f16")
+                report["outputs"] = {GGUF_MODEL: sha256(folder / GGUF_MODEL)}
+                write_json(folder / REPORT_FILE, report)
         elif consumer in GGUF_CONSUMERS:
             gguf_export.write_adapter(file, config, folder / GGUF_ADAPTER, name=Path(source).name)
         else:
@@ -138,14 +142,13 @@ def _refuse_merging(options: dict[str, Any]) -> None:
         raise VeneerError(f"{names}: of a merged model, and this goes as an adapter", hint="--merged merges it")
 
 
-def _as_gguf(folder: Path, report: dict[str, Any], model: str, like: Any, kind: str) -> None:
-    """The merged model in `folder` becomes a GGUF there; its report stays, with the hash of that."""
+def _as_gguf(model: str, like: Any, kind: str, folder: Path) -> Path:
+    """The merged model in `folder` becomes a GGUF there."""
     merged = [path for path in folder.iterdir() if path.name != REPORT_FILE]
     gguf_export.write_model(folder, _base_gguf(model, like), folder / GGUF_MODEL, base=resolve(model), kind=kind)
     for path in merged:
         path.unlink()
-    report["outputs"] = {GGUF_MODEL: sha256(folder / GGUF_MODEL)}
-    write_json(folder / REPORT_FILE, report)
+    return folder / GGUF_MODEL
 
 
 def _reasons(file: AdapterFile, consumer: str, tied: bool) -> list[str]:
@@ -211,8 +214,8 @@ def _write_peft(file: AdapterFile, folder: Path, ranks: tuple[int, ...] | None) 
     write_tensors(folder / WEIGHTS_FILE, tensors, metadata=base_metadata(file.trained_on, file.double_quant))
 
 
-def _base_gguf(model: str, like: str | Path | None) -> Path:
-    """A GGUF of the base model."""
+def _base_gguf(model: str, like: str | Path | None, reasons: Sequence[str] = ()) -> Path:
+    """A GGUF of the base model. reasons: why it is wanted: what cannot go as an adapter."""
     if like is not None:
         return Path(like).absolute()
     if model == EMBEDDED:
@@ -220,6 +223,9 @@ def _base_gguf(model: str, like: str | Path | None) -> Path:
     if Path(model).suffix == ".gguf":
         return Path(model).absolute()
     raise VeneerError(
-        f"{model} is no GGUF: found no --like, expected a GGUF of the same model, whose metadata is taken over",
+        [
+            *(f"it cannot go as an adapter: {reason}" for reason in reasons),
+            f"{model} is no GGUF: found no --like, expected a GGUF of the same model, for its metadata or to stand beside",
+        ],
         hint="make one with llama.cpp's convert_hf_to_gguf.py, or fetch one",
     )

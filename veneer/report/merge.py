@@ -14,11 +14,12 @@ from veneer.adapters.peft_format import read_adapter
 from veneer.config import Quantization
 from veneer.errors import RefusedError, VeneerError
 from veneer.evaluation import divergence, text_logits
-from veneer.models.load import load, stored_dtype, stored_quantization
+from veneer.models.load import load, load_tokenizer, read_gguf, stored_dtype, stored_quantization
 from veneer.models.merging import write_merged
 from veneer.models.requantize import RESIDUAL, write_quantized
 from veneer.storage import atomic_folder
 
+UNKNOWN = "16-bit, or not known"
 TOLERANCE = 0.02  # nats: KL of a merged model from base and adapter; bf16 rounding alone makes about a twentieth of it
 
 
@@ -52,6 +53,7 @@ def merge_into(
     tolerance: float | None = None,
     force: bool = False,
     texts: list[str] | None = None,
+    convert: Callable[[Path], Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write `model` with adapters merged into it, measured against base and adapter on text, into a folder that is there.
@@ -68,6 +70,7 @@ def merge_into(
         check: measure; False for models that do not fit into memory.
         tolerance: KL in nats above which nothing is written, but with `force`; left out: TOLERANCE.
         texts: what is measured on; left out, three questions and three pieces of prose.
+        convert: turns the merged files in the folder into a GGUF and says where it is; that is measured then.
 
     Returns:
         the report (`merge_report.json`): that of `merge_files` or `merge_quantized`, `measured`, the divergence of a merge
@@ -104,7 +107,11 @@ def merge_into(
     limit = TOLERANCE if tolerance is None else tolerance
 
     def measured(folder: Path) -> dict[str, Any]:
-        merged, tokenizer = load(folder, dtype=stored_dtype(folder), fused=False)
+        if convert is None:
+            merged, tokenizer = load(folder, dtype=stored_dtype(folder), fused=False)
+        else:
+            tokenizer = load_tokenizer(folder)
+            merged = read_gguf(convert(folder), getattr(torch, stored_dtype(model)))[0].eval()
         if requantize is not None and (folder / RESIDUAL).is_dir():
             load_adapter(merged, folder / RESIDUAL)
         found = divergence(reference, text_logits(merged, tokenizer, texts))
@@ -113,7 +120,8 @@ def merge_into(
         return found
 
     about = {
-        "trained_on": base.belongs or ("16-bit" if base.known else "16-bit, or not known"),
+        "trained_on": base.trained_on,
+        "made_for": base.made_for,
         "measured": ways,
         "chosen": base.why,
         "tolerance": limit if check else None,
@@ -122,7 +130,10 @@ def merge_into(
     common: dict[str, Any] = {"check": measured if check else None, "about": about, "progress": progress}
     common["double_quant"] = None if base.stored else base.double_quant
     if requantize is None:
-        return write_merged(model, sources, folder, onto=None if base.stored else base.kind, **common)
+        report = write_merged(model, sources, folder, onto=None if base.stored else base.kind, **common)
+        if convert is not None and not check:
+            convert(folder)
+        return report
     rank = 16 if residual_rank is None else residual_rank
     wanted: Any = requantize
     return write_quantized(
@@ -147,15 +158,16 @@ def option_problems(onto: str, trained_on: str | None, requantize: str | None = 
 
 class _Base(NamedTuple):
     """kind: what the base is decoded from before merging, None: it is the 16-bit one; stored: what it is on disk; belongs:
-    what the adapters were trained on, if that was quantised; known: the user said so; why: this kind; double_quant: of the
-    constants of 4 bits."""
+    what adapter and base are in, if that is quantised; why: this kind; double_quant: of the constants of 4 bits; trained_on:
+    what the adapters or the user say of the base in training; made_for: the base's names in the adapters."""
 
     kind: str | None
     stored: str | None
     belongs: str | None
-    known: bool
     why: str
     double_quant: bool
+    trained_on: str
+    made_for: list[str | None]
 
 
 def _base(model: str, sources: Sequence[str | Path], onto: str, trained_on: str | None) -> _Base:
@@ -166,18 +178,23 @@ def _base(model: str, sources: Sequence[str | Path], onto: str, trained_on: str 
             f"--onto {onto}: {model} is stored in {stored}, there is no {onto} base in it",
             hint="leave --onto out, or give the 16-bit model it was made from",
         )
-    known, files = trained_on is not None, [read_adapter(path) for path in sources]
-    trained = {None if trained_on == "16-bit" else trained_on} if known else {file.trained_on for file in files}
-    double_quant = next((file.double_quant for file in files if file.double_quant is not None), True)
-    if len(trained) > 1 and not stored:
-        found = ", ".join(sorted(kind or "16-bit, or not known" for kind in trained))
-        raise VeneerError(f"the adapters were trained on different bases: {found}", hint="merge one after the other")
-    belongs = stored or next(iter(trained), None)
+    files = [read_adapter(path) for path in sources]
+    said = {trained_on} if trained_on is not None else {file.trained_on or UNKNOWN for file in files}
+    if len(said) > 1:
+        raise VeneerError(
+            f"the adapters were trained on different bases: {', '.join(sorted(said))}", hint="merge one after the other"
+        )
+    trained = next(iter(said), UNKNOWN)
+    belongs = stored or (None if trained in ("16-bit", UNKNOWN) else trained)
     kind = stored or (belongs if onto == "auto" else None if onto == "16-bit" else onto)
     why = "as asked" if onto != "auto" else "the base it was trained on"
-    if onto == "auto" and belongs is None and not known:
+    if stored:
+        why = f"the only base in these files; trained on: {trained}"
+    elif onto == "auto" and trained == UNKNOWN:
         why = "what it was trained on is not known: taken for the 16-bit base; --trained-on nf4 says otherwise"
-    return _Base(kind, stored, belongs, known, why, double_quant)
+    double_quant = next((file.double_quant for file in files if file.double_quant is not None), True)
+    made_for = [file.raw.get("base_model_name_or_path") for file in files]
+    return _Base(kind, stored, belongs, why, double_quant, trained, made_for)
 
 
 def _measure(
@@ -208,7 +225,8 @@ def _too_far(found: dict[str, Any], limit: float, *, requantized: bool) -> Refus
         f"the merged model is too far from base and adapter: found a KL of {found['kl']:.3g} nats "
         f"(largest logit difference {found['max_logit_difference']:.3g}, the same likeliest token at "
         f"{100 * found['top1_agreement']:.1f}% of {found['tokens']} positions), expected at most {limit:g}",
-        hint=f"serve the adapter beside its base, merge onto another base (--onto), {higher}or write it all the same with "
+        hint=f"serve the adapter beside its base, merge onto another base (--onto; --trained-on, if the adapter does not say what "
+        f"it was trained on), {higher}or write it all the same with "
         "--force",
     )
 
@@ -216,7 +234,7 @@ def _too_far(found: dict[str, Any], limit: float, *, requantized: bool) -> Refus
 def describe(report: dict[str, Any]) -> str:
     """The same for people."""
     onto = report["onto"]
-    base = "the 16-bit base" if onto == "16-bit" else f"the {onto} base, decoded to 16 bits"
+    base = "the base as it is stored" if onto == "16-bit" else f"the {onto} base, decoded"
     lines = [f"merged onto {base}: {report['out']}"]
     lines[0] += f"\n  ({report['chosen']})"
     error = report["error"] or {}
@@ -228,8 +246,8 @@ def describe(report: dict[str, Any]) -> str:
         )
     elif error:
         lines.append(
-            f"{report['changed']} of {report['tensors']} tensors changed; largest error against fp64 {error['max_error']:.3g}, "
-            f"of which rounding {error['rounding']:.3g}"
+            f"{report['changed']} of {report['tensors']} tensors changed; largest error against fp64, 16 rows of each, "
+            f"{error['max_error']:.3g}, of which rounding {error['rounding']:.3g}"
         )
     else:
         lines.append(
@@ -244,4 +262,9 @@ def describe(report: dict[str, Any]) -> str:
             f"{found['max_logit_difference']:.4g}, same likeliest token at {100 * found['top1_agreement']:.1f}% of "
             f"{found['tokens']} positions"
         )
+    lines += [
+        f"note: {path} says it was made for {name!r}, merged into {report['model']!r}"
+        for path, name in zip(report["adapters"], report["made_for"], strict=True)
+        if name and Path(name).name.lower() != Path(report["model"]).name.lower()
+    ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-# make demo   watch a real model learn a task with QLoRA (about 10 minutes on 2 cores)
+# make demo   watch a real model learn a task with QLoRA (4 to 10 minutes on 2 cores)
 # make test   run the tests
 # make bench  every benchmark beside its peers (benchmarks/); some: make bench BENCH="c1 c2 --rounds 5"
 # All need only Python 3.11+ and make; everything else goes into .venv.

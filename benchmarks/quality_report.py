@@ -115,6 +115,9 @@ def write_report(out: Path, where: Path) -> list[Path]:
         if not results:
             continue
         lines += ["", f"## {task['title']}", "", *_how(task, results)]
+        records = where / f"methods-{name}.json"
+        records.write_text(json.dumps(results, separators=(",", ":"), ensure_ascii=False) + "\n", encoding="utf-8")
+        written.append(records)
         picture = where / f"methods-{name}.png"
         if usable and _plot(usable, task["title"], picture):
             written.append(picture)
@@ -128,10 +131,11 @@ def write_report(out: Path, where: Path) -> list[Path]:
 HEAD = [
     "# Quality: what full fine-tuning, LoRA and its kinds reach",
     "",
-    "Made by `python -m benchmarks.quality` ([benchmarks/quality.py](../benchmarks/quality.py)); do not edit. Every cell is "
+    "Made by `python -m benchmarks.quality --data FOLDER` (a folder of BANKING77: train.csv, test.csv) and then `--report docs` "
+    "([benchmarks/quality.py](../benchmarks/quality.py)), from the records beside this page (methods-*.json); do not edit. Every cell is "
     "one fine-tune of SmolLM2-135M-Instruct by Veneer's own loop on the same rows in the same order (by seed), one epoch, "
     "AdamW, cosine, then greedy answers to rows it never saw. LoRA: r 16, alpha 2r, all linears but the head, unless the "
-    "name says otherwise. Exact match: the whole answer. Peak memory: over import, while training. Seconds: one run each, on a machine that was not always idle; [results](../benchmarks/results) has speeds measured side by side. Differences are in "
+    "name says otherwise. Exact match: the whole answer. Peak memory: over import, while training. Seconds are of runs on a machine that was not always idle: they say nothing of one method beside another, for which [results](../benchmarks/results) has steps measured side by side (c1, c2, c10). Differences are in "
     "points of exact match, row by row, with their standard error.",
 ]
 
@@ -183,7 +187,43 @@ def _course_table(usable: Results) -> list[str]:
         row = [_spread(records, lambda r, k=k: r[k], 3) for k in ("last_loss", "largest_loss", "largest_gradient")]  # type: ignore[misc]
         row += [_spread(records, exact_match), _spread(records, held_out_loss, 4)]
         lines.append(f"| {'scaling 2' if name == BASE else name} | {' | '.join(row)} |")
+    best = min(there, key=lambda name: statistics.mean(map(held_out_loss, usable[name])))
+    lines += ["", _too_high(best, there, usable)]
     return lines
+
+
+def _too_high(best: str, there: list[str], usable: Results) -> str:
+    """What a scaling too low and too high did here."""
+    low, high = there[0], there[-1]
+    loss, gradient = (
+        {name: statistics.mean(r[key] for r in usable[name]) for name in (low, high)}
+        for key in ("last_loss", "largest_gradient")
+    )
+    words = (
+        f"Too low is slow: {low} ends at a training loss of {loss[low]:.3f}, {high} at {loss[high]:.3f}. Too high was "
+        f"{'not reached' if best == high else 'reached'} in so short a run at this rate: "
+        f"{'scaling 2' if best == BASE else best} has the lowest held-out loss; the largest gradient grew "
+        f"{gradient[high] / gradient[low]:.0f} times from {low} to {high}, which clipping held."
+    )
+    if abs(usable[high][0]["first_loss"] - usable[low][0]["first_loss"]) < 1e-3:
+        words += " (B is zero at the start, so no scaling changes the first loss.)"
+    return words
+
+
+def _best_rate(usable: Results) -> list[str]:
+    """Full fine-tuning and LoRA, each at the best of the rates that were tried: a method is not to be judged by one rate."""
+    tried = {
+        method: [name for name in usable if name == method or name.startswith(f"{method}, rate")]
+        for method in (FULL, BASE)
+    }
+    if any(len(names) < 2 for names in tried.values()):
+        return []
+    full, lora = (min(names, key=lambda n: statistics.mean(map(held_out_loss, usable[n]))) for names in tried.values())
+    apart, error = difference(usable[lora], usable[full])
+    return [
+        f"- Each at the best of three rates (by held-out loss; {full} and {lora}): LoRA less full {apart:+.1f} ± {error:.1f} points. "
+        "Where that is the largest rate, more might do better still: in one epoch of so few rows nothing is trained to its end."
+    ]
 
 
 def _claims(usable: Results) -> list[str]:
@@ -199,7 +239,7 @@ def _claims(usable: Results) -> list[str]:
                 f'- **{verdict(apart, error, claim.bound)}**: "{claim.text}" ({claim.source}). {claim.better} less '
                 f"{claim.worse}: {apart:+.1f} ± {error:.1f} points (claimed: {asked}), held-out loss {loss - 1:+.1%}."
             )
-    return ["What was claimed:", "", *lines] if lines else []
+    return ["What was claimed:", "", *lines, *_best_rate(usable)] if lines else []
 
 
 def _costs(usable: Results) -> list[str]:
@@ -207,14 +247,14 @@ def _costs(usable: Results) -> list[str]:
     if not {FULL, BASE, QLORA} <= usable.keys():
         return []
     full, base, qlora = (
-        {k: statistics.median(r[k] for r in usable[n]) for k in ("seconds", "peak_bytes", "trainable")}
+        {k: statistics.median(r[k] for r in usable[n]) for k in ("peak_bytes", "trainable")}
         for n in (FULL, BASE, QLORA)
     )
     return [
         f'- "reducing trainable parameters by around 99%" (seed 000): {1 - base["trainable"] / full["trainable"]:.1%} at r 16 on all '
         f"linears of this small model; larger models have a smaller share of adapters.",
-        f'- "Full fine-tune: slow; LoRA: fast; QLoRA: very fast" (seed 004): LoRA takes {base["seconds"] / full["seconds"]:.2f} of full '
-        f"fine-tuning's time, QLoRA {qlora['seconds'] / base['seconds']:.2f} of LoRA's.",
+        '- "Full fine-tune: slow; LoRA: fast; QLoRA: very fast" (seed 004): steps measured side by side are in results (c1, c2): a QLoRA '
+        "step takes what a LoRA step takes, and saves memory, not time.",
         f'- "Save up to 96% of memory usage" (seed 004): LoRA {1 - base["peak_bytes"] / full["peak_bytes"]:.0%}, QLoRA '
         f"{1 - qlora['peak_bytes'] / full['peak_bytes']:.0%} less than full fine-tuning at its peak, activations included.",
     ]

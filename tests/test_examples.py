@@ -75,6 +75,14 @@ def test_transformers_trainer_refuses_a_checkpoint_of_another_adapter(folder, tm
         trainer._load_from_checkpoint(str(tmp_path / "adapter"))
 
 
+def test_transformers_trainer_refuses_a_checkpoint_of_another_scaling(folder, tmp_path):
+    trainer = example("transformers_trainer").main(folder, str(tmp_path), 2, None)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 99}))
+    with pytest.raises(veneer.VeneerError, match=r"found a scaling of 12.375, expected 2 as on the model"):
+        trainer._load_from_checkpoint(str(tmp_path / "adapter"))
+
+
 def test_transformers_trainer_takes_the_best_back(folder, tmp_path):
     trainer = example("transformers_trainer").main(folder, str(tmp_path), 4, None, save_steps=2, learning_rate=1e-3)
     last = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
@@ -86,10 +94,17 @@ def test_transformers_trainer_takes_the_best_back(folder, tmp_path):
 
 
 def test_accelerate(folder, tmp_path):
-    found = example("accelerate_loop").main(folder, str(tmp_path), 16, None, cpu=True, gradient_accumulation_steps=2)
-    assert found[-1] < found[0] - 0.1, found
-    other, _ = veneer.load(folder)
-    veneer.load_adapter(other, tmp_path / "adapter")
+    for quantize in (None, "nf4"):
+        out = tmp_path / str(quantize)
+        found = example("accelerate_loop").main(folder, str(out), 16, quantize, cpu=True, gradient_accumulation_steps=2)
+        assert found[-1] < found[0] - 0.1, found
+        other, tokenizer = veneer.load(folder, quantize=quantize)
+        tokens = tokenizer(
+            [f"lamp {i}, on please: on({i}){tokenizer.eos_token}" for i in range(4)], padding=True, return_tensors="pt"
+        )
+        before = other(**tokens, labels=tokens.input_ids).loss
+        veneer.load_adapter(other, out / "adapter")
+        assert float(other(**tokens, labels=tokens.input_ids).loss) < float(before) - 0.1  # it is what was trained
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from veneer.adapters.attach import active_adapter, attach, count_parameters, remove_adapter, set_adapter, unmerge
+    from veneer.adapters.attach import (
+        active_adapter,
+        attach,
+        count_parameters,
+        list_adapters,
+        remove_adapter,
+        set_adapter,
+        unmerge,
+    )
     from veneer.adapters.combine import combine
     from veneer.adapters.files import load_adapter, save_adapter
     from veneer.adapters.merge import hot_merge, merge
@@ -37,6 +45,7 @@ __all__ = [
     "count_parameters",
     "evaluate",
     "hot_merge",
+    "list_adapters",
     "load",
     "load_adapter",
     "merge",
@@ -52,6 +61,7 @@ _HOMES = {
         "active_adapter",
         "attach",
         "count_parameters",
+        "list_adapters",
         "remove_adapter",
         "set_adapter",
         "unmerge",

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, VeneerError
+from veneer.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, VeneerError, printable
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA on the machine you have.",
@@ -507,7 +507,7 @@ def main() -> None:
     """Run a verb; what a user caused becomes one plain message and exit code 2 or 3, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half written is taken away
     try:

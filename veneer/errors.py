@@ -31,10 +31,10 @@ class VeneerError(ValueError):
             text = f"{len(self.problems):,} problems:\n" + "\n".join(f"  - {p}" for p in self.problems[:SHOWN])
             if len(self.problems) > SHOWN:
                 text += f"\n  and {len(self.problems) - SHOWN:,} more"
-        super().__init__(_printable(text + (f"\n{hint}" if hint else "")))
+        super().__init__(printable(text + (f"\n{hint}" if hint else "")))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names come from files of others: what a terminal would act on is shown as its code."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 

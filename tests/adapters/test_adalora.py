@@ -12,6 +12,7 @@ from torch import nn
 import veneer
 from veneer.adapters.adalora import Allocator
 from veneer.adapters.attach import adapter_parameters, adapters
+from veneer.quant.linear import quantize_model
 
 IDS = torch.arange(1, 30)[None]
 RANKS = {"a": 8, "b": 0, "c": 2, "d": 4, "e": 0, "f": 10}  # of the updates that the synthetic task needs
@@ -52,7 +53,7 @@ def steps(model, count, lr=0.02):
         optimizer.step()
 
 
-@pytest.mark.parametrize("seed", [0, 2])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_ranks_go_to_the_layers_that_need_them_within_the_budget_of_every_step(seed):
     torch.manual_seed(seed)
     model, length = Linears(RANKS), 400
@@ -299,3 +300,24 @@ def test_convolutions_and_embeddings(kind):
 def test_bad_settings(settings, message):
     with pytest.raises(veneer.VeneerError, match=message):
         veneer.LoraConfig(**settings)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_on_a_quantised_base(kind, tmp_path):
+    def base():
+        model = make_model(fused=False)
+        quantize_model(model, kind, compute_dtype=torch.float32)
+        return model
+
+    model = base()
+    config = veneer.LoraConfig(r=4, alpha=8, targets=["q_proj", "down_proj"], adalora={"steps": 12})
+    veneer.attach(model, config, seed=1)
+    before = float(model(input_ids=IDS, labels=IDS).loss)
+    steps(model, 12)
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        assert float(model(input_ids=IDS, labels=IDS).loss) < before - 0.1
+        other = veneer.load_adapter(base(), veneer.save_adapter(model, tmp_path / "adapter"))
+        torch.testing.assert_close(other(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(veneer.merge(other)(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)

@@ -316,3 +316,46 @@ def test_linears_that_another_library_has_quantised_are_refused(tmp_path, kind):
         with pytest.raises(VeneerError, match="quantised"):
             act()
         assert not lora_layers(model) and [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_words_that_fit_a_layer_of_another_kind_are_told():
+    model = mixture()
+    with pytest.warns(UserWarning, match=r"mlp.gate, model.layers.1.mlp.gate not adapted: no adapter for \w*Router"):
+        veneer.attach(model, veneer.LoraConfig(r=2, targets=r".*(q_proj|mlp\.gate)"))
+
+
+@pytest.mark.parametrize(("bias", "words"), [("all", "this model has none"), ("lora_only", "no adapted layer has one")])
+def test_biases_that_are_not_there_are_told(bias, words):
+    with pytest.warns(UserWarning, match=rf"lora.bias {bias}: {words}"):
+        veneer.attach(make_model(), veneer.LoraConfig(r=2, targets="qv", bias=bias))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        veneer.attach(make_model(attention_bias=True), veneer.LoraConfig(r=2, targets="qv", bias=bias))
+
+
+def test_adapters_are_listed_and_wait_where_they_are_told():
+    model = make_model()
+    assert veneer.list_adapters(model) == []
+    veneer.attach(model, veneer.LoraConfig(r=2), name="a", device="cpu")
+    veneer.attach(model, veneer.LoraConfig(r=2), name="b")
+    assert veneer.list_adapters(model) == ["a", "b"] and veneer.active_adapter(model) == "b"
+    veneer.remove_adapter(model, "b")
+    assert veneer.list_adapters(model) == ["a"] and veneer.active_adapter(model) is None
+    for device in ("cuda:77", "moon"):
+        with pytest.raises(veneer.VeneerError, match=f"device: found '{device}', expected cpu"):
+            veneer.attach(model, veneer.LoraConfig(r=2), name="c", device=device)
+
+
+def test_training_on_a_base_in_fp16():
+    model = veneer.attach(make_model(dtype=torch.float16, fused=False), veneer.LoraConfig(r=4, alpha=8), seed=0)
+    ids = torch.arange(1, 30)[None]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    optimizer, losses = torch.optim.AdamW(trained, lr=5e-3), []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] - 0.1, losses

@@ -79,8 +79,13 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda c: c.update(kasa_config={"beta": 1}), None, "kasa_config is .* which changes the result"),
         (lambda c: c.update(rank_pattern={r"((\w+)\.?)+!": 2}), None, "rank_pattern: .* gave no answer in"),
         (None, lambda t: t.update({KEY: torch.ones(4, 48, dtype=torch.int32)}), "found int32, expected floating point"),
-        (None, lambda t: t.update({"../../x.lora_A.weight": torch.zeros(4, 4)}), "x: found no lora_B"),
-        (None, lambda t: t.update({"x\x1b[2J\n": torch.zeros(4, 4)}), r"tensor x\\x1b\[2J"),
+        (None, lambda t: t.update({"../../x.lora_A.weight": torch.zeros(4, 4)}), "expected a name of letters"),
+        (None, lambda t: t.update({"x\x1b[2J\n": torch.zeros(4, 4)}), r"tensor 'x\\x1b\[2J"),
+        (
+            None,
+            lambda t: t.update({f"x\x1b[2J.lora_{part}.weight": torch.zeros(4, 4) for part in "AB"}),
+            r"2 problems:\n  - tensor 'x\\x1b\[2J.lora_A.weight': expected a name",
+        ),
     ],
 )
 def test_bad_adapters_are_refused_whole(tmp_path, config, tensors, words):

@@ -1,11 +1,12 @@
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 from conftest import make_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import veneer
 from veneer.models.load import describe_model, stored_quantization
@@ -235,6 +236,20 @@ def test_quantised_folders_of_other_families(name, quantize, tmp_path, tokenizer
     again, _ = veneer.load(veneer.save_model(four, tokenizer, tmp_path / "four"), dtype="float32")
     assert again.veneer_quantization == quantize
     assert torch.equal(logits(again), logits(four))
+
+
+def test_what_is_not_quantised_is_said(tmp_path, tokenizer):
+    config = GPT2Config(vocab_size=258, n_positions=64, n_embd=24, n_layer=2, n_head=2)
+    folder = veneer.save_model(GPT2LMHeadModel(config).eval(), tokenizer, tmp_path / "gpt2")
+    with pytest.raises(veneer.VeneerError, match="found no linear layers in GPT2LMHeadModel but its head"):
+        veneer.load(folder, quantize="nf4")
+    folder = veneer.save_model(family("mixtral").eval(), tokenizer, tmp_path / "mixture")
+    with pytest.warns(UserWarning, match="stay in 16 bits, as a mixture's experts do"):
+        veneer.load(folder, quantize="nf4")
+    folder = veneer.save_model(make_model(), tokenizer, tmp_path / "dense")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        veneer.load(folder, quantize="nf4")
 
 
 @pytest.fixture

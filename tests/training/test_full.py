@@ -223,7 +223,7 @@ def test_what_cannot_be_trained_in_full_is_refused_at_once(tmp_path, tokenizer, 
     with pytest.raises(veneer.VeneerError) as caught:
         full(model, tokenizer, commands, tmp_path / "run")
     assert len(caught.value.problems) == 3
-    for words in ("carries adapters (default)", "14 layers are 4-bit", "float16"):
+    for words in ("carries adapters (default)", "14 layers are quantised", "float16"):
         assert words in str(caught.value)
     assert frozen == {name: p.requires_grad for name, p in model.named_parameters()} and not (tmp_path / "run").exists()
     with pytest.raises(veneer.VeneerError, match="method: found 'half', expected lora or full"):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import veneer
 from veneer.adapters.attach import adapter_parameters, adapters
 from veneer.quant.linear import quantize_model
+from veneer.storage import write_tensors
 from veneer.training import loop
 from veneer.training.checkpoint import newest_checkpoint, restore, save_checkpoint
 from veneer.training.weights import Masters
@@ -358,3 +359,31 @@ def test_lora_plus_moves_b_faster_and_a_as_before(tmp_path, tokenizer, commands)
         times = 16 if "lora_B" in name else 1
         torch.testing.assert_close(found[1][name], times * parameter, rtol=1e-4, atol=1e-8)
         assert bool(parameter.any())
+
+
+def test_a_checkpoint_of_another_making_is_refused_whole(tmp_path, tokenizer, commands):
+    folder = veneer.save_model(make_model(), tokenizer, tmp_path / "model")
+    data = veneer.DataConfig(train=str(commands))
+
+    def go(steps, **more):
+        model, tok = veneer.load(folder)
+        veneer.attach(model, veneer.LoraConfig(r=4), seed=0)
+        return run(model, tok, None, tmp_path / "run", data_config=data, max_steps=steps, **more)
+
+    go(2)
+    path = newest_checkpoint(tmp_path / "run" / "checkpoints")[1]
+    place = next((tmp_path / "run" / "checkpoints").glob("step-*"))
+    factor = next(key for key in path if key.startswith("parameter/") and "lora_A" in key)
+    moment = next(key for key in path if key.startswith("optimizer/exp_avg/") and "lora_B" in key)
+    changed = {**path, factor: torch.full_like(path[factor], float("nan")), moment: path[moment][:1]}
+    del changed["rng"]
+    state = json.loads((place / "state.json").read_text())
+    state["sha256"] = write_tensors(place / "state.safetensors", changed)
+    (place / "state.json").write_text(json.dumps(state))
+    with pytest.raises(veneer.VeneerError) as raised:
+        go(4, resume=True)
+    found = "\n".join(raised.value.problems)
+    assert "expected numbers that are finite" in found and "exp_avg of" in found and "random numbers (rng)" in found
+    (place / "state.json").write_text(json.dumps({"sha256": state["sha256"]}))
+    with pytest.raises(veneer.VeneerError, match="found no step and settings"):
+        go(4, resume=True)

@@ -66,6 +66,7 @@ def attach(
     seed: int | None = None,
     original: nn.Module | None = None,
     data: Iterable[dict[str, Any]] | None = None,
+    device: str | None = None,
 ) -> nn.Module:
     """Freeze `model` and put a new, active, trainable adapter on it, in place. The model's output does not change.
 
@@ -78,6 +79,7 @@ def attach(
         original: for pissa and loftq on a quantised base: the model before that; left out, what `veneer.load` read is
             read again.
         data: for eva: the model's inputs batch by batch, as `model(**batch)` takes them; only rows to train on.
+        device: where the adapter waits while another is active, "cpu" say of a model on a GPU; left out, at the base.
 
     Raises:
         VeneerError: words that match no layer, a rank that a layer does not allow, layers another library has quantised,
@@ -86,6 +88,8 @@ def attach(
     """
     config = LoraConfig() if config is None else config
     generator = _check_arguments(config, name, seed)
+    if device is not None and (wrong := device_problem(device)):
+        raise VeneerError(wrong)
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
     before = active_adapter(model)
@@ -117,7 +121,9 @@ def attach(
     for path, ids in tokens.items():
         TokenRows.of(model, path).add(name, ids)
     copies = {path: nn.Parameter(base.detach().clone()) for path, base in replaced.items()}
-    adapters(model)[name] = adapter = Adapter(config, replaced=copies)
+    adapters(model)[name] = adapter = Adapter(
+        config, replaced=copies, device=None if device is None else torch.device(device)
+    )
     if config.adalora is not None:
         layers = {place.path: adapted(model, place.path) for place in places}
         adapter.allocator = adalora.Allocator(layers, name, config.adalora, sum(place.r for place in places))
@@ -242,7 +248,11 @@ def _to_replace(model: nn.Module, config: LoraConfig, paths: list[str]) -> dict[
         if config.bias == "all" or (config.bias == "lora_only" and plain.rpartition(".")[0] in paths):
             found[plain] = parameter
     first = {id(parameter): path for path, parameter in reversed(found.items())}  # a tied one is one, by its first name
-    return {path: parameter for path, parameter in found.items() if first[id(parameter)] == path}
+    found = {path: parameter for path, parameter in found.items() if first[id(parameter)] == path}
+    if config.bias != "none" and not any(path.endswith("bias") for path in found):
+        where = "this model has none" if config.bias == "all" else "no adapted layer has one"
+        warnings.warn(f"lora.bias {config.bias}: {where}, so no bias is trained", stacklevel=4)
+    return found
 
 
 def _modules(model: nn.Module, paths: list[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -272,6 +282,21 @@ def freeze_base(model: nn.Module) -> None:
         for attribute, value in vars(module).items():
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
+
+
+def device_problem(device: Any) -> str | None:
+    """Why an adapter cannot wait there; None: it can."""
+    try:
+        found = torch.device(device)
+        there = found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < torch.cuda.device_count())
+    except (RuntimeError, TypeError):
+        there = False
+    return None if there else f"device: found {device!r}, expected cpu, or a GPU of this machine as cuda or cuda:0"
+
+
+def list_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters on this model, in the order they were put there; `active_adapter` is in use."""
+    return list(adapters(model))
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -23,6 +23,7 @@ from veneer.adapters.attach import (
     adapted,
     adapter_parameters,
     adapters,
+    device_problem,
     freeze_base,
     lora_layers,
     require_adapter,
@@ -475,14 +476,8 @@ def _wrong_settings(path: Any, name: Any, dtype: Any, device: Any) -> list[str]:
         problems.append(f"name: found {name!r}, expected a string")
     if dtype not in get_args(Dtype):
         problems.append(f"dtype: found {dtype!r}, expected {', '.join(get_args(Dtype))}")
-    if device is not None:
-        try:
-            found = torch.device(device)
-            there = found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < torch.cuda.device_count())
-        except (RuntimeError, TypeError):
-            there = False
-        if not there:
-            problems.append(f"device: found {device!r}, expected cpu, or a GPU of this machine as cuda or cuda:0")
+    if device is not None and (wrong := device_problem(device)):
+        problems.append(wrong)
     return problems
 
 

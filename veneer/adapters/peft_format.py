@@ -227,7 +227,7 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
         field for field, value in raw.items() if field not in known and value not in (None, False, "", [], {})
     ]:
         warnings.warn(
-            f"{path / CONFIG_FILE}: {', '.join(unknown)}: not known here, and kept as it is; if it changes the result, the "
+            f"{path / CONFIG_FILE}: {', '.join(field if field.isidentifier() else shown(field) for field in unknown)}: not known here, and kept as it is; if it changes the result, the "
             "adapter is not what it was",
             stacklevel=3,
         )
@@ -281,6 +281,11 @@ def _read_tensors(
     alphas = dict(zip(paths, by_pattern(config.alpha_pattern, paths, config.alpha, "alpha_pattern"), strict=True))
     twice = [key for key in tensors if f"{KEY_PREFIX}{key}" in tensors]
     problems += [f"tensor {key}: found with {KEY_PREFIX} before it as well, expected one of them" for key in twice]
+    strange = [key for key in tensors if not key.isprintable() or ".." in key or "/" in key or "\\" in key]
+    if strange:  # it will be printed, and names a module
+        raise VeneerError(
+            [f"tensor {shown(key)}: expected a name of letters, digits, dots and underscores" for key in strange]
+        )
     for key, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             found_dtype, *expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_DTYPES))

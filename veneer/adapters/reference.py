@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import tempfile
 import types
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def _save_pretrained(
 ) -> Any:
     if not adapters(self):
         if any(isinstance(module, QuantizedLinear) for module in self.modules()):
-            raise VeneerError("save_pretrained cannot write 4-bit layers", hint="use veneer.save_model")
+            raise VeneerError("save_pretrained cannot write quantised layers", hint="use veneer.save_model")
         return type(self).save_pretrained(self, save_directory, is_main_process, state_dict, **kwargs)
     from veneer.adapters.files import save_adapter
 
@@ -109,7 +110,7 @@ def adapter_checkpoints(trainer: T) -> T:
         name = active_adapter(model)
         if name is None:
             raise VeneerError("there is no active adapter on this model", hint="attach one before the trainer is made")
-        read_adapter(folder, model)  # every check there is of a file
+        file = read_adapter(folder, model)  # every check there is of a file
         ours = {**tied_keys(model, name), **{theirs: key for key, theirs in file_keys(model, name).items()}}
         found = {ours.get(key, key): t for key, t in read_tensors(Path(folder) / WEIGHTS_FILE).items()}
         found = without_starts(model, name, found)
@@ -119,6 +120,12 @@ def adapter_checkpoints(trainer: T) -> T:
             f"{folder}: {key}: found {tuple(found[key].shape)}, expected {tuple(trained[key].shape)}"
             for key in sorted(found.keys() & trained.keys())
             if found[key].shape != trained[key].shape
+        ]
+        wrong += [
+            f"{folder}: {path}: found a scaling of {one.scaling:g}, expected {layer.scaling[name]:g} as on the model"
+            for path, one in file.factors.items()
+            if (layer := lora_layers(model).get(path)) is not None and name in layer.lora_A
+            if not math.isclose(one.scaling, layer.scaling[name], rel_tol=1e-6)
         ]
         if wrong:
             raise VeneerError(wrong, hint="the checkpoint is of another adapter than the one on this model")

@@ -331,6 +331,8 @@ def left_out_of(model: nn.Module, config: LoraConfig, paths: list[str]) -> list[
     for key, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         if idle := [word for word in pattern if not any(by_pattern({word: 1}, resolved, 0, f"lora.{key}"))]:
             found.append(f"lora.{key}: {', '.join(idle)}: for no layer of lora.targets, so without effect")
+    if other := _others_left_out(model, config, paths):
+        found.append(other)
     if uncalled := _meant(_uncalled(model), config.targets):
         found.append(f"lora.targets: {', '.join(uncalled)} not adapted: {_UNCALLED}")
     return [words for words in found if words is not None]
@@ -343,6 +345,25 @@ def _meant(names: list[str], targets: str | list[str]) -> list[str]:
     if not names or targets in TARGET_PRESETS:
         return []
     return [name for name, hit in zip(names, matching(targets, names, "lora.targets"), strict=True) if hit]
+
+
+def _others_left_out(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | None:
+    """Modules with a matrix of their own that the words fit, and no adapter can be put on: another kind of layer."""
+    plain = {
+        name: module
+        for name, module in model.named_modules()
+        if name
+        and name not in paths
+        and lora_layer(module) is None
+        and not isinstance(module, LoraLayer | nn.MultiheadAttention)
+        if any(parameter is not None and parameter.dim() == 2 for parameter in module._parameters.values())
+    }
+    names = [name for name in _meant(list(plain), config.targets) if name in set(excluded(list(plain), config.exclude))]
+    if not names:
+        return None
+    kinds = sorted({type(plain[name]).__name__ for name in names})
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"lora.targets: {', '.join(names[:3])}{more} not adapted: no adapter for {', '.join(kinds)}"
 
 
 def _parameters_left_out(model: nn.Module, config: LoraConfig, paths: list[str]) -> str | None:

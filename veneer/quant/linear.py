@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -171,11 +172,28 @@ def quantize_model(
 
     Each dense weight is freed as soon as its layer is done. Embeddings, norms and the head stay as they are.
 
+    Warns of how many parameters stay as they are where that is more than half: a mixture's experts, GPT-2's Conv1D.
+
     Raises:
-        VeneerError: for every weight that is empty, not floating-point, or holds NaN or Inf; all at once.
+        VeneerError: for every weight that is empty, not floating-point, or holds NaN or Inf; all at once. Or there is no
+            `nn.Linear` but the head.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear and module is not head]
+    if not names:
+        raise VeneerError(
+            f"quantize {kind}: found no linear layers in {type(model).__name__} but its head (GPT-2's Conv1D is none)",
+            hint="load it without quantize",
+        )
+    inside = sum(model.get_submodule(name).weight.numel() for name in names)  # type: ignore[operator, union-attr]
+    apart = [model.get_input_embeddings(), head] if hasattr(model, "get_input_embeddings") else []
+    outside = sum(p.numel() for p in model.parameters()) - inside
+    outside -= sum(p.numel() for p in {id(m.weight): m.weight for m in apart if m is not None}.values())
+    if outside > inside:
+        warnings.warn(
+            f"quantize {kind}: {inside:,} parameters in linear layers; {outside:,} stay in 16 bits, as a mixture's experts do",
+            stacklevel=3,
+        )
     problems: list[str] = []
     for done, name in enumerate(names):
         parent, _, child = name.rpartition(".")

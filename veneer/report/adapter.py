@@ -16,7 +16,7 @@ from torch import Tensor
 
 from veneer.adapters import algebra
 from veneer.adapters.peft_format import Factors, read_adapter
-from veneer.errors import VeneerError
+from veneer.errors import VeneerError, printable
 from veneer.models.load import resolve
 from veneer.models.weights import BaseWeights
 from veneer.storage import atomic_file
@@ -164,7 +164,7 @@ def describe(found: dict[str, Any], *, every_layer: bool = False) -> str:
     lines += ["", f"enough: {RULE}", *(f"note: {note}" for note in found["notes"])]
     if by_kind:
         lines.append(f"all {len(layers)} layers: --layers, or --json")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 _HEADER = f"{'r':>5} {'norm':>9} {'of base':>8} {'eff. rank':>9} {'stable':>7} {'95%':>4} {'99%':>4}"

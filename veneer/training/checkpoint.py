@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import VeneerError
+from veneer.ops import all_finite
 from veneer.storage import atomic_folder, read_json, read_tensors, require_disk_space, sha256, write_json, write_tensors
 from veneer.training.weights import Masters
 
@@ -65,6 +66,8 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     for path in found:
         try:
             state = read_json(path / STATE)
+            if not isinstance(state.get("step"), int) or not isinstance(state.get("settings"), dict):
+                raise VeneerError(f"{path / STATE}: found no step and settings, as a checkpoint has them")
             if sha256(path / TENSORS) != state.get("sha256"):
                 raise VeneerError(f"{path / TENSORS}: its sha256 is not the one in {STATE}")
             return state, read_tensors(path / TENSORS), problems
@@ -73,6 +76,17 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     if found:
         raise VeneerError(problems, hint="no checkpoint of this run can be read; start it again in another folder")
     return None
+
+
+def _moments(tensors: dict[str, Tensor], weights: Masters) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's state of each parameter that has one."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        part, _, name = rest.partition("/")
+        if kind == "optimizer" and name in weights.parameters:
+            found.setdefault(name, {})[part] = value
+    return found
 
 
 def restore(tensors: dict[str, Tensor], weights: Masters, optimizer: torch.optim.Optimizer) -> None:
@@ -91,6 +105,24 @@ def restore(tensors: dict[str, Tensor], weights: Masters, optimizer: torch.optim
         for name, tensor in here.items()
         if name in saved and saved[name].shape != tensor.shape
     ]
+    moments = _moments(tensors, weights)
+    for name, values in moments.items():
+        shape = weights.parameters[name].shape
+        wrong = [key for key, value in values.items() if value.dim() and value.shape != shape]
+        problems += [
+            f"checkpoint: {key} of {name}: found {tuple(values[key].shape)}, expected {tuple(shape)}" for key in wrong
+        ]
+    if moments:
+        problems += [f"checkpoint: no optimizer state of {name}" for name in weights.parameters.keys() - moments.keys()]
+    everything = {**saved, **{f"{key} of {name}": v for name, values in moments.items() for key, v in values.items()}}
+    problems += [
+        f"checkpoint: {name.partition('/')[2] or name}: found {str(value.dtype).removeprefix('torch.')}, expected numbers "
+        "that are finite and of a floating-point type"
+        for name, value in everything.items()
+        if not name.startswith("buffer/") and not (value.is_floating_point() and all_finite(value))
+    ]
+    if "rng" not in tensors:
+        problems.append("checkpoint: no state of the random numbers (rng)")
     if problems:
         raise VeneerError(
             sorted(problems), hint="it was written by another recipe; lora settings must not change on --resume"
@@ -98,14 +130,9 @@ def restore(tensors: dict[str, Tensor], weights: Masters, optimizer: torch.optim
     with torch.no_grad():
         for name, tensor in here.items():
             tensor.copy_(saved[name])
-    for name, parameter in weights.parameters.items():
-        moments = {
-            key.split("/", 2)[1]: value
-            for key, value in tensors.items()
-            if key.startswith("optimizer/") and key.endswith(f"/{name}")
-        }
-        if moments:
-            optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in moments.items()}
+    for name, values in moments.items():
+        parameter = weights.parameters[name]
+        optimizer.state[parameter] = {k: v.to(parameter.device) if v.dim() else v for k, v in values.items()}
     torch.set_rng_state(tensors["rng"])
     device = next(iter(weights.parameters.values())).device
     if "rng_cuda" in tensors and device.type == "cuda":

@@ -153,7 +153,7 @@ class FullWeights(Masters):
         if there := adapters(model):
             problems.append(f"the model carries adapters ({', '.join(there)}): merge or remove them first")
         if layers := [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
-            problems.append(f"{len(layers)} layers are 4-bit ({layers[0]}, ...): load the base without quantize")
+            problems.append(f"{len(layers)} layers are quantised ({layers[0]}, ...): load the base without quantize")
         weights = dict(model.named_parameters())  # a tied one has one name
         kinds = {str(p.dtype).removeprefix("torch.") for p in weights.values()} - {"bfloat16", "float32"}
         if kinds:

@@ -42,6 +42,16 @@ class Pictures(nn.Module):
         return self.head(self.line(y.flatten(2)).mean(2))
 
 
+class Volumes(Pictures):
+    def __init__(self):
+        super().__init__()
+        self.deep = nn.Conv3d(8, 8, (1, 3, 3), padding=(0, 1, 1))
+
+    def forward(self, x):
+        y = self.deep(self.conv(x).tanh()[:, :, None])[:, :, 0].tanh()
+        return self.head(self.line(self.grouped(y).tanh().flatten(2)).mean(2))
+
+
 def gpt2():
     config = GPT2Config(vocab_size=100, n_positions=32, n_embd=24, n_layer=2, n_head=2, tie_word_embeddings=True)
     return GPT2LMHeadModel(config)
@@ -77,6 +87,7 @@ KINDS = {
     "conv1d of transformers": (gpt2, ["c_attn", "c_fc"]),
     "convolution": (Pictures, ["conv", "line"]),
     "grouped convolution": (Pictures, ["grouped", "head"]),
+    "convolution of volumes": (Volumes, ["deep", "head"]),
     "embedding": (qwen2, ["embed_tokens", "v_proj"]),
     "embedding, tied": (lambda: make_model(fused=False), ["embed_tokens", "v_proj"]),
     "head": (qwen2, ["lm_head", "v_proj"]),
@@ -94,6 +105,7 @@ FIRST = {
     "conv1d of transformers": "c_attn",
     "convolution": "conv",
     "grouped convolution": "grouped",
+    "convolution of volumes": "deep",
 }
 METHODS = {
     "LoRA": {},
@@ -126,7 +138,7 @@ OWN = {
         "head, its own": {"trainable_token_indices": {"embed_tokens": TOKENS, "lm_head": [3, 50]}},
     },
 }
-SAVED = {Pictures: ["head"], gpt2: ["ln_f"], qwen2: ["norm"]}
+SAVED = {Pictures: ["head"], Volumes: ["line"], gpt2: ["ln_f"], qwen2: ["norm"]}
 
 
 def settings(kind, method):

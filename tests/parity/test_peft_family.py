@@ -154,7 +154,7 @@ def settings(kind, method):
         found |= {"rank_pattern": {first: 8}, "alpha_pattern": {first: 3}}
     if "modules_to_save" in found:
         found["modules_to_save"] = SAVED.get(build, ["norm"])
-        if build is Pictures:
+        if build in (Pictures, Volumes):
             found["modules_to_save"] = ["line"] if "head" in targets else ["head"]
     return found
 
@@ -165,7 +165,7 @@ def built(kind):
 
 
 def run(model, kind):
-    if kind in KINDS and KINDS[kind][0] is Pictures:
+    if kind in KINDS and KINDS[kind][0] in (Pictures, Volumes):
         return model(torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1)))
     return model(input_ids=IDS).logits
 

@@ -80,7 +80,7 @@ def test_ranks_go_to_the_layers_that_need_them_within_the_budget_of_every_step(s
     assert budgets == sorted(budgets, reverse=True)
     ranks = {name: int(alive.sum()) for name, alive in found.alive.items()}
     assert sum(ranks.values()) == 24 and all(abs(ranks[name] - r) <= 1 for name, r in RANKS.items()), ranks
-    assert float(loss) < 0.1
+    assert float(loss) < 0.15
 
 
 def test_the_worth_of_a_rank_is_the_papers():

@@ -297,8 +297,8 @@ def embedded_gguf() -> Path:
     return file
 
 
-def read_gguf(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
-    """The model of a GGUF, decoded, and its tokenizer, as transformers reads them; nothing is kept."""
+def read_gguf(gguf: Path, dtype: torch.dtype = torch.bfloat16, *, tokenizer: bool = True) -> tuple[Any, Any]:
+    """The model of a GGUF, decoded, and its tokenizer, if that is wanted, as transformers reads them; nothing is kept."""
     kwargs: dict[str, Any] = {}
     try:  # newer transformers keep GGUF weights packed unless told otherwise; older ones always decode
         from transformers.utils.quantization_config import GgufConfig
@@ -309,10 +309,10 @@ def read_gguf(gguf: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any
     try:
         with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # transformers has no switch for this progress bar
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype, **kwargs)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            found = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name) if tokenizer else None
     except Exception as error:  # whatever the file makes transformers stumble over
         raise VeneerError(f"{gguf}: transformers cannot read this GGUF: {_in_a_line(error)}") from error
-    return model, tokenizer
+    return model, found
 
 
 def _converted(gguf: Path, pinned: str | None, convert: bool = True) -> Path:

@@ -111,7 +111,7 @@ def merge_into(
             merged, tokenizer = load(folder, dtype=stored_dtype(folder), fused=False)
         else:
             tokenizer = load_tokenizer(folder)
-            merged = read_gguf(convert(folder), getattr(torch, stored_dtype(model)))[0].eval()
+            merged = read_gguf(convert(folder), getattr(torch, stored_dtype(model)), tokenizer=False)[0].eval()
         if requantize is not None and (folder / RESIDUAL).is_dir():
             load_adapter(merged, folder / RESIDUAL)
         found = divergence(reference, text_logits(merged, tokenizer, texts))

@@ -315,7 +315,9 @@ class Recipe(Settings):
 
     model: str = Field("smollm2", min_length=1, description="folder, .gguf file, hub id, or smollm2")
     revision: str | None = Field(None, description="of a hub id: branch, tag or commit")
-    quantize: Quantization | None = Field(None, description="nf4, fp4 or int8: the linears but the head; left out: 16-bit")
+    quantize: Quantization | None = Field(
+        None, description="nf4, fp4 or int8: the linears but the head; left out: 16-bit"
+    )
     double_quant: bool = Field(
         True, description="the constants of 4-bit weights in 8 bits: 4.13 bits a weight, not 4.5"
     )

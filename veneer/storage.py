@@ -195,9 +195,10 @@ class TensorFile:
         self._places = {name: entry["data_offsets"][0] for name, entry in header.items()}
         self.tensors = {name: (_TYPES[entry["dtype"]], torch.Size(entry["shape"])) for name, entry in header.items()}
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        """out: a contiguous tensor of that shape and type to read into."""
         dtype, shape = self.tensors[name]
-        tensor = torch.empty(shape, dtype=dtype)
+        tensor = torch.empty(shape, dtype=dtype) if out is None else out
         memory = tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start + self._places[name])

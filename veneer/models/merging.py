@@ -58,6 +58,7 @@ from veneer.storage import (
 
 REPORT_FILE = "merge_report.json"
 INDEX_FILE = "model.safetensors.index.json"
+REUSED = 8 << 20  # bytes of a tensor whose memory is kept for the next of its shape
 ROWS = 16  # of a merged matrix that are compared with fp64, in the weight's layout or turned
 COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "README.md")  # besides the weights
 COMPUTED = r"rotary_emb\.inv_freq$"  # old files have it; a model makes it from its config
@@ -200,6 +201,7 @@ class _Plan:
             place_adapter(model, read, source, f"merged{number}", check_copies=False)
             copies |= read.copies
         self.onto, self.double_quant = "", True
+        self.buffers: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = {}
         self.quantized: set[str] = set()
         self.names = list(adapters(model))
         self.layers = {path: layer for path, layer in lora_layers(model).items() if layer.lora_A}
@@ -354,14 +356,29 @@ class _Plan:
         if owner in self.parts:
             parts = {part: self.files[where].read(f"{owner}.{part}") for part, where in self.parts[owner].items()}
             return unpack_layer(parts, owner, torch.float32).dequantize(torch.float32)
-        weight = self.files[file].read(source)
+        weight = self.files[file].read(source, self._buffer(*self.files[file].tensors[source]))
         if self.place(key)[0] in self.quantized:
             return quantize(weight, self.onto, double_quant=self.double_quant).dequantize(torch.float32)
         return weight
 
+    def _buffer(self, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
+        try:
+            return self.buffers[dtype, shape].pop()
+        except (KeyError, IndexError):
+            return None
+
+    def made(self, file: str, key: str) -> tuple[Tensor, dict[str, float] | None, bool]:
+        """A tensor of the merged model, its error, if it changed, and whether its memory is the one it was read into."""
+        tensor, error, read = self._make(file, key)
+        return tensor, error, tensor.data_ptr() == read.data_ptr() and tensor.is_contiguous()
+
+    def give_back(self, tensor: Tensor) -> None:
+        """What was read into and is written: the next tensor of its shape is read there. New pages cost more than the reading."""
+        if tensor.nbytes <= REUSED:
+            self.buffers.setdefault((tensor.dtype, tensor.shape), []).append(tensor)
+
     @torch.no_grad()
-    def make(self, file: str, key: str) -> tuple[Tensor, dict[str, float] | None]:
-        """A tensor of the merged model, and if it changed, its error."""
+    def _make(self, file: str, key: str) -> tuple[Tensor, dict[str, float] | None, Tensor]:
         dtype = self.outputs[file][key][0]
         weight = self.read(file, key)
         name, part = self.place(key)
@@ -377,17 +394,17 @@ class _Plan:
         layer, (owner, _, last) = self.layer(name), name.rpartition(".")
         if isinstance(layer, LoraParameter) and part is not None:
             merged, error = self._merged_expert(layer, value, part, dtype)
-            return _finite(key, merged), error
+            return _finite(key, merged), error, weight
         if layer is not None and (last == "weight" or isinstance(layer, LoraParameter)):
             merged, error = self._merged(layer, value, dtype)
-            return _finite(key, merged), error
+            return _finite(key, merged), error, weight
         bias = self.layers.get(owner) if last == "bias" else None
         if bias is not None and bias.lora_bias:
             total = value.float()
             for adapter, added in bias.lora_bias.items():
                 total = total + bias.scaling[adapter] * added.detach()
             value, changed = total, True
-        return _finite(key, value.to(dtype)), {} if changed else None
+        return _finite(key, value.to(dtype)), {} if changed else None, weight
 
     def _merged_expert(
         self, layer: LoraParameter, weight: Tensor, rows: slice, dtype: torch.dtype
@@ -478,7 +495,7 @@ def _streamed(plan: _Plan, out: Path, progress: Callable[[int, int], None] | Non
             def made(names: list[str], file: str = file) -> Iterator[Tensor]:
                 nonlocal done, changed, worst
                 written = 0
-                for key, (tensor, error) in zip(names, _ahead(pool, limit, plan, file, names), strict=True):
+                for key, (tensor, error, own) in zip(names, _ahead(pool, limit, plan, file, names), strict=True):
                     done += 1
                     if error is not None:
                         changed += 1
@@ -486,7 +503,9 @@ def _streamed(plan: _Plan, out: Path, progress: Callable[[int, int], None] | Non
                             worst = {**error, "at": key}
                     if progress is not None:
                         progress(done, total)
-                    yield tensor
+                    yield tensor  # it is on its way to the disk when this goes on
+                    if own:
+                        plan.give_back(tensor)
                     written += tensor.nbytes
                     if written > limit:  # what was freed stays with the threads otherwise
                         written = 0
@@ -511,7 +530,7 @@ def _ahead(pool: ThreadPoolExecutor, limit: int, plan: _Plan, file: str, names: 
             future, freed = waiting.popleft()
             yield future.result()
             held -= freed
-        waiting.append((pool.submit(plan.make, file, name), size))
+        waiting.append((pool.submit(plan.made, file, name), size))
         held += size
     while waiting:
         yield waiting.popleft()[0].result()

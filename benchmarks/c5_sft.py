@@ -77,7 +77,7 @@ def by_trl(options: Options, settings: dict[str, Any]) -> Record:
     from benchmarks.data import chat
     from benchmarks.measure import Memory
     from benchmarks.training import adapted_model, imports, model_folder
-    from veneer.training.data import IGNORED
+    from veneer.config import IGNORED
     from veneer.training.loop import evaluation_loss
 
     imports("peft")

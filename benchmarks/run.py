@@ -1,6 +1,6 @@
 """The runner: every cell of every round in a fresh process, contenders taking turns, the machine's limits between.
 
-python -m benchmarks.run [c1 ... c7 c10 c11 follow bases starts ways] [--rounds 5] [--quick] [--isa avx2] [--data FILE] [--out DIR] [--only NAME]
+python -m benchmarks.run [c1 ... c7 c10 c11 c12 follow bases starts ways] [--rounds 5] [--quick] [--isa avx2] [--data FILE] [--out DIR] [--only NAME]
 
 Progress goes to stderr; tables to stdout and, with all raw records, to OUT/<date>-<cpu>.md and .json.
 Exit code 1: a contender failed, a ratio is void, follow is not met, or other processes kept the machine busy.
@@ -28,7 +28,7 @@ from benchmarks.plan import QUICK, Benchmark, Cell, Figure, Options, Percent, Re
 ROOT = Path(__file__).parent.parent
 FILES = {
     "c1": "c1_lora_step", "c2": "c2_qlora_step", "c3": "c3_memory", "c4": "c4_head", "c5": "c5_sft",
-    "c6": "c6_quantize", "c7": "c7_linear", "c10": "c10_methods", "c11": "c11_merge", "follow": "follow", "bases": "bases",
+    "c6": "c6_quantize", "c7": "c7_linear", "c10": "c10_methods", "c11": "c11_merge", "c12": "c12_plan", "follow": "follow", "bases": "bases",
     "starts": "starts", "ways": "ways",
 }  # fmt: skip
 THREADS = "2"

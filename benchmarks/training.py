@@ -103,8 +103,7 @@ def model_folder(options: Options) -> str:
 
 def _veneer(options: Options, base: str, recompute: Any) -> tuple[Any, Callable[..., Any]]:
     import veneer
-    from veneer.models.fuse import set_recompute
-    from veneer.training.loop import batch_loss
+    from veneer.models.fuse import batch_loss, set_recompute
 
     model, _ = veneer.load(
         options.model, quantize="nf4" if "nf4" in base else None, dtype="float32" if "fp32" in base else "bfloat16"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from veneer.errors import RefusedError, VeneerError
     from veneer.evaluation import evaluate
     from veneer.models.load import load, save_model
+    from veneer.planning.plan import plan
     from veneer.training.loop import train
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "load",
     "load_adapter",
     "merge",
+    "plan",
     "remove_adapter",
     "save_adapter",
     "save_model",
@@ -74,6 +76,7 @@ _HOMES = {
     "veneer.errors": ("RefusedError", "VeneerError"),
     "veneer.evaluation": ("evaluate",),
     "veneer.models.load": ("load", "save_model"),
+    "veneer.planning.plan": ("plan",),
     "veneer.training.loop": ("train",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -442,6 +442,44 @@ def ranks(
         _print_json(table)
     else:
         print(report.describe(table))
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As elsewhere (its config is enough), or a known one: llama3-8b, ...")
+    ],
+    method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "qlora",
+    batch_size: Annotated[int, typer.Option(help="Rows in one forward and backward.")] = 1,
+    seq_len: Annotated[int, typer.Option(help="Tokens of the longest row.")] = 2048,
+    rank: Annotated[int, typer.Option(help="Of the adapter.")] = 16,
+    targets: Annotated[
+        str, typer.Option(help="attention, qv, mlp, all-linear, or names with commas between.")
+    ] = "all-linear",
+    quantize: Annotated[str, typer.Option(help="With qlora: nf4, fp4 or int8.")] = "nf4",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: of what is not quantised.")] = "bfloat16",
+    recompute: Annotated[str, typer.Option(help="none, mlp or full.")] = "none",
+    accumulate: Annotated[int, typer.Option(help="Batches in one optimizer step.")] = 1,
+    budget: Annotated[str | None, typer.Option(help="As 24GB or 24GiB; left out: what is free here now.")] = None,
+    largest: Annotated[
+        str | None, typer.Option(help="Also look for the largest batch, length or rank that fits.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What a fine-tune would take of memory, and what to change if it does not fit. Loads and downloads nothing."""
+    from veneer.planning import plan as planning
+    from veneer.report import plan as report
+
+    wanted: Any = targets.split(",") if "," in targets else targets
+    found = planning.plan(
+        model, method=cast(Any, method), batch_size=batch_size, seq_len=seq_len, rank=rank, targets=wanted,
+        quantize=cast(Any, quantize), dtype=cast(Any, dtype), recompute=cast(Any, recompute), grad_accumulation=accumulate,
+        budget=budget, largest=largest,
+    )  # fmt: skip
+    if as_json:
+        _print_json(found)
+    else:
+        print(report.describe(found))
 
 
 @app.command()

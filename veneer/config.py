@@ -19,6 +19,9 @@ from veneer.errors import VeneerError
 RECIPE_LIMIT = 1 << 20  # bytes; a recipe is a page of text
 LORA_PLUS = 16.0  # the ratio its paper proposes (Hayou et al. 2024, arXiv 2402.12354)
 TARGET_PRESETS = ("attention", "qv", "mlp", "all-linear")
+IGNORED = -100  # the label of a token that is not learned, as in transformers
+TOKEN_BUDGET = 2048  # tokens in one packed sequence: enough for full-speed products, little memory
+ROUND_TO = 64  # packed lengths: every new matrix shape makes torch compile and keep another kernel
 
 _NO_TARGET = "expected attention, qv, mlp, all-linear, a list of name suffixes, or a regex; found nothing"
 

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
+import os
 import resource
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +44,15 @@ def current_bytes(device: torch.device | None = None) -> int:
     return peak_bytes()
 
 
+def available_bytes() -> int:
+    """The memory that the system could give to processes now without swapping, in bytes; where it does not say: all there is."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def reset_peak(device: torch.device | None = None) -> None:
     """Count the peak from now on, where the system can (Linux)."""
     if (gpu := _gpu(device)) is not None:
@@ -54,6 +66,31 @@ def release_memory() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
+
+
+class MappedFiles:
+    """The files that are mapped into this process's memory now; of tensors that lie in them memory can be given back, as it
+    can be read again. Where the system does not say (not Linux), none are known."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        names = {str(path.resolve()) for path in paths}
+        self.ranges: list[tuple[int, int]] = []
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/maps").read_text().splitlines():
+                place, _, _, _, _, *name = line.split(maxsplit=5)
+                if name and name[0] in names:
+                    start, end = (int(part, 16) for part in place.split("-"))
+                    self.ranges.append((start, end))
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Let go of the pages that only this tensor lies on, if it lies in one of the files."""
+        start, page = tensor.data_ptr(), mmap.PAGESIZE
+        end = start + tensor.nbytes
+        if not any(low <= start and end <= high for low, high in self.ranges):
+            return
+        first, last = -(-start // page) * page, end // page * page
+        if last > first:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
 
 
 def _gpu(device: torch.device | None) -> Any:

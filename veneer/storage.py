@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from veneer.errors import VeneerError
@@ -184,7 +184,7 @@ class TensorFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        read_tensors(self.path)  # maps the file and checks all of its header; no tensor is read
+        _checked(self.path, lambda path: safe_open(path, framework="pt"))  # maps it and checks all of its header
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -277,13 +277,18 @@ def stream_tensors(
 
 def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """Read one safetensors file to the CPU. VeneerError names the file when it is missing, damaged or pickle."""
+    return _checked(path, load_file)  # type: ignore[no-any-return]
+
+
+def _checked(path: str | Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of a safetensors file."""
     path = Path(path)
     if path.suffix in PICKLE_SUFFIXES:
         raise pickle_error(path)
     if not path.is_file():
         raise VeneerError(f"missing file: {path}")
     try:
-        return load_file(path)
+        return read(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise VeneerError(
             f"{path} is not a valid safetensors file: {error}", hint="it is damaged or incomplete; copy it again"

@@ -544,6 +544,8 @@ def test_all_problems_of_all_adapters_at_once(tmp_path):
         combine([good, tmp_path / "empty", tmp_path / "nowhere"], tmp_path / "out")
     with pytest.raises(veneer.VeneerError, match=r"q_proj: found \(out, in\) \(32, 32\), expected \(48, 48\)"):
         combine([good, other], tmp_path / "out")
+    with pytest.raises(veneer.VeneerError, match=r"no such folder(.|\n)*q_proj: found \(out, in\) \(32, 32\)"):
+        combine([good, tmp_path / "nowhere", other], tmp_path / "out")
 
 
 def test_other_base_models_by_name(tmp_path):

@@ -84,7 +84,7 @@ KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (
             None,
             lambda t: t.update({f"x\x1b[2J.lora_{part}.weight": torch.zeros(4, 4) for part in "AB"}),
-            r"2 problems:\n  - tensor 'x\\x1b\[2J.lora_A.weight': expected a name",
+            r"2 problems:\n  - .*tensor 'x\\x1b\[2J.lora_A.weight': expected a name",
         ),
     ],
 )
@@ -110,6 +110,48 @@ def test_swapped_factors_and_all_other_problems_are_told_at_once(tmp_path):
     problems = "\n".join(caught.value.problems)
     assert "found (48, 4), expected (4, in)" in problems and "found (4, 48), expected (48, 4)" not in problems
     assert "NaN" in problems and "found no lora_B" in problems and len(caught.value.problems) == 4
+
+
+def test_config_tensors_and_base_are_told_in_one_error(tmp_path):
+    """What the config says wrongly hides neither what is wrong with tensors nor that the base is another."""
+
+    def spoil(t):
+        t[KEY.replace("q_proj", "k_proj")][0, 0] = float("inf")
+        t["base_model.model.strange"] = torch.ones(2)
+        del t[KEY.replace("q_proj", "v_proj")]
+
+    path = damaged(tmp_path, lambda c: c.update(lora_alpha=-1, use_qalora=True, bias=3), spoil)
+    base = make_model(hidden_size=64)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    with pytest.raises(veneer.VeneerError) as caught:
+        veneer.load_adapter(base, path)
+    problems = "\n".join(caught.value.problems)
+    for words in (
+        "lora_alpha: found -1", "bias: found 3", "use_qalora is True", "found NaN or Inf", "strange: expected names like",
+        "v_proj: found no lora_A", "q_proj.lora_A: found (4, 48), expected (4, 64)",
+    ):  # fmt: skip
+        assert words in problems, words
+    assert type(caught.value) is veneer.VeneerError and "in target_modules" not in problems
+    assert before.keys() == base.state_dict().keys()
+    damaged(tmp_path, lambda c: c.update(lora_alpha=8, bias="none"), lambda t: t.clear())
+    with pytest.raises(veneer.VeneerError, match=r"use_qalora|no lora_A and lora_B") as caught:
+        veneer.load_adapter(make_model(), path)
+    assert len([p for p in caught.value.problems if "in target_modules" not in p]) == 2
+
+
+def test_a_rank_that_cannot_be_is_told_without_what_would_follow_from_it(tmp_path):
+    path = damaged(tmp_path, lambda c: c.update(r=0), lambda t: t[KEY].fill_(float("nan")))
+    with pytest.raises(veneer.VeneerError) as caught:
+        veneer.load_adapter(make_model(), path)
+    assert len(caught.value.problems) == 2, caught.value.problems
+    assert "r: found 0" in caught.value.problems[0] and "NaN" in caught.value.problems[1]
+
+
+def test_a_config_that_cannot_be_beside_a_damaged_file(tmp_path):
+    path = damaged(tmp_path, lambda c: c.update(r=-3))
+    (path / "adapter_model.safetensors").write_bytes(b"12345678901234")
+    with pytest.raises(veneer.VeneerError, match=r"r: found -3(.|\n)*not a valid safetensors file"):
+        veneer.load_adapter(make_model(), path)
 
 
 def test_a_field_of_a_newer_tool_is_kept_and_said(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from veneer.models.merging import merge_files
 from veneer.models.weights import BaseWeights
 from veneer.quant.bnb_format import pack_layer
 from veneer.quant.linear import QuantizedLinear, quantize, quantize_model
+from veneer.report.merge import merge_model
 from veneer.storage import sha256
 
 IDS = torch.arange(1, 30)[None]
@@ -330,6 +332,23 @@ def test_bad_models_and_adapters(tmp_path, tokenizer):
     with pytest.raises(veneer.VeneerError, match=r"missing|not a valid safetensors file"):
         merge_files(folder, [path], tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_what_is_wrong_with_any_of_several_adapters_is_told_at_once(tmp_path, tokenizer):
+    folder = written(tmp_path, tokenizer)
+    good = adapter(tmp_path, folder, "good")
+    small = written(tmp_path, tokenizer, lambda: make_model(hidden_size=32), "small")
+    other, spoiled = (adapter(tmp_path, small, name) for name in ("other", "spoiled"))
+    tensors = load_file(spoiled / "adapter_model.safetensors")
+    key = next(key for key in tensors if "lora_B" in key)
+    save_file({**tensors, key: torch.full_like(tensors[key], float("nan"))}, spoiled / "adapter_model.safetensors")
+    sources = [other, good, tmp_path / "nowhere", spoiled]
+    words = r"other: .*expected \(4, 48\)(.|\n)*nowhere: no such folder(.|\n)*spoiled(.|\n)*NaN"
+    for merged in (merge_files, merge_model):
+        with pytest.raises(veneer.VeneerError) as caught:
+            merged(str(folder), sources, tmp_path / "out")
+        assert re.search(words, "\n".join(caught.value.problems)), caught.value.problems
+        assert not (tmp_path / "out").exists()
 
 
 INTERRUPTED = """

@@ -35,8 +35,8 @@ def test_blocks_never_overlap_while_they_live_and_all_room_comes_back():
         held.append(tensor)
     held.clear()
     del tensor
-    pool._collect()
-    assert pool.free == [(0, SIZE)] and not pool.live
+    pool.places.collect()
+    assert pool.places.free == [(0, SIZE)] and not pool.places.owners
 
 
 def test_a_block_lives_as_long_as_the_last_view_on_it():
@@ -52,26 +52,26 @@ def test_no_room_is_none_and_empty_then_falls_to_malloc(monkeypatch):
     assert pool.take(SIZE + 1) is None
     monkeypatch.setattr(arena, "_arena", pool)
     big = empty((SIZE,), torch.float32)
-    assert big.shape == (SIZE,) and not pool.live
-    assert empty((4, 8), torch.bfloat16).shape == (4, 8) and not pool.live  # small: malloc's
+    assert big.shape == (SIZE,) and not pool.places.owners
+    assert empty((4, 8), torch.bfloat16).shape == (4, 8) and not pool.places.owners  # small: malloc's
 
 
 def test_empty_is_an_ordinary_tensor(monkeypatch):
     pool = Arena(SIZE)
     monkeypatch.setattr(arena, "_arena", pool)
     x = empty((128, 512), torch.bfloat16)
-    assert pool.live and x.is_contiguous() and x.dtype == torch.bfloat16
+    assert pool.places.owners and x.is_contiguous() and x.dtype == torch.bfloat16
     x.fill_(2)
     assert torch.equal(x.clone().float(), torch.full((128, 512), 2.0))
     y = x * torch.ones(512, dtype=torch.bfloat16, requires_grad=True)  # saved by autograd: alive until it is done
     del x
-    pool._collect()
-    assert pool.live
+    pool.places.collect()
+    assert pool.places.owners
     y.float().sum().backward()
     del y
     gc.collect()
-    pool._collect()
-    assert not pool.live
+    pool.places.collect()
+    assert not pool.places.owners
 
 
 def test_tensors_may_die_in_another_thread():
@@ -82,8 +82,8 @@ def test_tensors_may_die_in_another_thread():
     while thread.is_alive():
         assert pool.take(64) is not None
     thread.join()
-    pool._collect()
-    assert pool.free == [(0, SIZE)]
+    pool.places.collect()
+    assert pool.places.free == [(0, SIZE)]
 
 
 def test_release_gives_pages_back(monkeypatch):

@@ -4,9 +4,10 @@ import pytest
 from conftest import make_tokenizer
 from tokenizers import normalizers
 
+from veneer.config import IGNORED
 from veneer.errors import VeneerError
 from veneer.training import data
-from veneer.training.data import IGNORED, encode_prompt, encode_rows
+from veneer.training.data import encode_prompt, encode_rows
 from veneer.training.rows import read_rows
 
 

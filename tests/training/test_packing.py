@@ -5,9 +5,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import veneer
 from veneer.adapters.attach import adapter_parameters
-from veneer.models.fuse import fuse
-from veneer.training.data import IGNORED, Sample
-from veneer.training.loop import batch_loss, batches
+from veneer.config import IGNORED
+from veneer.models.fuse import batch_loss, fuse
+from veneer.training.data import Sample
+from veneer.training.loop import batches
 from veneer.training.packing import Order, collate_packed, collate_padded, pack
 
 

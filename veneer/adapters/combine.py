@@ -33,6 +33,7 @@ from veneer.adapters.peft_format import (
     WEIGHTS_FILE,
     AdapterFile,
     Factors,
+    raise_problems,
     read_adapter,
 )
 from veneer.adapters.sparsify import Prune, Rule, Sign, Update, dense_sum
@@ -114,15 +115,17 @@ def combine(
         RefusedError: nothing is wrong, but a part of an adapter has no exact place in the result.
     """
     problems = _wrong_settings(sources, method, weights, rank, max_error, density, sign, seed)
+    sound = not problems
     files: list[AdapterFile | None] = []
+    refused: list[str] = []
     for path in sources:
         try:
             files.append(read_adapter(path))
         except VeneerError as error:
             files.append(None)
-            problems += error.problems
-    if problems:
-        raise VeneerError(problems)
+            (refused if isinstance(error, RefusedError) else problems).extend(error.problems)
+    if not sound:
+        raise VeneerError(problems + refused)
     elect = METHODS[method].elect
     given = list(weights) if weights is not None else [1.0 if elect else 1 / len(files)] * len(files)
     everything = [
@@ -131,9 +134,8 @@ def combine(
         if file is not None
     ]
     live = sorted((one for one in everything if one.weight != 0), key=lambda one: (one.key, one.weight))
-    problems, refused = _cannot(everything, live, method, any_base)
-    if problems or refused:
-        raise (VeneerError if problems else RefusedError)(problems + refused)
+    more, inexact = _cannot(everything, live, method, any_base) if everything else ([], [])
+    raise_problems(problems + more, refused + inexact, None)
     if not replace:
         require_empty_folder(out)
     rule = None

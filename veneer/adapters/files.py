@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,7 +33,15 @@ from veneer.adapters.attach import (
 from veneer.adapters.experts import LoraParameter
 from veneer.adapters.lora import LoraLayer, check_adapter_name
 from veneer.adapters.patterns import is_suffix, matching
-from veneer.adapters.peft_format import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, AdapterFile, is_of, read_adapter
+from veneer.adapters.peft_format import (
+    CONFIG_FILE,
+    KEY_PREFIX,
+    WEIGHTS_FILE,
+    AdapterFile,
+    examine_adapter,
+    is_of,
+    raise_problems,
+)
 from veneer.adapters.reference import answer_save_pretrained
 from veneer.adapters.targets import (
     block_number,
@@ -203,7 +212,9 @@ def tied_keys(model: nn.Module, name: str) -> dict[str, str]:
 
 def _tied_in_full(model: nn.Module, name: str) -> dict[str, list[str]]:
     """The names of parameters with several, by the one an adapter has its version under."""
-    tied = _tied(model)
+    if not adapters(model)[name].replaced:
+        return {}
+    tied = _tied(_base(model))
     return {key: tied[key] for key in adapters(model)[name].replaced if len(tied[key]) > 1}
 
 
@@ -213,10 +224,9 @@ def _base(model: nn.Module) -> dict[str, nn.Parameter]:
     return {plain_name(model, key): parameter for key, parameter in everything if not is_factor(key)}
 
 
-def _tied(model: nn.Module) -> dict[str, list[str]]:
+def _tied(base: dict[str, nn.Parameter]) -> dict[str, list[str]]:
     """All names of the parameter that each name of the plain model is for."""
     names: dict[int, list[str]] = {}
-    base = _base(model)
     for key, parameter in base.items():
         names.setdefault(id(parameter), []).append(key)
     return {key: names[id(parameter)] for key, parameter in base.items()}
@@ -317,6 +327,12 @@ def _patterns(
     }
 
 
+_UNTIE = (
+    "untie them on the model first: head.weight = nn.Parameter(head.weight.detach().clone()) and "
+    "model.config.tie_word_embeddings = False; or train again with ensure_weight_tying"
+)
+
+
 def load_adapter(
     model: nn.Module,
     path: str | Path,
@@ -345,7 +361,7 @@ def load_adapter(
     if name in adapters(model):
         raise VeneerError(f"adapter {name!r} is already on this model", hint="choose another name, or remove it first")
     place_adapter(
-        model, read_adapter(path, model), Path(path), name, dtype=dtype, device=device, check_copies=check_copies
+        model, examine_adapter(path, model), Path(path), name, dtype=dtype, device=device, check_copies=check_copies
     )
     if activate:
         set_adapter(model, name)
@@ -362,17 +378,18 @@ def place_adapter(
     device: str | None = None,
     check_copies: bool = True,
 ) -> None:
-    """Put an adapter that was read from `path` on `model`, not active: what is active, or merged, stays so.
+    """Put an adapter that was examined at `path` on `model`, not active: what is active, or merged, stays so.
 
     Raises:
-        VeneerError: it is of another base; all that does not fit.
+        VeneerError: what is wrong with it (`read_adapter`) and all that does not fit this base, at once.
     """
     base = _base(model)
+    tied = _tied(base)
     weights = {**base, **_put_aside(model)} if file.copies else base
     layers = {path: None if "base_layer" in path.split(".") else layer_at(model, path) for path in file.factors}
     problems = [*_factor_problems(layers, file), *_weight_problems(weights, file, check_copies=check_copies)]
-    problems += _left_over_or_missing(model, file)
-    broken = _broken_ties(model, file)
+    problems += _left_over_or_missing(model, file, base, tied) if file.whole else []
+    broken = _broken_ties(tied, file)
     replaced_there = {key: base[key] for key in file.replaced if key in base}
     try:
         tokens = token_layers(model, file.config.tokens, list(file.factors), replaced_there)
@@ -380,19 +397,15 @@ def place_adapter(
         tokens = {}
         problems += [problem.replace("lora.tokens", "trainable_token_indices", 1) for problem in error.problems]
     else:
-        problems += _token_problems(base, tokens, file.tokens)
-    if broken and not problems:
-        raise RefusedError(
-            [f"adapter {path}: {problem}" for problem in broken],
-            hint="untie them on the model first: head.weight = nn.Parameter(head.weight.detach().clone()) and "
-            "model.config.tie_word_embeddings = False; or train again with ensure_weight_tying",
-        )
+        problems += _token_problems(base, tokens, file.tokens) if file.whole else []
+    made_for, here = file.raw.get("base_model_name_or_path"), getattr(model, "name_or_path", "?")
+    hint = file.hint
     if problems:
-        made_for, here = file.raw.get("base_model_name_or_path"), getattr(model, "name_or_path", "?")
-        raise VeneerError(
-            [f"adapter {path}: {problem}" for problem in problems + broken],
-            hint=f"it was made for {made_for!r}; this model is {here!r}" if made_for else None,
-        )
+        hint = hint or (f"it was made for {made_for!r}; this model is {here!r}" if made_for else None)
+    elif broken:
+        hint = hint or _UNTIE
+    wrong, refused = ([f"adapter {path}: {problem}" for problem in found] for found in (problems, broken))
+    raise_problems([*file.wrong, *wrong], [*file.refused, *refused], hint)
     config = file.config.model_copy(update={"dtype": dtype})
     for layer, found in file.factors.items():
         more = {"magnitude": found.magnitude, "bias": found.bias, "dtype": getattr(torch, dtype)}
@@ -401,7 +414,6 @@ def place_adapter(
         )
     for embedding, ids in tokens.items():
         TokenRows.of(model, embedding).add(name, ids, file.tokens[embedding])
-    tied = _tied(model)
     replaced = {
         key: nn.Parameter(tensor.to(device=base[key].device, dtype=base[key].dtype))
         for key, tensor in file.replaced.items()
@@ -415,6 +427,27 @@ def place_adapter(
         if waits is not None:
             move(parameter, waits)
     answer_save_pretrained(model)
+
+
+def place_adapters(model: nn.Module, paths: Sequence[str | Path]) -> list[AdapterFile]:
+    """Put several adapters on `model`, called merged0, merged1 and so on, by their shapes alone; returns their files.
+
+    Raises:
+        VeneerError: what is wrong with any of them, and all that does not fit.
+    """
+    files: list[AdapterFile] = []
+    wrong: list[str] = []
+    refused: list[str] = []
+    hint = None
+    for number, path in enumerate(paths):
+        try:
+            files.append(examine_adapter(path, model))
+            place_adapter(model, files[-1], Path(path), f"merged{number}", check_copies=False)
+        except VeneerError as error:
+            (refused if isinstance(error, RefusedError) else wrong).extend(error.problems)
+            hint = hint or error.hint
+    raise_problems(wrong, refused, hint)
+    return files
 
 
 def _put_aside(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -487,22 +520,22 @@ def same_weight(copy: Tensor, weight: Tensor) -> bool:
     return torch.equal(copy.to(weight.device, dtype), weight.detach().to(dtype))
 
 
-def _left_over_or_missing(model: nn.Module, file: AdapterFile) -> list[str]:
+def _left_over_or_missing(
+    model: nn.Module, file: AdapterFile, base: dict[str, nn.Parameter], tied: dict[str, list[str]]
+) -> list[str]:
     """Where an adapter's tensors are not those that its config means on this model; PEFT would drop or leave them out
     without a word."""
-    raw, config, base, tied = file.raw, file.config, _base(model), _tied(model)
+    raw, config = file.raw, file.config
     tie = bool(raw.get("ensure_weight_tying"))
     problems = []
     layers, parameters = _expected(model, raw), _expected_parameters(model, config)
-    problems += [f"{p}: in target_modules, but not in {WEIGHTS_FILE}" for p in sorted(layers - file.factors.keys())]
-    problems += [
-        f"{p}: in target_parameters, but not in {WEIGHTS_FILE}" for p in sorted(parameters - file.factors.keys())
-    ]
+    problems += [f"{p}: in target_modules, but not in {WEIGHTS_FILE}" for p in sorted(layers - file.keys.keys())]
+    problems += [f"{p}: in target_parameters, but not in {WEIGHTS_FILE}" for p in sorted(parameters - file.keys.keys())]
     if tie:  # PEFT adapts what is tied to a target too, and does not list it
         layers |= {other.rpartition(".")[0] for path in layers for other in tied.get(f"{path}.weight", [])}
     problems += [
         f"{path}: found in the adapter, but not meant by target_modules, layers_to_transform and the like"
-        for path in sorted(file.factors.keys() - layers - parameters)
+        for path in sorted(file.keys.keys() - layers - parameters)
         if layer_at(model, path) is not None
     ]
     in_full = {key for key in base if any(is_of(key, suffix) for suffix in config.modules_to_save)}
@@ -524,10 +557,10 @@ def _left_over_or_missing(model: nn.Module, file: AdapterFile) -> list[str]:
     return problems
 
 
-def _broken_ties(model: nn.Module, file: AdapterFile) -> list[str]:
+def _broken_ties(tied: dict[str, list[str]], file: AdapterFile) -> list[str]:
     """Parameters that are one here, and of which PEFT trained one place only, or each on its own."""
     found = []
-    for names in {id(names): names for names in _tied(model).values()}.values():
+    for names in {id(names): names for names in tied.values()}.values():
         there = [key for key in names if key in file.replaced]
         first, *others = there or [""]
         if any(not torch.equal(file.replaced[first], file.replaced[key]) for key in others):

@@ -401,7 +401,7 @@ class LoraLinear(LoraLayer):
         a, b = self.a(name), self.b(name)
         scale = self.row_scale(name, (a, b)) if name in self.magnitude else None
         dropout = self.dropout[name] if self.training else 0.0
-        seed = int(torch.randint(2**32, ())) if dropout else 0
+        seed = int(torch.randint(2**32, (), device="cpu")) if dropout else 0
         weight = frozen_weight(base, torch.bfloat16)[0]
         return AdaptedLinear(weight, base.bias, a, b, self.scaling[name], dropout=dropout, seed=seed, scale=scale)
 

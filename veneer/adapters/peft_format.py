@@ -139,6 +139,8 @@ _NOT_WITH = (
     ("target_parameters", "lora_bias"),
 )  # fmt: skip
 
+_SAVE_AGAIN = "open it with the tool that wrote it and save it as a plain LoRA"
+
 
 class Factors(NamedTuple):
     """One layer's tensors in a file, and what the config says of it: rank (of each expert of a parameter) and scaling."""
@@ -154,7 +156,10 @@ class Factors(NamedTuple):
 class AdapterFile(NamedTuple):
     """An adapter folder: its config as it stands there and as ours, factors by layer (or adapted parameter), parameters
     trained in full, rows of tokens by embedding, weights that are the base's own, the factors' names in the file, all in it
-    that is not of factors, what the base was quantised to when it was trained here (None: not at all, or not known), and whether doubly."""
+    that is not of factors, what the base was quantised to when it was trained here (None: not at all, or not known), and whether doubly.
+
+    Of `examine_adapter`: what is wrong, what is not supported, what can be done about it, and whether the config can be
+    held against the tensors."""
 
     raw: dict[str, Any]
     config: LoraConfig
@@ -166,6 +171,10 @@ class AdapterFile(NamedTuple):
     rest: dict[str, Tensor]
     trained_on: str | None
     double_quant: bool | None
+    wrong: list[str]
+    refused: list[str]
+    hint: str | None
+    whole: bool
 
 
 def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
@@ -180,7 +189,62 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
             be; no tensors, half a pair, another rank than the config's, NaN.
         RefusedError: nothing is wrong, but a field asks for what is not supported and changes the result.
     """
+    file = examine_adapter(path, model)
+    raise_problems(file.wrong, file.refused, file.hint)
+    return file
+
+
+def raise_problems(wrong: list[str], refused: list[str], hint: str | None) -> None:
+    """RefusedError if no more than that is the matter."""
+    if wrong or refused:
+        raise (VeneerError if wrong else RefusedError)([*wrong, *refused], hint=hint)
+
+
+def examine_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFile:
+    """`read_adapter` that keeps what it finds wrong beside what can be read all the same, for those who will find more.
+
+    Raises:
+        VeneerError: there is no adapter to look at.
+    """
     path = Path(path)
+    raw = _raw_config(path)
+    found, refused, bad = _config_problems(raw)
+    wrong = [f"{path / CONFIG_FILE}: {problem}" for problem in found]
+    refused = [f"{path / CONFIG_FILE}: {problem}" for problem in refused]
+    hint = _SAVE_AGAIN if refused else None
+    known = (*_FIELDS, *_MATHS_FIELDS, *_HARMLESS_FIELDS)
+    if unknown := [
+        field for field, value in raw.items() if field not in known and value not in (None, False, "", [], {})
+    ]:
+        warnings.warn(
+            f"{path / CONFIG_FILE}: {', '.join(field if field.isidentifier() else shown(field) for field in unknown)}: not known here, and kept as it is; if it changes the result, the "
+            "adapter is not what it was",
+            stacklevel=3,
+        )
+    usable = {field: value for field, value in raw.items() if field not in bad}
+    config = _our_config(usable)
+    tensors: dict[str, Tensor] | None = None
+    said: dict[str, str] = {}
+    try:
+        tensors = read_tensors(path / WEIGHTS_FILE)
+        with safe_open(path / WEIGHTS_FILE, framework="pt") as opened:
+            said = opened.metadata() or {}
+    except VeneerError as error:
+        wrong, hint = wrong + error.problems, hint or error.hint
+    ours = _Sorted(tensors or {}, usable, config, model, ranks_known=bad.isdisjoint({"r", "rank_pattern"}))
+    if tensors is not None and ours.problems:
+        wrong += [f"{path / WEIGHTS_FILE}: {problem}" for problem in ours.problems]
+        hint = hint or "the adapter is damaged; copy it again"
+    trained_on = said.get("veneer.base_quantization", "none")
+    doubly = {"True": True, "False": False}.get(said.get("veneer.base_double_quant", ""))
+    return AdapterFile(
+        raw, config, ours.factors, ours.replaced, ours.tokens, ours.copies, ours.keys, ours.rest,
+        None if trained_on == "none" else trained_on, doubly, wrong, refused, hint, not bad and tensors is not None,
+    )  # fmt: skip
+
+
+def _raw_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json as it stands there, if it is a LoRA's."""
     try:
         there = path.is_dir()
     except OSError as error:  # a name that is too long, or one that may not be looked at
@@ -201,41 +265,36 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
     raw.setdefault("target_modules", None)
     if not raw["target_modules"] and raw.get("target_parameters"):
         raw["target_modules"] = []  # parameters alone
-    problems = [
-        f"{field}: found {shown(raw[field])}, expected {expected}"
+    return raw
+
+
+def _config_problems(raw: dict[str, Any]) -> tuple[list[str], list[str], set[str]]:
+    """What cannot be, what is not supported, and the fields that say nothing now."""
+    problems = {
+        field: f"{field}: found {shown(raw[field])}, expected {expected}"
         for field, (expected, fits) in _FIELDS.items()
         if field in raw and not (fits(raw[field]) or (raw[field] is None and field in _OPTIONAL))
         if not (field == "target_modules" and raw[field] == [])
-    ]
-    problems += [
-        f"{field}: found {shown(raw[field])}, which does not go with {other}"
+    }
+    excluding = {
+        field: f"{field}: found {shown(raw[field])}, which does not go with {other}"
         for field, other in _NOT_WITH
         if raw.get(field) and raw.get(other)
-    ]
+    }
     refused = [
         f"{field} is {shown(raw[field])}, which changes the result and is not supported"
         for field, harmless in _MATHS_FIELDS.items()
         if field in raw and raw[field] not in harmless
     ]
-    if problems or refused:
-        raise (VeneerError if problems else RefusedError)(
-            [f"{path / CONFIG_FILE}: {problem}" for problem in problems + refused],
-            hint="open it with the tool that wrote it and save it as a plain LoRA" if refused else None,
-        )
-    known = (*_FIELDS, *_MATHS_FIELDS, *_HARMLESS_FIELDS)
-    if unknown := [
-        field for field, value in raw.items() if field not in known and value not in (None, False, "", [], {})
-    ]:
-        warnings.warn(
-            f"{path / CONFIG_FILE}: {', '.join(field if field.isidentifier() else shown(field) for field in unknown)}: not known here, and kept as it is; if it changes the result, the "
-            "adapter is not what it was",
-            stacklevel=3,
-        )
-    config = LoraConfig(
+    return [*problems.values(), *excluding.values()], refused, {*problems, *excluding}
+
+
+def _our_config(raw: dict[str, Any]) -> LoraConfig:
+    return LoraConfig(
         r=raw.get("r", 8),
         alpha=raw.get("lora_alpha", 8),
         dropout=raw.get("lora_dropout", 0.0),
-        targets=raw["target_modules"],
+        targets=raw.get("target_modules", "all-linear"),
         init="gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming",
         rslora=raw.get("use_rslora", False),
         dora=bool(raw.get("use_dora")),
@@ -248,116 +307,131 @@ def read_adapter(path: str | Path, model: nn.Module | None = None) -> AdapterFil
         tokens=raw.get("trainable_token_indices") or [],
         lora_bias=bool(raw.get("lora_bias")),
     )
-    tensors = _read_tensors(path / WEIGHTS_FILE, raw, config, model)
-    with safe_open(path / WEIGHTS_FILE, framework="pt") as file:
-        said = file.metadata() or {}
-    trained_on = said.get("veneer.base_quantization", "none")
-    doubly = {"True": True, "False": False}.get(said.get("veneer.base_double_quant", ""))
-    return AdapterFile(raw, config, *tensors, None if trained_on == "none" else trained_on, doubly)
 
 
-def _read_tensors(
-    path: Path, raw: dict[str, Any], config: LoraConfig, model: nn.Module | None
-) -> tuple[
-    dict[str, Factors],
-    dict[str, Tensor],
-    dict[str, Tensor],
-    dict[str, Tensor],
-    dict[str, dict[str, str]],
-    dict[str, Tensor],
-]:
-    problems: list[str] = []
-    found: dict[str, dict[str, Tensor]] = {}
-    replaced: dict[str, Tensor] = {}
-    tokens: dict[str, Tensor] = {}
-    copies: dict[str, Tensor] = {}
-    keys: dict[str, dict[str, str]] = {}
-    tensors = read_tensors(path)
-    layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
-    names, unnamed = _parameters_by_wrapper(layers, config, model)
-    problems += unnamed
-    paths = sorted({names.get(layer, layer) for layer in layers})
-    ranks = dict(zip(paths, by_pattern(config.rank_pattern, paths, config.r, "rank_pattern"), strict=True))
-    alphas = dict(zip(paths, by_pattern(config.alpha_pattern, paths, config.alpha, "alpha_pattern"), strict=True))
-    twice = [key for key in tensors if f"{KEY_PREFIX}{key}" in tensors]
-    problems += [f"tensor {key}: found with {KEY_PREFIX} before it as well, expected one of them" for key in twice]
-    strange = [key for key in tensors if not key.isprintable() or ".." in key or "/" in key or "\\" in key]
-    if strange:  # it will be printed, and names a module
-        raise VeneerError(
-            [f"tensor {shown(key)}: expected a name of letters, digits, dots and underscores" for key in strange]
-        )
-    for key, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            found_dtype, *expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_DTYPES))
-            problems.append(f"tensor {key}: found {found_dtype}, expected floating point: {', '.join(expected)}")
-        elif not tensor.numel():
-            problems.append(f"tensor {key}: found {tuple(tensor.shape)}, which holds nothing")
-        elif not all_finite(tensor):
-            problems.append(f"tensor {key}: found NaN or Inf, expected finite numbers")
-        match = _FACTOR.fullmatch(key)
-        if match is None:
-            if config.bias == "all" and key.endswith((".original_module.bias", ".modules_to_save.bias")):
-                continue  # PEFT writes these biases of its wrappers besides the trained one
-            in_full = any(is_of(key, suffix) for suffix in config.modules_to_save)
-            in_full |= bool(raw.get("ensure_weight_tying") and config.modules_to_save)  # what is tied to one of them
-            if config.tokens and key.endswith(f".{TokenRows.KEY}"):
-                tokens[key.removeprefix(KEY_PREFIX).removesuffix(f".{TokenRows.KEY}")] = tensor
-            elif in_full or (config.bias != "none" and key.endswith(".bias")):
-                replaced[key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")] = tensor
-            elif _COPY.fullmatch(key):
-                copies[key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")] = tensor
-            else:
-                problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
-            continue
-        part, layer = _WHICH[match[2]], names.get(match[1], match[1])
-        found.setdefault(layer, {})[part] = tensor
-        keys.setdefault(layer, {})[part] = KEY_PREFIX + key.removeprefix(KEY_PREFIX)
+class _Sorted:
+    """An adapter's tensors by what they are for, and all that is wrong with them."""
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        raw: dict[str, Any],
+        config: LoraConfig,
+        model: nn.Module | None,
+        *,
+        ranks_known: bool,
+    ) -> None:
+        self.config, self.ranks_known = config, ranks_known
+        self.factors: dict[str, Factors] = {}
+        self.replaced: dict[str, Tensor] = {}
+        self.tokens: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
+        self.keys: dict[str, dict[str, str]] = {}
+        strange = [key for key in tensors if not key.isprintable() or ".." in key or "/" in key or "\\" in key]
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in strange}  # each names a module
+        self.rest = {key: tensor for key, tensor in tensors.items() if _FACTOR.fullmatch(key) is None}
+        layers = {match[1] for key in tensors if (match := _FACTOR.fullmatch(key))}
+        self.names, self.problems = _parameters_by_wrapper(layers, config, model)
+        self.problems += [
+            f"tensor {shown(key)}: expected a name of letters, digits, dots and underscores" for key in strange
+        ]
+        paths = sorted({self.names.get(layer, layer) for layer in layers})
+        self.ranks = dict(zip(paths, by_pattern(config.rank_pattern, paths, config.r, "rank_pattern"), strict=True))
+        alphas = dict(zip(paths, by_pattern(config.alpha_pattern, paths, config.alpha, "alpha_pattern"), strict=True))
+        twice = [key for key in tensors if f"{KEY_PREFIX}{key}" in tensors]
+        self.problems += [
+            f"tensor {key}: found with {KEY_PREFIX} before it as well, expected one of them" for key in twice
+        ]
+        parts: dict[str, dict[str, Tensor]] = {}
+        unfit: set[str] = set()
+        for key, tensor in tensors.items():
+            if problem := _value_problem(tensor):
+                self.problems.append(f"tensor {key}: {problem}")
+            match = _FACTOR.fullmatch(key)
+            if match is None:
+                self._beside(key, tensor, raw)
+                continue
+            part, layer = _WHICH[match[2]], self.names.get(match[1], match[1])
+            parts.setdefault(layer, {})[part] = tensor
+            self.keys.setdefault(layer, {})[part] = KEY_PREFIX + key.removeprefix(KEY_PREFIX)
+            if problem := self._factor_problem(tensor, part, self._rank(layer, parts[layer]), match[1] in self.names):
+                self.problems.append(f"tensor {key}: {problem}")
+                unfit.add(layer)
+        self.problems += self._incomplete(parts)
+        for layer, there in parts.items():
+            rank = self._rank(layer, there)
+            if rank and {"a", "b"} <= there.keys() and layer not in unfit:
+                self.factors[layer] = Factors(rank, config.scaling_at(rank, alphas[layer]), **there)
+
+    def _rank(self, layer: str, parts: dict[str, Tensor]) -> int:
+        """As the config says; where that is no number, as A has it. 0: not known."""
+        if self.ranks_known:
+            return self.ranks[layer]
+        return len(parts["a"]) if "a" in parts and parts["a"].ndim and layer not in self.names.values() else 0
+
+    def _beside(self, key: str, tensor: Tensor, raw: dict[str, Any]) -> None:
+        """A tensor that is no factor."""
+        config, name = self.config, key.removeprefix(KEY_PREFIX)
+        if config.bias == "all" and key.endswith((".original_module.bias", ".modules_to_save.bias")):
+            return  # PEFT writes these biases of its wrappers besides the trained one
+        in_full = any(is_of(key, suffix) for suffix in config.modules_to_save)
+        in_full |= bool(raw.get("ensure_weight_tying") and config.modules_to_save)  # what is tied to one of them
+        if config.tokens and key.endswith(f".{TokenRows.KEY}"):
+            self.tokens[name.removesuffix(f".{TokenRows.KEY}")] = tensor
+        elif in_full or (config.bias != "none" and key.endswith(".bias")):
+            self.replaced[name.replace(".base_layer.", ".")] = tensor
+        elif _COPY.fullmatch(key):
+            self.copies[name.replace(".base_layer.", ".")] = tensor
+        else:
+            self.problems.append(f"tensor {key}: expected names like {KEY_PREFIX}<layer>.lora_A.weight")
+
+    def _factor_problem(self, tensor: Tensor, part: str, rank: int, of_parameter: bool) -> str | None:
         if part in ("magnitude", "bias"):
-            if part == "magnitude" and not config.dora:
-                problems.append(f"tensor {key}: found a magnitude, but use_dora is not true")
-            if part == "bias" and not config.lora_bias:
-                problems.append(f"tensor {key}: found a bias, but lora_bias is not true")
-            continue
-        rank = ranks[layer]
-        if match[1] in names:
-            if tensor.ndim != 2 or tensor.shape[part == "b"] % rank:
-                shape = f"({rank} x experts, in)" if part == "a" else f"(out, {rank} x experts)"
-                problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
-            continue
-        fits = tensor.ndim >= 2 and (part == "b" or tensor.shape[0] == rank)
-        fits = fits and (part == "a" or (rank % tensor.shape[1] == 0 if tensor.ndim > 2 else tensor.shape[1] == rank))
-        if not fits:
+            if part == "magnitude" and not self.config.dora:
+                return "found a magnitude, but use_dora is not true"
+            return "found a bias, but lora_bias is not true" if part == "bias" and not self.config.lora_bias else None
+        if not rank:
+            return None
+        if of_parameter:
+            fits = tensor.ndim == 2 and tensor.shape[part == "b"] % rank == 0
+            shape = f"({rank} x experts, in)" if part == "a" else f"(out, {rank} x experts)"
+        else:
+            fits = tensor.ndim >= 2 and (part == "b" or tensor.shape[0] == rank)
+            fits &= part == "a" or (rank % tensor.shape[1] == 0 if tensor.ndim > 2 else tensor.shape[1:] == (rank,))
             shape = f"({rank}, in)" if part == "a" else f"(out, {rank})"
-            problems.append(f"tensor {key}: found {tuple(tensor.shape)}, expected {shape}")
-    problems += [
-        f"{layer}: found lora_A of {len(parts['a']) // ranks[layer]} experts, lora_B of {parts['b'].shape[1] // ranks[layer]}"
-        for layer, parts in found.items()
-        if layer in names.values() and "a" in parts and "b" in parts and parts["a"].ndim == parts["b"].ndim == 2
-        if len(parts["a"]) // ranks[layer] != parts["b"].shape[1] // ranks[layer]
-    ]
-    needed = {"a": "lora_A", "b": "lora_B"} | ({"magnitude": "lora_magnitude_vector"} if config.dora else {})
-    needed |= {"bias": "lora_B.bias"} if config.lora_bias else {}
-    problems += [
-        f"{layer}: found no {name}, expected {', '.join(needed.values())}"
-        for layer, parts in found.items()
-        for part, name in needed.items()
-        if part not in parts
-    ]
-    problems += [
-        f"no weights of {suffix!r}, which is in modules_to_save"
-        for suffix in config.modules_to_save
-        if not any(is_of(key, suffix) for key in replaced)
-    ]
-    if not found:
-        problems.append("no lora_A and lora_B tensors in it")
-    if problems:
-        raise VeneerError([f"{path}: {problem}" for problem in problems], hint="the adapter is damaged; copy it again")
-    factors = {
-        layer: Factors(ranks[layer], config.scaling_at(ranks[layer], alphas[layer]), **parts)
-        for layer, parts in found.items()
-    }
-    rest = {key: tensor for key, tensor in tensors.items() if _FACTOR.fullmatch(key) is None}
-    return factors, replaced, tokens, copies, keys, rest
+        return None if fits else f"found {tuple(tensor.shape)}, expected {shape}"
+
+    def _incomplete(self, parts: dict[str, dict[str, Tensor]]) -> list[str]:
+        """Halves of different numbers of experts, parts that are missing."""
+        problems = [
+            f"{layer}: found lora_A of {len(there['a']) // rank} experts, lora_B of {there['b'].shape[1] // rank}"
+            for layer, there in parts.items()
+            if layer in self.names.values() and "a" in there and "b" in there and there["a"].ndim == there["b"].ndim == 2
+            if (rank := self._rank(layer, there)) and len(there["a"]) // rank != there["b"].shape[1] // rank
+        ]  # fmt: skip
+        needed = {"a": "lora_A", "b": "lora_B"} | ({"magnitude": "lora_magnitude_vector"} if self.config.dora else {})
+        needed |= {"bias": "lora_B.bias"} if self.config.lora_bias else {}
+        problems += [
+            f"{layer}: found no {name}, expected {', '.join(needed.values())}"
+            for layer, there in parts.items()
+            for part, name in needed.items()
+            if part not in there
+        ]
+        problems += [
+            f"no weights of {suffix!r}, which is in modules_to_save"
+            for suffix in self.config.modules_to_save
+            if not any(is_of(key, suffix) for key in self.replaced)
+        ]
+        return problems if parts else [*problems, "no lora_A and lora_B tensors in it"]
+
+
+def _value_problem(tensor: Tensor) -> str | None:
+    if tensor.dtype not in _DTYPES:
+        found, *expected = (str(dtype).removeprefix("torch.") for dtype in (tensor.dtype, *_DTYPES))
+        return f"found {found}, expected floating point: {', '.join(expected)}"
+    if not tensor.numel():
+        return f"found {tuple(tensor.shape)}, which holds nothing"
+    return None if all_finite(tensor) else "found NaN or Inf, expected finite numbers"
 
 
 def _parameters_by_wrapper(

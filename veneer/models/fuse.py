@@ -23,7 +23,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from veneer import ops
 from veneer.adapters.lora import LoraLinear, plain_linear
 from veneer.adapters.tokens import changed_rows
-from veneer.ops import native
+from veneer.config import IGNORED
+from veneer.ops import dry_run, native
 from veneer.ops.blocks import AdaptedLinear, Attention, Mlp, Norm, Recompute
 from veneer.quant.linear import QuantizedLinear
 
@@ -121,7 +122,9 @@ def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwa
     hidden = self.get_decoder()(**kwargs).last_hidden_state
     # Position t predicts token t + 1; rows of the last position and unsupervised ones never reach the head.
     target = labels[:, 1:].reshape(-1)
-    keep = (target != -100).nonzero().view(-1)
+    keep = (
+        torch.arange(len(target)) if target.is_meta else (target != IGNORED).nonzero().view(-1)
+    )  # a dry run learns all
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[keep]
     weight, changed = head.weight, changed_rows(head)
     if head.bias is not None:  # rare: the bias as one more column
@@ -131,6 +134,16 @@ def _forward(self: PreTrainedModel, *args: Any, skip_logits: bool = False, **kwa
             changed = changed[0], torch.cat([changed[1], head.bias[changed[0], None]], 1)
     count = max(1, keep.numel()) if items is None else items
     return CausalLMOutputWithPast(loss=ops.linear_cross_entropy(rows, weight, target[keep], count, changed))
+
+
+def batch_loss(model: Any, batch: dict[str, Any], items: int) -> Tensor:
+    """The sum of the batch's cross-entropies over learned tokens, divided by `items`; fp32 scalar."""
+    if "head" in getattr(model, "veneer_parts", ()):
+        return model(**batch, num_items_in_batch=items, skip_logits=True, use_cache=False).loss  # type: ignore[no-any-return]
+    labels = batch["labels"]
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
+    return F.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum") / items
 
 
 # ---- layer --------------------------------------------------------------------------------------------------------
@@ -322,6 +335,8 @@ def packed_attention(
     window = kwargs.get("sliding_window")
     if window and window < kwargs.get("max_length_q", query.shape[2]):
         unusual = True
+    if query.is_meta and (cu_seqlens is None or not whole or unusual or not native.takes(query)):
+        return dry_run.attention(query, key, value), None
     if cu_seqlens is None or not whole or unusual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5

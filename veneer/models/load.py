@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import io
@@ -17,15 +18,16 @@ from typing import Any, get_args
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from veneer.config import Dtype, Quantization
 from veneer.errors import VeneerError
-from veneer.machine import release_memory
+from veneer.machine import MappedFiles, release_memory
 from veneer.models.fuse import fuse
 from veneer.models.gguf_check import check_gguf
+from veneer.models.known import MODELS
 from veneer.quant import bnb_format
 from veneer.quant.linear import quantize_model, quantized_layers
 from veneer.storage import (
@@ -94,9 +96,11 @@ def load(
     if quantize is not None:
         for layer in quantized_layers(model).values():
             raise VeneerError(f"{name} is in {layer.kind} already", hint="take it as it is, without quantize")
-        quantize_model(model, quantize, double_quant=double_quant, compute_dtype=torch_dtype)
+        mapped = MappedFiles(weight_files(folder))  # else all of them count as ours until the last layer is done
+        quantize_model(model, quantize, double_quant=double_quant, compute_dtype=torch_dtype, replaced=mapped.release)
         for parameter in model.parameters():  # what stays 16-bit lies in the mapped file: let go of all of that
-            parameter.data = parameter.data.clone()
+            in_file, parameter.data = parameter.data, parameter.data.clone()
+            mapped.release(in_file)
         release_memory()
         model.veneer_original = functools.partial(_model_of, folder, torch_dtype)  # PiSSA and LoftQ look at it again
     model.veneer_quantization = next((layer.kind for layer in quantized_layers(model).values()), None)
@@ -126,7 +130,7 @@ def resolve(name: str, revision: str | None = None, *, download: bool = True, co
         return path
     if path.exists():
         raise VeneerError(f"model {name}: found a file, expected a folder, a .gguf file, a hub id or {EMBEDDED}")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/"):
+    if _is_hub_id(name):
         return _snapshot(name, revision, download)
     raise VeneerError(
         f"model {name}: no such folder or file", hint=f"expected a folder, a .gguf file, a hub id or {EMBEDDED}"
@@ -243,15 +247,30 @@ def describe_model(name: str | Path) -> dict[str, Any]:
 
 
 def skeleton(name: str) -> Any:
-    """The model of a name as its config alone describes it, on the meta device: no weight is read, nothing downloaded.
+    """The model of a name as its config alone describes it, on the meta device: no weight is read, nothing downloaded but the config.
+
+    A name of `known.MODELS` is that one, where there is no folder of that name.
 
     Raises:
         VeneerError: no such model, a hub id that is not cached, or a config that transformers cannot build.
     """
+    return skeletons(name)()
+
+
+def skeletons(name: str) -> Callable[[], Any]:
+    """Makes the `skeleton` of a name as often as it is called; what has to be read is read once."""
+    if name in MODELS and not Path(name).exists():
+        return functools.partial(skeleton_of, MODELS[name][0], **MODELS[name][1])
     gguf = embedded_gguf() if name == EMBEDDED else Path(name)
+    folder = None
     if gguf.suffix != ".gguf":
-        folder = resolve(name, download=False)
-        return build_skeleton(read_config(folder)[0], folder)
+        folder = _config_folder(name)
+    else:
+        with contextlib.suppress(VeneerError):  # it was read before: faster
+            folder = resolve(name, convert=False)
+    if folder is not None:
+        config = read_config(folder)[0]
+        return lambda: build_skeleton(copy.deepcopy(config), folder)
     summary = check_gguf(gguf)
     try:
         with _quiet():
@@ -260,7 +279,27 @@ def skeleton(name: str) -> Any:
         raise VeneerError(
             f"{gguf}: transformers cannot read this {summary.architecture} GGUF: {_in_a_line(error)}"
         ) from error
-    return build_skeleton(config, gguf.parent)
+    return lambda: build_skeleton(copy.deepcopy(config), gguf.parent)
+
+
+def _config_folder(name: str) -> Path:
+    """Where the config.json of a model lies; of a hub id that is not cached that file alone is fetched."""
+    try:
+        return resolve(name, download=False)
+    except VeneerError:
+        if not _is_hub_id(name) or Path(name).exists():
+            raise
+        try:
+            return Path(hf_hub_download(name, "config.json")).parent
+        except Exception as error:  # network layers raise many kinds
+            raise VeneerError(
+                f"model {name}: its config.json is not in the local cache, and was not fetched: {_in_a_line(error)}",
+                hint=f"go online once, or give a local folder or a known model: {', '.join(MODELS)}",
+            ) from error
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
 def skeleton_of(model_type: str, **sizes: Any) -> Any:

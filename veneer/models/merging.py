@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from veneer import ops
 from veneer.adapters.attach import adapters, lora_layers
 from veneer.adapters.experts import LoraParameter
-from veneer.adapters.files import load_adapter, place_adapter, same_weight
+from veneer.adapters.files import load_adapter, place_adapters, same_weight
 from veneer.adapters.lora import LoraLayer, LoraLinear
 from veneer.adapters.merge import merge
-from veneer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE, AdapterFile, read_adapter
+from veneer.adapters.peft_format import CONFIG_FILE, WEIGHTS_FILE
 from veneer.adapters.targets import is_factor, plain_name
 from veneer.adapters.tokens import token_rows
 from veneer.errors import VeneerError
@@ -122,11 +122,12 @@ def write_merged(
         **(about or {}),
     }
     with hashing(folder, sources) as hashes:
-        hollow = hollow_model(folder, config)
-        read = [read_adapter(path, hollow) for path in sources]
+        files = [TensorFile(file) for file in weight_files(folder)]
+        plan = _Plan(folder, config, hollow_model(folder, config, files), files, sources)
         if double_quant is None:
-            double_quant = next((file.double_quant for file in read if file.double_quant is not None), True)
-        plan = _Plan(folder, config, hollow, list(zip(map(Path, sources), read, strict=True)))
+            double_quant = next(
+                (file.double_quant for file in plan.read_adapters if file.double_quant is not None), True
+            )
         plan.check(out.parent, bool(stored))
         if onto and not stored:
             plan.decode_as(onto, double_quant)
@@ -157,16 +158,12 @@ def hashing(folder: Path, sources: Sequence[str | Path]) -> Iterator[Callable[[]
         pool.shutdown(cancel_futures=True)
 
 
-def hollow_model(folder: Path, config: Any = None) -> Any:
+def hollow_model(folder: Path, config: Any = None, files: Sequence[TensorFile] | None = None) -> Any:
     """The model of a folder whose every weight is one zero seen everywhere: it has the shape, the type it has in the files
     and a device, and takes no memory. Adapters go on it with all checks; nothing can be computed with it."""
     config = read_config(folder)[0] if config is None else config
-    types = {
-        key: kind
-        for file in weight_files(folder)
-        for key, (kind, _) in TensorFile(file).tensors.items()
-        if kind.is_floating_point
-    }
+    files = [TensorFile(file) for file in weight_files(folder)] if files is None else files
+    types = {key: kind for file in files for key, (kind, _) in file.tensors.items() if kind.is_floating_point}
     model = build_skeleton(config, folder)
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
@@ -185,9 +182,11 @@ class _Plan:
     strange: other names of files that are not the model's, or the other way round: transformers would convert them.
     """
 
-    def __init__(self, folder: Path, config: Any, model: Any, sources: list[tuple[Path, AdapterFile]]) -> None:
+    def __init__(
+        self, folder: Path, config: Any, model: Any, stored: Sequence[TensorFile], sources: Sequence[str | Path]
+    ) -> None:
         self.folder, self.model, self.sources = folder, model, sources
-        self.files = files = {file.name: TensorFile(file) for file in weight_files(folder)}
+        self.files = files = {file.path.name: file for file in stored}
         dtype = getattr(config, "dtype", None) or torch.bfloat16
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         self.linears = {f"{name}.weight" for name, x in model.named_modules() if type(x) is nn.Linear and x is not head}
@@ -196,10 +195,8 @@ class _Plan:
         other = {key for key in self.shapes if self._owner(key) is None} - model.state_dict().keys()
         other = {key for key in other if not re.search(COMPUTED, key)}
         self.pieces = pieces(model, other) if other else {}
-        copies: dict[str, Tensor] = {}
-        for number, (source, read) in enumerate(sources):
-            place_adapter(model, read, source, f"merged{number}", check_copies=False)
-            copies |= read.copies
+        self.read_adapters = place_adapters(model, sources)
+        copies = {key: copy for file in self.read_adapters for key, copy in file.copies.items()}
         self.onto, self.double_quant = "", True
         self.buffers: dict[tuple[torch.dtype, torch.Size], list[Tensor]] = {}
         self.quantized: set[str] = set()
@@ -303,7 +300,7 @@ class _Plan:
         update."""
         problems: list[str] = []
         seen: dict[int, tuple[int, bool]] = {}
-        sources = [path for path, _ in self.sources]
+        sources = self.sources
         for number, (name, adapter) in enumerate(adapters(self.model).items()):
             if len(sources) > 1 and adapter.config.dora:
                 problems.append(

@@ -113,7 +113,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         gradients = list(ctx.saved_tensors)
-        scale: Any = (float(d_loss) if d_loss.device.type == "cpu" else d_loss) * ctx.left  # a GPU is not waited for
+        known = (
+            1.0 if d_loss.is_meta else float(d_loss) if d_loss.device.type == "cpu" else d_loss
+        )  # a GPU is not waited for
+        scale: Any = known * ctx.left
         as_it_is = isinstance(scale, float) and scale == 1
         want_hidden, want_weight, *_, want_rows = ctx.needs_input_grad
         d_hidden = gradients.pop(0) if want_hidden else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from veneer import ops
 from veneer.errors import VeneerError
-from veneer.ops.reference import BLOCK, CODE_BOOKS
+from veneer.ops.reference import BLOCK, CODE_BOOKS, NESTED_BLOCK
 
 
 @dataclass
@@ -40,6 +40,18 @@ class FourBitTensor:
             return cls(packed, absmax, weight.shape, kind=kind)
         codes, nested, offset = ops.double_quantize(absmax)
         return cls(packed, codes, weight.shape, nested, offset, kind)
+
+    @classmethod
+    def hollow(cls, shape: torch.Size, kind: str = "nf4", *, double_quant: bool = True) -> FourBitTensor:
+        """One without memory, on the meta device."""
+        n = shape.numel()
+        blocks = -(-n // BLOCK)
+        packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device="meta")
+        absmax = torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32, device="meta")
+        if not double_quant:
+            return cls(packed, absmax, shape, kind=kind)
+        nested = torch.empty(-(-blocks // NESTED_BLOCK), dtype=torch.float32, device="meta")
+        return cls(packed, absmax, shape, nested, torch.empty((), dtype=torch.float32, device="meta"), kind)
 
     def nearest(self, weight: Tensor) -> FourBitTensor:
         """Another weight of this shape in the codes nearest to it under the scales that this one has."""

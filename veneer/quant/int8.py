@@ -36,6 +36,12 @@ class Int8Tensor:
         require_finite(absmax, "int8")
         return cls(codes, absmax)
 
+    @classmethod
+    def hollow(cls, shape: torch.Size) -> Int8Tensor:
+        """One without memory, on the meta device."""
+        codes = torch.empty(shape, dtype=torch.int8, device="meta")
+        return cls(codes, torch.empty(shape[0], dtype=torch.float32, device="meta"))
+
     @property
     def shape(self) -> torch.Size:
         return self.codes.shape

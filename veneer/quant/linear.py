@@ -18,11 +18,15 @@ QuantizedTensor: TypeAlias = FourBitTensor | Int8Tensor
 
 
 def quantize(weight: Tensor, kind: str = "nf4", *, double_quant: bool = True) -> QuantizedTensor:
-    """weight (out, in) to "nf4", "fp4" (with `double_quant` their constants to 8 bits) or "int8".
+    """weight (out, in) to "nf4", "fp4" (with `double_quant` their constants to 8 bits) or "int8"; one on the meta device to one there.
 
     Raises:
         VeneerError: the weight is empty, not a floating-point tensor, or holds NaN or Inf.
     """
+    if weight.is_meta:
+        if kind == "int8":
+            return Int8Tensor.hollow(weight.shape)
+        return FourBitTensor.hollow(weight.shape, kind, double_quant=double_quant)
     if kind == "int8":
         return Int8Tensor.quantize(weight)
     return FourBitTensor.quantize(weight, kind, double_quant=double_quant)
@@ -46,7 +50,7 @@ class _Product(torch.autograd.Function):
 def autocast(x: Tensor) -> Tensor:
     """x in the type that an active `torch.autocast` asks of linear layers; our own functions do not see it otherwise."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(kind)) if kind != "meta" and torch.is_autocast_enabled(kind) else x
 
 
 class QuantizedLinear(nn.Module):
@@ -167,10 +171,11 @@ def quantize_model(
     double_quant: bool = True,
     compute_dtype: torch.dtype = torch.bfloat16,
     progress: Callable[[int, int], None] | None = None,
+    replaced: Callable[[Tensor], None] | None = None,
 ) -> list[str]:
     """Replace every `nn.Linear` but the output head by a `QuantizedLinear`, in place; returns their names.
 
-    Each dense weight is freed as soon as its layer is done. Embeddings, norms and the head stay as they are.
+    Each dense weight is freed as soon as its layer is done; `replaced` is called with it before. Embeddings, norms and the head stay as they are.
 
     Warns of how many parameters stay as they are where that is more than half: a mixture's experts, GPT-2's Conv1D.
 
@@ -198,14 +203,16 @@ def quantize_model(
     for done, name in enumerate(names):
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)
+        linear = getattr(owner, child)
         try:
-            layer = QuantizedLinear.from_linear(
-                getattr(owner, child), kind, double_quant=double_quant, compute_dtype=compute_dtype
-            )
+            layer = QuantizedLinear.from_linear(linear, kind, double_quant=double_quant, compute_dtype=compute_dtype)
         except VeneerError as error:
             problems += [f"{name}: {problem}" for problem in error.problems]
             continue
         setattr(owner, child, layer)
+        if replaced is not None:
+            replaced(linear.weight)
+        del linear
         if progress is not None:
             progress(done + 1, len(names))
     if problems:

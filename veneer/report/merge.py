@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
 
-from veneer.adapters.files import load_adapter
+from veneer.adapters.files import load_adapter, place_adapters
 from veneer.adapters.merge import merge
-from veneer.adapters.peft_format import read_adapter
 from veneer.config import Quantization
 from veneer.errors import RefusedError, VeneerError
 from veneer.evaluation import divergence, text_logits
-from veneer.models.load import load, load_tokenizer, read_gguf, stored_dtype, stored_quantization
-from veneer.models.merging import write_merged
+from veneer.models.load import load, load_tokenizer, read_gguf, resolve, stored_dtype, stored_quantization
+from veneer.models.merging import hollow_model, write_merged
 from veneer.models.requantize import RESIDUAL, write_quantized
 from veneer.storage import atomic_folder
 
@@ -93,32 +94,15 @@ def merge_into(
     base = _base(model, sources, onto, trained_on)
     if requantize is not None and base.kind not in (None, requantize):
         raise VeneerError(f"--requantize: found {requantize}, but this merges onto a base in {base.kind}")
-    reference: list[torch.Tensor] = []
+    limit = TOLERANCE if tolerance is None else tolerance
     ways: dict[str, Any] = {}
+    measured = None
     if check:
         both = onto == "auto" and base.belongs is not None and not base.stored
         reference, ways = _measure(model, sources, base, texts, both=both)
-        if ways:
-            decoded, dense = ways[str(base.belongs)]["kl"], ways["16-bit"]["kl"]
-            base = base._replace(
-                kind=None if dense < decoded else base.belongs,
-                why=f"measured: KL {decoded:.2g} onto the {base.belongs} base decoded, {dense:.2g} onto the 16-bit one",
-            )
-    limit = TOLERANCE if tolerance is None else tolerance
-
-    def measured(folder: Path) -> dict[str, Any]:
-        if convert is None:
-            merged, tokenizer = load(folder, dtype=stored_dtype(folder), fused=False)
-        else:
-            tokenizer = load_tokenizer(folder)
-            merged = read_gguf(convert(folder), getattr(torch, stored_dtype(model)), tokenizer=False)[0].eval()
-        if requantize is not None and (folder / RESIDUAL).is_dir():
-            load_adapter(merged, folder / RESIDUAL)
-        found = divergence(reference, text_logits(merged, tokenizer, texts))
-        if not found["kl"] <= limit and not force:  # NaN too
-            raise _too_far(found, limit, requantized=requantize is not None)
-        return found
-
+        base = _nearer(base, ways)
+        found = partial(_found, model, reference, texts, convert)
+        measured = partial(_require_near, found, math.inf if force else limit, requantize is not None)
     about = {
         "trained_on": base.trained_on,
         "made_for": base.made_for,
@@ -127,7 +111,7 @@ def merge_into(
         "tolerance": limit if check else None,
         "forced": force,
     }
-    common: dict[str, Any] = {"check": measured if check else None, "about": about, "progress": progress}
+    common: dict[str, Any] = {"check": measured, "about": about, "progress": progress}
     common["double_quant"] = None if base.stored else base.double_quant
     if requantize is None:
         report = write_merged(model, sources, folder, onto=None if base.stored else base.kind, **common)
@@ -139,6 +123,45 @@ def merge_into(
     return write_quantized(
         model, sources[0], folder, name=name, kind=wanted, rank=rank, decoded=base.kind is not None, **common
     )
+
+
+def _nearer(base: _Base, ways: dict[str, Any]) -> _Base:
+    """The base of which the merge came out nearer, where both were measured."""
+    if not ways:
+        return base
+    decoded, dense = ways[str(base.belongs)]["kl"], ways["16-bit"]["kl"]
+    return base._replace(
+        kind=None if dense < decoded else base.belongs,
+        why=f"measured: KL {decoded:.2g} onto the {base.belongs} base decoded, {dense:.2g} onto the 16-bit one",
+    )
+
+
+def _found(
+    model: str,
+    reference: list[torch.Tensor],
+    texts: list[str] | None,
+    convert: Callable[[Path], Path] | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """How far what was written to the folder, or its GGUF, is from the reference."""
+    if convert is None:
+        merged, tokenizer = load(folder, dtype=stored_dtype(folder), fused=False)
+    else:
+        tokenizer = load_tokenizer(folder)
+        merged = read_gguf(convert(folder), getattr(torch, stored_dtype(model)), tokenizer=False)[0].eval()
+    if (folder / RESIDUAL).is_dir():
+        load_adapter(merged, folder / RESIDUAL)
+    return divergence(reference, text_logits(merged, tokenizer, texts))
+
+
+def _require_near(
+    found: Callable[[Path], dict[str, Any]], limit: float, requantized: bool, folder: Path
+) -> dict[str, Any]:
+    """The divergence, if it is at most `limit`."""
+    apart = found(folder)
+    if not apart["kl"] <= limit and limit < math.inf:  # NaN too
+        raise _too_far(apart, limit, requantized=requantized)
+    return apart
 
 
 def option_problems(onto: str, trained_on: str | None, requantize: str | None = None, adapters: int = 1) -> list[str]:
@@ -178,7 +201,7 @@ def _base(model: str, sources: Sequence[str | Path], onto: str, trained_on: str 
             f"--onto {onto}: {model} is stored in {stored}, there is no {onto} base in it",
             hint="leave --onto out, or give the 16-bit model it was made from",
         )
-    files = [read_adapter(path) for path in sources]
+    files = place_adapters(hollow_model(resolve(model)), sources)  # what is wrong is said before anything is loaded
     said = {trained_on} if trained_on is not None else {file.trained_on or UNKNOWN for file in files}
     if len(said) > 1:
         raise VeneerError(

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from veneer.config import DataConfig
+from veneer.config import IGNORED, DataConfig
 from veneer.errors import VeneerError
 from veneer.training.rows import BadRow, Row, bad_rows_error, listed, read_rows, split_rows
 
-IGNORED = -100  # the label of a token that is not learned, as in transformers
 TEMPLATE_SECONDS = 10.0  # for one conversation; a template takes milliseconds
 _BREAK = "\U000ffffd"  # a private-use character: cuts the control-token strings found in user text in two
 

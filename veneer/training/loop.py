@@ -16,21 +16,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from veneer.adapters.attach import count_parameters
-from veneer.config import DataConfig, Method, TrainConfig
+from veneer.config import TOKEN_BUDGET, DataConfig, Method, TrainConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
-from veneer.models.fuse import set_recompute
+from veneer.models.fuse import batch_loss, set_recompute
 from veneer.ops import arena
 from veneer.ops.blocks import Recompute
 from veneer.optim.schedule import default_learning_rate, lr_factor
 from veneer.quant.linear import quantized_layers
 from veneer.storage import atomic_file, require_disk_space, require_empty_folder
 from veneer.training.checkpoint import checkpoint_bytes, newest_checkpoint, restore, save_checkpoint
-from veneer.training.data import IGNORED, Sample, prepare_data
-from veneer.training.packing import TOKEN_BUDGET, Order, collate_packed, collate_padded, pack
+from veneer.training.data import Sample, prepare_data
+from veneer.training.packing import Order, collate_packed, collate_padded, pack
 from veneer.training.progress import Metrics, Progress, drop_metrics_after, number
 from veneer.training.weights import AdapterWeights, FullWeights, trained_weights
 
@@ -360,16 +359,6 @@ def batches(
     made = [collate_packed(group) for group in pack(samples, budget)] if packing else [collate_padded(samples, pad)]
     for batch in made:
         yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def batch_loss(model: Any, batch: dict[str, Any], items: int) -> Tensor:
-    """The sum of the batch's cross-entropies over learned tokens, divided by `items`; fp32 scalar."""
-    if "head" in getattr(model, "veneer_parts", ()):
-        return model(**batch, num_items_in_batch=items, skip_logits=True, use_cache=False).loss  # type: ignore[no-any-return]
-    labels = batch["labels"]
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
-    flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    return F.cross_entropy(flat, labels[:, 1:].reshape(-1), ignore_index=IGNORED, reduction="sum") / items
 
 
 def start_batches(model: Any, tokenizer: Any, config: DataConfig, seed: int) -> list[dict[str, Any]]:

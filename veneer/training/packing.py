@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from veneer.training.data import IGNORED, Sample
-
-TOKEN_BUDGET = 2048  # tokens in one packed sequence: enough for full-speed products, little memory
-ROUND_TO = 64  # packed lengths: every new matrix shape makes torch compile and keep another kernel
+from veneer.config import IGNORED, ROUND_TO, TOKEN_BUDGET
+from veneer.training.data import Sample
 
 
 @dataclass(frozen=True)

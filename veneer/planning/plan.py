@@ -1,0 +1,215 @@
+"""Whether a fine-tune fits, and what to change if it does not: `veneer plan`, and what `veneer train` looks at first."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+
+from veneer.config import Dtype, LoraConfig, Quantization, Recipe
+from veneer.errors import VeneerError
+from veneer.machine import available_bytes, current_bytes
+from veneer.models.load import skeletons
+from veneer.ops.blocks import Recompute
+from veneer.planning.memory import Run, estimate
+
+Kind = Literal["full", "lora", "qlora"]
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+LIMIT = 1 << 40  # of a batch, a length or a rank that is asked for or looked for
+WORTH_IT = 0.99  # of the memory before: a change that leaves more is none
+LEAST_RANK, LEAST_LENGTH = 8, 256  # below these nothing smaller is proposed
+LARGEST = {"batch": "batch_size", "length": "seq_len", "rank": "rank"}
+
+
+def plan(
+    model: str,
+    *,
+    method: Kind = "qlora",
+    batch_size: int = 1,
+    seq_len: int = 2048,
+    rank: int = 16,
+    targets: str | list[str] = "all-linear",
+    lora: LoraConfig | None = None,
+    quantize: Quantization = "nf4",
+    double_quant: bool = True,
+    dtype: Dtype = "bfloat16",
+    grad_accumulation: int = 1,
+    recompute: Recompute = "none",
+    packing: bool = True,
+    budget: str | int | None = None,
+    largest: str | None = None,
+) -> dict[str, Any]:
+    """What a fine-tune of `model` on this machine's CPU takes of memory, and whether it fits. Only a config is read.
+
+    Args:
+        model: as `load` takes it. method: "full", "lora", or "qlora": on a base in `quantize`.
+        seq_len: tokens of the longest row. lora: all of the adapter's settings, in place of rank and targets.
+        budget: bytes, or a text as "24GB" (10^9) or "24GiB" (2^30); left out: what is free on this machine now.
+        largest: "batch", "length" or "rank": the largest that fits is looked for, the rest being as it is.
+
+    Returns:
+        peak_bytes: the most in any phase, over a process that has imported the library; phases; parts of the peak in training;
+        process_bytes, what such a process takes itself; budget_bytes, fits; changes, what would make it fit, the cheapest
+        first, each with its cost and its peak; largest; and what was asked.
+
+    Raises:
+        VeneerError: no such model, or settings that cannot be; all at once.
+    """
+    if problems := _problems(locals()):
+        raise VeneerError(problems)
+    config = lora or LoraConfig(r=rank, alpha=2 * rank, targets=targets)
+    run = Run(
+        "full" if method == "full" else "lora", quantize if method == "qlora" else None, double_quant,
+        getattr(torch, dtype), config, batch_size, seq_len, grad_accumulation, recompute, packing,
+    )  # fmt: skip
+    return planned(model, run, budget, largest)
+
+
+def planned(model: str, run: Run, budget: str | int | None = None, largest: str | None = None) -> dict[str, Any]:
+    """`plan` of a `Run`."""
+    make = skeletons(model)
+    own = current_bytes()
+    room = available_bytes() + own if budget is None else bytes_of(budget)
+    found = estimate(make(), run)
+    fits = found.peak + own <= room
+    return {
+        "model": model,
+        **found.about,
+        **run.asked(),
+        "peak_bytes": found.peak,
+        "phases": found.phases,
+        "parts": found.parts,
+        "process_bytes": own,
+        "budget_bytes": room,
+        "fits": fits,
+        "changes": [] if fits else changes(make, run, room - own),
+        **({} if largest is None else {"largest": {largest: find_largest(make, run, LARGEST[largest], room - own)}}),
+    }
+
+
+def run_of(recipe: Recipe, longest: int | None = None) -> Run:
+    """A recipe's; longest: tokens of its longest row, where that is known."""
+    train, data = recipe.train, recipe.data
+    length = data.max_length if longest is None else min(longest, data.max_length)
+    return Run(
+        recipe.method, recipe.quantize, recipe.double_quant, getattr(torch, recipe.dtype), recipe.lora,
+        train.batch_size, length, train.grad_accumulation, train.recompute, data.packing,
+    )  # fmt: skip
+
+
+def changes(make: Callable[[], Any], run: Run, room: int) -> list[dict[str, Any]]:
+    """Each change that alone makes a run fit into `room` bytes, the cheapest first; if none does, several together."""
+
+    def peak(changed: Run) -> int:
+        return estimate(make(), changed).peak
+
+    alone = [(change, peak(change.run)) for change in _smaller(run)]
+    if fitting := [_told([change], size) for change, size in alone if size <= room]:
+        return fitting
+    together: dict[str, Change] = {}  # of one setting the last
+    now, least = run, peak(run)
+    while least > room:
+        for change in _smaller(now):
+            if (size := peak(change.run)) < WORTH_IT * least:
+                together[change.setting] = change
+                now, least = change.run, size
+                break
+        else:
+            return []
+    return [_told(list(together.values()), least)]
+
+
+class Change(NamedTuple):
+    """A run that takes less: which setting is another, what it is now, and what that costs."""
+
+    setting: str
+    what: str
+    cost: str
+    run: Run
+
+
+def _told(together: list[Change], peak: int) -> dict[str, Any]:
+    what, cost = (", ".join(part) for part in zip(*((x.what, x.cost) for x in together), strict=True))
+    return {"change": what, "cost": cost, "peak_bytes": peak}
+
+
+def _smaller(run: Run) -> Iterator[Change]:
+    """One step less each, the cheapest first."""
+    if run.batch_size > 1:
+        half = run.batch_size // 2
+        more = run.grad_accumulation * -(-run.batch_size // half)
+        changed = run._replace(batch_size=half, grad_accumulation=more)
+        yield Change(
+            "batch", f"batch_size {half}, grad_accumulation {more}", "the same steps, a little slower", changed
+        )
+    levels = get_args(Recompute)
+    for how, cost in (("mlp", "about 5% slower"), ("full", "about 10% slower")):
+        if levels.index(how) > levels.index(run.recompute):
+            yield Change("recompute", f"recompute {how}", cost, run._replace(recompute=how))  # type: ignore[arg-type]
+    if run.method == "lora" and run.quantize is None:
+        cost = "up to a fifth slower, and a little of the quality"
+        yield Change("quantize", "quantize nf4", cost, run._replace(quantize="nf4"))
+    if run.method == "lora" and run.lora.r > LEAST_RANK:
+        half = run.lora.r // 2
+        smaller = run.lora.model_copy(update={"r": half, "alpha": run.lora.alpha / 2})
+        yield Change("rank", f"rank {half}", "the adapter can hold less", run._replace(lora=smaller))
+    if run.seq_len > LEAST_LENGTH:
+        half = run.seq_len // 2
+        cost = "longer rows lose the start of their prompt"
+        yield Change("length", f"max_length {half}", cost, run._replace(seq_len=half))
+    if run.method == "full":
+        yield Change("method", "method lora", "an adapter in place of every weight", run._replace(method="lora"))
+
+
+def find_largest(make: Callable[[], Any], run: Run, what: str, room: int) -> int:
+    """The largest batch_size, seq_len or rank with which a run fits into `room` bytes; 0: none does."""
+
+    def fits(value: int) -> bool:
+        changed = {
+            "batch_size": lambda: run._replace(batch_size=value, packing=False),
+            "seq_len": lambda: run._replace(seq_len=value),
+            "rank": lambda: run._replace(lora=run.lora.model_copy(update={"r": value})),
+        }[what]()
+        try:
+            return estimate(make(), changed).peak <= room
+        except VeneerError:  # a rank above the width of a layer
+            return False
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high < LIMIT and fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 64):  # within 2%
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def bytes_of(budget: str | int) -> int:
+    """\"24GB\" is 24 x 10^9, \"24GiB\" 24 x 2^30; a number is bytes."""
+    found = _SIZE.fullmatch(str(budget))
+    if isinstance(budget, bool) or found is None or float(found[1]) <= 0:
+        raise VeneerError(f"budget: found {budget!r}, expected a size like 24GB, 24GiB or 24000000000")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** _POWERS[found[2].lower()])
+
+
+def _problems(given: dict[str, Any]) -> list[str]:
+    problems = []
+    for name, kinds in (
+        ("method", get_args(Kind)), ("recompute", get_args(Recompute)), ("quantize", get_args(Quantization)),
+        ("dtype", get_args(Dtype)),
+    ):  # fmt: skip
+        if given[name] not in kinds:
+            problems.append(f"{name}: found {given[name]!r}, expected {', '.join(kinds)}")
+    if given["largest"] is not None and given["largest"] not in LARGEST:
+        problems.append(f"largest: found {given['largest']!r}, expected {', '.join(LARGEST)}")
+    for name in ("batch_size", "seq_len", "rank", "grad_accumulation"):
+        value = given[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LIMIT:
+            problems.append(f"{name}: found {value!r}, expected a whole number from 1")
+    return problems

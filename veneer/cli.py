@@ -42,7 +42,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in train.out.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the run when any row is bad.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start it even if it is planned not to fit into memory.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start it even if it is planned not to fit into memory.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter, or with `method: full` every weight, as a recipe says."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from veneer.adapters.attach import attach
 from veneer.config import ROUND_TO, TOKEN_BUDGET, LoraConfig, Method, Quantization
+from veneer.errors import VeneerError
 from veneer.models.fuse import batch_loss, fuse, set_recompute
 from veneer.ops.blocks import Recompute
 from veneer.ops.dry_run import DryRun
@@ -23,6 +24,7 @@ from veneer.quant.linear import quantize_model, quantized_layers
 
 ADAM = 8  # bytes a trained parameter: two moments in fp32
 FP32 = 4
+SECOND_BASE = ("pissa", "loftq")
 LIBRARIES = (
     72_000_000  # measured: kernels that oneDNN builds, threads, the tokenizer; the same for all models and methods
 )
@@ -103,7 +105,7 @@ def prepared(skeleton: Any, run: Run) -> Any:
         if run.method == "lora":
             with warnings.catch_warnings():  # who attaches it in earnest is told
                 warnings.simplefilter("ignore")
-                attach(model, run.lora)
+                attach(model, run.lora if run.lora.init != "eva" else run.lora.model_copy(update={"init": "kaiming"}))
         else:
             model.requires_grad_(True)
     if not set_recompute(model, run.recompute) and run.recompute != "none":
@@ -174,7 +176,13 @@ def _batch(run: Run, packs: bool) -> dict[str, Any]:
 
 
 def estimate(skeleton: Any, run: Run) -> Estimate:
-    """Of a skeleton, which is changed."""
+    """Of a skeleton, which is changed.
+
+    Raises:
+        VeneerError: a start that keeps a second base, which is not planned.
+    """
+    if run.method == "lora" and run.lora.init in SECOND_BASE:
+        raise VeneerError(f"lora.init: found {run.lora.init}, which keeps a second base: its memory is not planned")
     architecture, count = type(skeleton).__name__, sum(p.numel() for p in skeleton.parameters())
     model = prepared(skeleton, run)
     weights, step = weights_of(model, run), dry_step(model, run)

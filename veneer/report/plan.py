@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from veneer.config import Recipe
-from veneer.errors import RefusedError, VeneerError
-from veneer.models.load import load_tokenizer, resolve, skeleton, uses_gpu
+from veneer.errors import RefusedError
 from veneer.models.fuse import fuse
+from veneer.models.load import load_tokenizer, resolve, skeleton, uses_gpu
+from veneer.planning.memory import SECOND_BASE
 from veneer.planning.plan import planned, run_of
 from veneer.training.loop import largest_pass
 
@@ -26,7 +27,7 @@ def plan_recipe(recipe: Recipe, *, force: bool = False) -> tuple[dict[str, Any] 
     """
     if uses_gpu(recipe.device):
         return None, "memory on a GPU is not planned"
-    if recipe.method == "lora" and recipe.lora.init in ("pissa", "loftq"):
+    if recipe.method == "lora" and recipe.lora.init in SECOND_BASE:
         return None, f"memory is not planned with init {recipe.lora.init}, which keeps a second base"
     tokenizer = load_tokenizer(resolve(recipe.model, recipe.revision))
     packs = "attention" in fuse(skeleton(recipe.model))

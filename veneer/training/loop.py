@@ -389,8 +389,8 @@ def largest_pass(
     order = Order(len(samples), config.batch_size * config.grad_accumulation, config.seed)
     largest: tuple[int, ...] = ()
     most = 1
-    for number in range(min(steps, order.steps_per_epoch)):
-        rows, passes = order.step(number), 0
+    for step in range(min(steps, order.steps_per_epoch)):
+        rows, passes = order.step(step), 0
         for start in range(0, len(rows), config.batch_size):
             some = [samples[i] for i in rows[start : start + config.batch_size]]
             groups = pack(some, max(TOKEN_BUDGET, data.max_length)) if packs and data.packing else [some]

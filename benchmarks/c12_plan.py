@@ -105,8 +105,7 @@ def measure(options: Options, model: str, method: str, recompute: Any, batch: in
     if model != "smollm2":
         __import__(f"transformers.models.{SHAPES[model][0]}.modeling_{SHAPES[model][0]}")
     shutil.rmtree(out, ignore_errors=True)
-    text = "a row that is longer than any of them, so that each has the full length; " * (length // 8 + 8)
-    rows = [{"text": text} for _ in range(batch * STEPS)]
+    rows = _rows(options, batch * STEPS, length)
     memory = Memory()
     found, tokenizer = veneer.load(folder, quantize="nf4" if method == "qlora" else None)
     loaded, held = memory.over_import(), current_bytes() - memory.base
@@ -127,6 +126,17 @@ def measure(options: Options, model: str, method: str, recompute: Any, batch: in
         "planned": planned["peak_bytes"], "phases": planned["phases"], "parts": planned["parts"],
         "accelerate": _accelerate(folder), "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def _rows(options: Options, count: int, length: int) -> list[dict[str, str]]:
+    """Rows longer than `length`, of all the vocabulary: of embeddings that are not the head's only what is used is read."""
+    import random
+
+    from veneer.models.load import load_tokenizer, resolve
+
+    tokenizer, pick = load_tokenizer(resolve(options.model)), random.Random(0)
+    ids = [[pick.randrange(1000, 49_000) for _ in range(2 * length)] for _ in range(count)]
+    return [{"text": tokenizer.decode(row)} for row in ids]
 
 
 def _accelerate(folder: str) -> int:

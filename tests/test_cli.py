@@ -293,6 +293,37 @@ def test_what_would_not_be_exact_is_refused_with_its_own_code(main, words, chang
         assert (code, out) == (3, "") and words in err and "Traceback" not in err, err
 
 
+def test_a_run_that_does_not_fit_is_refused_and_one_that_does_says_what_was_planned(main, monkeypatch):
+    ROWS()
+    run = (
+        "train",
+        "quick",
+        *SET,
+        "model=model",
+        *SET,
+        "data.train=rows.jsonl",
+        *SET,
+        "train.out=run",
+        *SET,
+        "lora.r=4",
+    )
+    run += (*SET, "train.max_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr("veneer.planning.plan.available_bytes", lambda: 0)
+        code, out, err = main(*run)
+        assert (
+            (code, out) == (3, "")
+            and "does not fit into memory" in err
+            and "--force" in err
+            and not os.path.exists("run")
+        )
+        code, out, err = main(*run, "--force", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["planned_bytes"] > 0, err
+    code, out, err = main(*run, "--resume")
+    assert code == 0 and "(planned: " in out, err
+
+
 def test_resuming_another_run_is_refused(main):
     ROWS()
     run = (

@@ -42,6 +42,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in train.out.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse the run when any row is bad.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start it even if it is planned not to fit into memory.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter, or with `method: full` every weight, as a recipe says."""
@@ -54,6 +57,7 @@ def train(
         )
     import veneer
     from veneer.adapters.peft_format import base_quantization
+    from veneer.report.plan import plan_recipe
     from veneer.training.loop import require_new_run, start_batches
     from veneer.training.rows import require_readable
 
@@ -62,6 +66,7 @@ def train(
     train_files = [plan.data.train] if isinstance(plan.data.train, str) else plan.data.train
     for file in [*train_files, *([plan.data.eval] if isinstance(plan.data.eval, str) else [])]:
         require_readable(Path(file))
+    planned, why_not = plan_recipe(plan, force=force)
     model, tokenizer = veneer.load(
         plan.model, quantize=plan.quantize, double_quant=plan.double_quant, dtype=plan.dtype, device=plan.device,
         revision=plan.revision,
@@ -73,13 +78,17 @@ def train(
         model, tokenizer, None, plan.train, method=plan.method, data_config=plan.data, recipe=write_recipe(plan),
         resume=resume,
     )  # fmt: skip
+    result["planned_bytes"] = planned and planned["phases"]["train"] + planned["process_bytes"]
+    if why_not is not None:
+        result["notes"].append(why_not)
     if as_json:
         _print_json(result)
         return
     held = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
     print(
         f"{result['steps']} steps in {result['seconds']:.0f} s ({result['tokens_per_second']:,.0f} tokens/s), "
-        f"loss {result['train_loss']:.4f}{held}, peak memory {result['peak_bytes'] / 1e9:.1f} GB"
+        f"loss {result['train_loss']:.4f}{held}, peak memory {result['peak_bytes'] / 1e9:.2f} GB"
+        + (f" (planned: {result['planned_bytes'] / 1e9:.2f} GB)" if planned else f" ({why_not})")
     )
     full = result["model"] is not None
     chat = ["veneer", "chat", *([result["model"]] if full else [plan.model, "--adapter", result["adapter"]])]

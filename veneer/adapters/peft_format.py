@@ -212,9 +212,9 @@ def examine_adapter(path: str | Path, model: nn.Module | None = None) -> Adapter
     wrong = [f"{path / CONFIG_FILE}: {problem}" for problem in found]
     refused = [f"{path / CONFIG_FILE}: {problem}" for problem in refused]
     hint = _SAVE_AGAIN if refused else None
-    known = (*_FIELDS, *_MATHS_FIELDS, *_HARMLESS_FIELDS)
+    fields = (*_FIELDS, *_MATHS_FIELDS, *_HARMLESS_FIELDS)
     if unknown := [
-        field for field, value in raw.items() if field not in known and value not in (None, False, "", [], {})
+        field for field, value in raw.items() if field not in fields and value not in (None, False, "", [], {})
     ]:
         warnings.warn(
             f"{path / CONFIG_FILE}: {', '.join(field if field.isidentifier() else shown(field) for field in unknown)}: not known here, and kept as it is; if it changes the result, the "
@@ -231,7 +231,10 @@ def examine_adapter(path: str | Path, model: nn.Module | None = None) -> Adapter
             said = opened.metadata() or {}
     except VeneerError as error:
         wrong, hint = wrong + error.problems, hint or error.hint
-    ours = _Sorted(tensors or {}, usable, config, model, ranks_known=bad.isdisjoint({"r", "rank_pattern"}))
+    known = bad.isdisjoint({"r", "rank_pattern", "target_parameters"})
+    ours = _Sorted(tensors or {}, usable, config, model, ranks_known=known)
+    if "target_parameters" in bad:  # which layer is which is not known
+        ours.factors.clear()
     if tensors is not None and ours.problems:
         wrong += [f"{path / WEIGHTS_FILE}: {problem}" for problem in ours.problems]
         hint = hint or "the adapter is damaged; copy it again"
@@ -286,7 +289,8 @@ def _config_problems(raw: dict[str, Any]) -> tuple[list[str], list[str], set[str
         for field, harmless in _MATHS_FIELDS.items()
         if field in raw and raw[field] not in harmless
     ]
-    return [*problems.values(), *excluding.values()], refused, {*problems, *excluding}
+    apart = {other if field == "target_parameters" else field for field, other in _NOT_WITH if field in excluding}
+    return [*problems.values(), *excluding.values()], refused, {*problems, *apart}
 
 
 def _our_config(raw: dict[str, Any]) -> LoraConfig:
@@ -294,7 +298,7 @@ def _our_config(raw: dict[str, Any]) -> LoraConfig:
         r=raw.get("r", 8),
         alpha=raw.get("lora_alpha", 8),
         dropout=raw.get("lora_dropout", 0.0),
-        targets=raw.get("target_modules", "all-linear"),
+        targets=raw.get("target_modules") or ([] if raw.get("target_parameters") else "all-linear"),
         init="gaussian" if raw.get("init_lora_weights") == "gaussian" else "kaiming",
         rslora=raw.get("use_rslora", False),
         dora=bool(raw.get("use_dora")),

@@ -325,6 +325,11 @@ def _device(device: str) -> torch.device:
         ) from None
 
 
+def uses_gpu(device: str) -> bool:
+    """Whether `load` with this device puts a model on a GPU."""
+    return _device(device).type == "cuda"
+
+
 def embedded_gguf() -> Path:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     file = Path(spec.origin).parent / EMBEDDED_FILE if spec and spec.origin else None

@@ -8,6 +8,7 @@ Sizes are bytes over those of a process that has imported the library.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from veneer.adapters.attach import attach
 from veneer.config import ROUND_TO, TOKEN_BUDGET, LoraConfig, Method, Quantization
+from veneer.errors import VeneerError
 from veneer.models.fuse import batch_loss, fuse, set_recompute
 from veneer.ops.blocks import Recompute
 from veneer.ops.dry_run import DryRun
@@ -22,13 +24,15 @@ from veneer.quant.linear import quantize_model, quantized_layers
 
 ADAM = 8  # bytes a trained parameter: two moments in fp32
 FP32 = 4
+SECOND_BASE = ("pissa", "loftq")
 LIBRARIES = (
     72_000_000  # measured: kernels that oneDNN builds, threads, the tokenizer; the same for all models and methods
 )
 
 
 class Run(NamedTuple):
-    """What decides the memory of a fine-tune, besides the model. seq_len: tokens of the longest row."""
+    """What decides the memory of a fine-tune, besides the model. seq_len: tokens of the longest row; rows: tokens of all rows
+    of the largest forward pass, where they are known (left out: as many of the longest as there can be)."""
 
     method: Method = "lora"
     quantize: Quantization | None = None
@@ -40,6 +44,7 @@ class Run(NamedTuple):
     grad_accumulation: int = 1
     recompute: Recompute = "none"
     packing: bool = True
+    rows: tuple[int, ...] = ()
 
     def asked(self) -> dict[str, Any]:
         """The same by the names that a user knows, for JSON."""
@@ -98,7 +103,9 @@ def prepared(skeleton: Any, run: Run) -> Any:
             quantize_model(model, run.quantize, double_quant=run.double_quant, compute_dtype=run.dtype)
         fuse(model)
         if run.method == "lora":
-            attach(model, run.lora)
+            with warnings.catch_warnings():  # who attaches it in earnest is told
+                warnings.simplefilter("ignore")
+                attach(model, run.lora if run.lora.init != "eva" else run.lora.model_copy(update={"init": "kaiming"}))
         else:
             model.requires_grad_(True)
     if not set_recompute(model, run.recompute) and run.recompute != "none":
@@ -150,9 +157,9 @@ def _let_go(weight: Tensor) -> None:
 
 def _batch(run: Run, packs: bool) -> dict[str, Any]:
     """The largest inputs that a forward pass gets, as `training.packing` makes them: of rows of the full length."""
-    rows = [run.seq_len] * run.batch_size
+    rows = list(run.rows) or [run.seq_len] * run.batch_size
     if run.packing and packs:
-        rows = rows[: max(1, max(TOKEN_BUDGET, run.seq_len) // run.seq_len)]
+        rows = rows if run.rows else rows[: max(1, max(TOKEN_BUDGET, run.seq_len) // run.seq_len)]
         if missing := -sum(rows) % ROUND_TO:
             rows.append(missing)
     shape = (1, sum(rows)) if packs else (run.batch_size, run.seq_len)
@@ -169,7 +176,13 @@ def _batch(run: Run, packs: bool) -> dict[str, Any]:
 
 
 def estimate(skeleton: Any, run: Run) -> Estimate:
-    """Of a skeleton, which is changed."""
+    """Of a skeleton, which is changed.
+
+    Raises:
+        VeneerError: a start that keeps a second base, which is not planned.
+    """
+    if run.method == "lora" and run.lora.init in SECOND_BASE:
+        raise VeneerError(f"lora.init: found {run.lora.init}, which keeps a second base: its memory is not planned")
     architecture, count = type(skeleton).__name__, sum(p.numel() for p in skeleton.parameters())
     model = prepared(skeleton, run)
     weights, step = weights_of(model, run), dry_step(model, run)

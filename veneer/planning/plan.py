@@ -90,13 +90,12 @@ def planned(model: str, run: Run, budget: str | int | None = None, largest: str 
     }
 
 
-def run_of(recipe: Recipe, longest: int | None = None) -> Run:
-    """A recipe's; longest: tokens of its longest row, where that is known."""
-    train, data = recipe.train, recipe.data
-    length = data.max_length if longest is None else min(longest, data.max_length)
+def run_of(recipe: Recipe, rows: tuple[int, ...], passes: int) -> Run:
+    """A recipe's, on data whose largest forward pass has rows of these lengths, and whose largest step so many passes."""
+    train = recipe.train
     return Run(
         recipe.method, recipe.quantize, recipe.double_quant, getattr(torch, recipe.dtype), recipe.lora,
-        train.batch_size, length, train.grad_accumulation, train.recompute, data.packing,
+        train.batch_size, max(rows), passes, train.recompute, recipe.data.packing, rows,
     )  # fmt: skip
 
 
@@ -141,7 +140,8 @@ def _smaller(run: Run) -> Iterator[Change]:
     if run.batch_size > 1:
         half = run.batch_size // 2
         more = run.grad_accumulation * -(-run.batch_size // half)
-        changed = run._replace(batch_size=half, grad_accumulation=more)
+        fewer = run.rows[: -(-len(run.rows) // 2)] if not run.packing else _shorter(run.rows, sum(run.rows) // 2)
+        changed = run._replace(batch_size=half, grad_accumulation=more, rows=fewer)
         yield Change(
             "batch", f"batch_size {half}, grad_accumulation {more}", "the same steps, a little slower", changed
         )
@@ -159,9 +159,16 @@ def _smaller(run: Run) -> Iterator[Change]:
     if run.seq_len > LEAST_LENGTH:
         half = run.seq_len // 2
         cost = "longer rows lose the start of their prompt"
-        yield Change("length", f"max_length {half}", cost, run._replace(seq_len=half))
+        changed = run._replace(seq_len=half, rows=tuple(min(row, half) for row in run.rows))
+        yield Change("length", f"max_length {half}", cost, changed)
     if run.method == "full":
         yield Change("method", "method lora", "an adapter in place of every weight", run._replace(method="lora"))
+
+
+def _shorter(rows: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+    """The first of the rows, as many as have so many tokens, at least one."""
+    count = next((n for n in range(len(rows), 1, -1) if sum(rows[:n]) <= tokens), 1)
+    return rows[:count]
 
 
 def find_largest(make: Callable[[], Any], run: Run, what: str, room: int) -> int:

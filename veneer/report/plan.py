@@ -4,7 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+from veneer.config import Recipe
+from veneer.errors import RefusedError
+from veneer.models.fuse import fuse
+from veneer.models.load import load_tokenizer, resolve, skeleton, uses_gpu
+from veneer.planning.memory import SECOND_BASE
+from veneer.planning.plan import planned, run_of
+from veneer.training.loop import largest_pass
+
 WIDTH = 40  # characters of the longest bar
+
+
+def plan_recipe(recipe: Recipe, *, force: bool = False) -> tuple[dict[str, Any] | None, str | None]:
+    """The plan of a run on its own data, before its model is loaded; or None, and why there is none.
+
+    Args:
+        force: a run that does not fit is planned all the same.
+
+    Raises:
+        RefusedError: it does not fit into what is free here.
+        VeneerError: what the model's config, the adapter's settings or the data have wrong.
+    """
+    if uses_gpu(recipe.device):
+        return None, "memory on a GPU is not planned"
+    if recipe.method == "lora" and recipe.lora.init in SECOND_BASE:
+        return None, f"memory is not planned with init {recipe.lora.init}, which keeps a second base"
+    tokenizer = load_tokenizer(resolve(recipe.model, recipe.revision))
+    packs = "attention" in fuse(skeleton(recipe.model))
+    rows, passes = largest_pass(tokenizer, recipe.data, recipe.train, packs)
+    found = planned(recipe.model, run_of(recipe, rows, passes))
+    if not found["fits"] and not force:
+        needed = found["peak_bytes"] + found["process_bytes"]
+        ways = "; or ".join(f"{x['change']} ({x['cost']})" for x in found["changes"][:3])
+        raise RefusedError(
+            f"this run does not fit into memory: found {size(found['budget_bytes'])} free, expected {size(needed)}",
+            hint=f"{'change ' + ways + ', or ' if ways else ''}start it all the same with --force",
+        )
+    return found, None
 
 
 def describe(plan: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ from veneer.training.progress import Metrics, Progress, drop_metrics_after, numb
 from veneer.training.weights import AdapterWeights, FullWeights, trained_weights
 
 START_TOKENS = 16_384  # that EVA looks at, in whole rows
+LOOKED_AT = 2_000  # rows, for the size of the largest batch before a run
 NAN_LIMIT = 3  # steps in a row without a finite loss and gradient before a run gives up
 # Settings that a resumed run may change. Rows a step are compared whole, so a step may be cut in other micro-batches.
 MAY_CHANGE = {
@@ -374,6 +375,32 @@ def start_batches(model: Any, tokenizer: Any, config: DataConfig, seed: int) -> 
     size = len(rows) if packing else 16
     groups = [rows[start : start + size] for start in range(0, len(rows), size)]
     return [b for group in groups for b in batches(group, packing, tokenizer, TOKEN_BUDGET, device)]
+
+
+def largest_pass(
+    tokenizer: Any, data: DataConfig, config: TrainConfig, packs: bool, steps: int = 200
+) -> tuple[tuple[int, ...], int]:
+    """Tokens of each row of the largest forward pass in the first steps of a run, and the most passes of a step.
+
+    packs: whether the model's attention takes packed rows. For the planner: only the first LOOKED_AT rows are read.
+    """
+    limit = min(data.limit or LOOKED_AT, LOOKED_AT)
+    samples = prepare_data(None, data.model_copy(update={"limit": limit}), tokenizer, config.seed)[0].samples
+    order = Order(len(samples), config.batch_size * config.grad_accumulation, config.seed)
+    largest: tuple[int, ...] = ()
+    most = 1
+    for step in range(min(steps, order.steps_per_epoch)):
+        rows, passes = order.step(step), 0
+        for start in range(0, len(rows), config.batch_size):
+            some = [samples[i] for i in rows[start : start + config.batch_size]]
+            groups = pack(some, max(TOKEN_BUDGET, data.max_length)) if packs and data.packing else [some]
+            passes += len(groups)
+            for group in groups:
+                sizes = [len(sample.input_ids) for sample in group]
+                sizes = sizes if packs and data.packing else [max(sizes)] * len(sizes)
+                largest = max(largest, tuple(sizes), key=sum)
+        most = max(most, passes)
+    return largest, most
 
 
 @torch.no_grad()

@@ -1,0 +1,85 @@
+"""Planning a recipe before it runs: on its own rows, refused where it does not fit."""
+
+import json
+
+import pytest
+from conftest import make_model, make_tokenizer
+
+import veneer
+from veneer.config import parse_recipe
+from veneer.errors import RefusedError
+from veneer.planning import plan as planning
+from veneer.report.plan import describe, plan_recipe
+from veneer.training.loop import largest_pass
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A tiny model, rows of 40 to 120 tokens, and a recipe with changes."""
+    veneer.save_model(make_model(), make_tokenizer(), tmp_path / "model")
+    rows = [{"text": "x" * (40 + 8 * (n % 11))} for n in range(33)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(data=(), **changes):
+        values = {
+            "model": str(tmp_path / "model"), "lora": {"r": 4},
+            "data": {"train": str(tmp_path / "rows.jsonl"), **dict(data)},
+            "train": {"batch_size": 8, "out": str(tmp_path / "out")},
+        }  # fmt: skip
+        return parse_recipe({**values, **changes})
+
+    return make
+
+
+def test_the_largest_pass_is_of_the_runs_own_rows(recipe):
+    plan, tokenizer = recipe(), make_tokenizer()
+    rows, passes = largest_pass(tokenizer, plan.data, plan.train, packs=True)
+    assert passes == 1 and 1 < len(rows) <= 8 and 8 * 41 <= sum(rows) <= 8 * 121
+    padded, passes = largest_pass(tokenizer, plan.data, plan.train, packs=False)
+    assert passes == 1 and len(set(padded)) == 1 and len(padded) == 8 and sum(padded) >= sum(rows)
+    short = recipe(data={"max_length": 64}, train={"batch_size": 33, "grad_accumulation": 2})
+    rows, passes = largest_pass(tokenizer, short.data, short.train, packs=True)
+    assert max(rows) == 64 and 1000 < sum(rows) <= 2048 and passes == 2  # 33 rows of 64 tokens
+    rows, passes = largest_pass(
+        tokenizer, short.data, recipe(train={"batch_size": 3, "grad_accumulation": 4}).train, True
+    )
+    assert passes == 4 and rows == (64, 64, 64)
+
+
+def test_a_recipe_is_planned_before_its_model_is_loaded(recipe, monkeypatch):
+    found, why_not = plan_recipe(recipe())
+    assert why_not is None and found["fits"] and found["batch_size"] == 8 and found["rank"] == 4
+    assert "it fits" in describe(found)
+    more, _ = plan_recipe(recipe(train={"batch_size": 33, "grad_accumulation": 4}))
+    assert more["peak_bytes"] > found["peak_bytes"]
+    monkeypatch.setattr(planning, "available_bytes", lambda: 10**6)
+    with pytest.raises(RefusedError, match=r"does not fit into memory: found .* free, expected(.|\n)*--force"):
+        plan_recipe(recipe())
+    forced, _ = plan_recipe(recipe(), force=True)
+    assert not forced["fits"] and "does NOT fit" in describe(forced)
+
+
+def test_what_is_not_planned_says_why(recipe):
+    assert plan_recipe(recipe(lora={"r": 4, "init": "pissa"})) == (
+        None, "memory is not planned with init pissa, which keeps a second base",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"dora": True, "dropout": 0.1},
+        {"adalora": True},
+        {"init": "eva"},
+        {"tokens": [3, 5]},
+        {"modules_to_save": ["lm_head"]},
+    ],
+)
+def test_all_kinds_of_adapters_are_planned(recipe, lora):
+    found, why_not = plan_recipe(recipe(lora={"r": 4, **lora}))
+    assert why_not is None and found["peak_bytes"] > 0
+
+
+def test_what_the_adapter_asks_wrongly_is_said_before_loading(recipe):
+    with pytest.raises(veneer.VeneerError, match=r"lora\.targets"):
+        plan_recipe(recipe(lora={"r": 4, "targets": ["nothing_like_it"]}))

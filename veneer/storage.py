@@ -7,8 +7,10 @@ name the file that is damaged. Only safetensors and JSON: nothing here can run c
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -26,6 +28,7 @@ from veneer.errors import VeneerError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SYNCED = 32 << 20  # bytes; so much is sent to the disk while more is made, and little is left to wait for at the end
+_POPULATE = 22  # Linux' MADV_POPULATE_READ, which Python does not name
 JSON_LIMIT = 64 << 20  # bytes; no config or index file of any known model is near it
 
 
@@ -176,7 +179,7 @@ _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 
 
 class TensorFile:
-    """A safetensors file read one tensor at a time, without mapping it: what was read is not counted twice.
+    """A safetensors file of which one tensor at a time is looked at.
 
     Raises:
         VeneerError: missing, damaged, pickle, or a type of numbers that torch here has none for.
@@ -195,20 +198,28 @@ class TensorFile:
         self._places = {name: entry["data_offsets"][0] for name, entry in header.items()}
         self.tensors = {name: (_TYPES[entry["dtype"]], torch.Size(entry["shape"])) for name, entry in header.items()}
 
-    def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
-        """out: a contiguous tensor of that shape and type to read into."""
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor where it lies in the mapped file; what is written into it is not in the file."""
         dtype, shape = self.tensors[name]
-        tensor = torch.empty(shape, dtype=dtype) if out is None else out
-        memory = tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-        with open(self.path, "rb", buffering=0) as file:
-            file.seek(self._start + self._places[name])
-            done = 0
-            while done < len(memory):
-                count = file.readinto(memory[done:])
-                if not count:
-                    raise VeneerError(f"{self.path}: it ends inside {name}", hint="it is damaged; copy it again")
-                done += count
-        return tensor
+        if not shape.numel():
+            return torch.empty(shape, dtype=dtype)
+        start = self._start + self._places[name]
+        with contextlib.suppress(OSError, ValueError):  # all its pages in one go; an older system takes them one by one
+            self._map.madvise(_POPULATE, start // mmap.PAGESIZE * mmap.PAGESIZE, shape.numel() * dtype.itemsize)
+        return torch.frombuffer(self._map, dtype=dtype, count=shape.numel(), offset=start).view(shape)
+
+    def release(self, name: str) -> None:
+        """Let go of the pages that only this tensor lies on, so that what was read does not count as memory any more."""
+        dtype, shape = self.tensors[name]
+        start = self._start + self._places[name]
+        first, last = -(-start // mmap.PAGESIZE), (start + shape.numel() * dtype.itemsize) // mmap.PAGESIZE
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first * mmap.PAGESIZE, (last - first) * mmap.PAGESIZE)
+
+    @functools.cached_property
+    def _map(self) -> mmap.mmap:
+        with open(self.path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def stream_tensors(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import re
 import shutil
 import threading
@@ -338,13 +339,13 @@ class _Plan:
         return self.layers.get(key) or self.layers.get(key.removesuffix(".weight"))
 
     def cost(self, file: str, key: str) -> int:
-        """Bytes that making a tensor takes: itself, and where it is not merged in place the fp32 forms of it."""
+        """Bytes that making a tensor takes: what is read and what is written, and fp32 forms of it where those are made."""
         kind, shape = self.outputs[file][key]
         name = self.place(key)[0]
         layer = self.layer(name)
         dense = name in self.quantized or key.removesuffix(".weight") in self.parts
         dense |= layer is not None and (len(self.names) > 1 or bool(layer.magnitude))
-        return shape.numel() * (kind.itemsize + (12 if dense else 0))
+        return shape.numel() * (2 * kind.itemsize + (12 if dense else 0))
 
     def read(self, file: str, key: str) -> Tensor:
         """A tensor as it is before merging; of quantised layers, and with `onto`, what their codes say, in fp32."""
@@ -353,29 +354,29 @@ class _Plan:
         if owner in self.parts:
             parts = {part: self.files[where].read(f"{owner}.{part}") for part, where in self.parts[owner].items()}
             return unpack_layer(parts, owner, torch.float32).dequantize(torch.float32)
-        weight = self.files[file].read(source, self._buffer(*self.files[file].tensors[source]))
+        weight = self.files[file].read(source)
         if self.place(key)[0] in self.quantized:
             return quantize(weight, self.onto, double_quant=self.double_quant).dequantize(torch.float32)
         return weight
 
-    def _buffer(self, dtype: torch.dtype, shape: torch.Size) -> Tensor | None:
+    def _buffer(self, dtype: torch.dtype, shape: torch.Size) -> Tensor:
         try:
             return self.buffers[dtype, shape].pop()
         except (KeyError, IndexError):
-            return None
+            return torch.empty(shape, dtype=dtype)
 
-    def made(self, file: str, key: str) -> tuple[Tensor, dict[str, float] | None, bool]:
-        """A tensor of the merged model, its error, if it changed, and whether its memory is the one it was read into."""
-        tensor, error, read = self._make(file, key)
-        return tensor, error, tensor.data_ptr() == read.data_ptr() and tensor.is_contiguous()
-
-    def give_back(self, tensor: Tensor) -> None:
-        """What was read into and is written: the next tensor of its shape is read there. New pages cost more than the reading."""
-        if tensor.nbytes <= REUSED:
+    def written(self, file: str, key: str, tensor: Tensor, error: dict[str, float] | None) -> None:
+        """Its memory is free: what was merged gives place to the next of its shape (new pages cost more than merging), and
+        the pages of the file go back."""
+        if error and tensor.nbytes <= REUSED:
             self.buffers.setdefault((tensor.dtype, tensor.shape), []).append(tensor)
+        source = self.untied.get(key, key)
+        if source.removesuffix(".weight") not in self.parts:
+            self.files[file].release(source)
 
     @torch.no_grad()
-    def _make(self, file: str, key: str) -> tuple[Tensor, dict[str, float] | None, Tensor]:
+    def made(self, file: str, key: str) -> tuple[Tensor, dict[str, float] | None]:
+        """A tensor of the merged model and its error, if it changed."""
         dtype = self.outputs[file][key][0]
         weight = self.read(file, key)
         name, part = self.place(key)
@@ -391,17 +392,17 @@ class _Plan:
         layer, (owner, _, last) = self.layer(name), name.rpartition(".")
         if isinstance(layer, LoraParameter) and part is not None:
             merged, error = self._merged_expert(layer, value, part, dtype)
-            return _finite(key, merged), error, weight
+            return _finite(key, merged), error
         if layer is not None and (last == "weight" or isinstance(layer, LoraParameter)):
             merged, error = self._merged(layer, value, dtype)
-            return _finite(key, merged), error, weight
+            return _finite(key, merged), error
         bias = self.layers.get(owner) if last == "bias" else None
         if bias is not None and bias.lora_bias:
             total = value.float()
             for adapter, added in bias.lora_bias.items():
                 total = total + bias.scaling[adapter] * added.detach()
             value, changed = total, True
-        return _finite(key, value.to(dtype)), {} if changed else None, weight
+        return _finite(key, value.to(dtype)), {} if changed else None
 
     def _merged_expert(
         self, layer: LoraParameter, weight: Tensor, rows: slice, dtype: torch.dtype
@@ -411,7 +412,7 @@ class _Plan:
         factors = [layer.of_expert(name, expert) for name in self.names if name in layer.lora_A]
         left = torch.cat([left for left, _ in factors], 1)[first : first + len(weight)]
         right = torch.cat([right for _, right in factors])
-        some = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight))).long()
+        some = _some_rows(len(weight))
         exact = weight[some].double() + left[some].double() @ right.double()
         merged = ops.add_update(weight.contiguous(), left.contiguous(), right.contiguous()).to(dtype)
         return merged, _differences(merged[some], exact)
@@ -420,14 +421,15 @@ class _Plan:
         names = [name for name in self.names if name in layer.lora_A]
         holder, key = (layer.owner, layer.key) if isinstance(layer, LoraParameter) else (layer.base_layer, "weight")
         matrix = layer.as_matrices(weight, layer.a(names[0]), layer.b(names[0]))[0]
-        rows = torch.linspace(0, len(matrix) - 1, min(ROWS, len(matrix))).long()
+        rows = _some_rows(len(matrix))
         before = matrix[rows].clone()
         plain = isinstance(layer, LoraLinear) and not isinstance(layer.base_layer, Conv1D) and len(names) == 1
         hollow = holder._parameters[key]
         holder._parameters[key] = nn.Parameter(weight, requires_grad=False)
         try:
             if len(names) == 1:
-                merged = layer.merged_to(names[0], dtype, weight if plain and weight.dtype == dtype else None)
+                out = self._buffer(dtype, weight.shape) if plain and weight.dtype == dtype else None
+                merged = layer.merged_to(names[0], dtype, out)
             else:
                 merged = (weight.float() + sum(layer.delta(name) for name in names)).to(dtype)
         finally:
@@ -461,7 +463,7 @@ def _error(layer: LoraLayer, names: list[str], before: Tensor, merged: Tensor, r
     exact, found = before.double(), merged
     for name in names:
         found, a, b = layer.as_matrices(merged, layer.a(name).detach(), layer.b(name).detach())
-        exact = exact + layer.scaling[name] * b[rows].double() @ a.double()
+        exact = torch.addmm(exact, b[rows].double(), a.double(), alpha=layer.scaling[name])
     for magnitude in layer.magnitude.values():
         length = magnitude.detach().double().flatten()[rows] / torch.linalg.vector_norm(exact, dim=1).clamp(min=TINY)
         exact = exact * length[:, None]
@@ -469,8 +471,15 @@ def _error(layer: LoraLayer, names: list[str], before: Tensor, merged: Tensor, r
 
 
 def _differences(found: Tensor, exact: Tensor) -> dict[str, float]:
-    difference, rounding = (found.double() - exact).abs().max(), (exact.to(found.dtype).double() - exact).abs().max()
-    return {"max_error": float(difference), "rounding": float(rounding)}
+    both = torch.stack((found, exact.to(found.dtype))).double()
+    difference, rounding = both.sub_(exact).abs_().amax(dim=(1, 2)).tolist()
+    return {"max_error": difference, "rounding": rounding}
+
+
+@functools.cache
+def _some_rows(count: int) -> Tensor:
+    """The rows that are compared: ROWS of them, from the first to the last."""
+    return torch.linspace(0, count - 1, min(ROWS, count)).long()
 
 
 def _part(whole: Tensor, rows: slice | None) -> Tensor:
@@ -492,7 +501,7 @@ def _streamed(plan: _Plan, out: Path, progress: Callable[[int, int], None] | Non
             def made(names: list[str], file: str = file) -> Iterator[Tensor]:
                 nonlocal done, changed, worst
                 written = 0
-                for key, (tensor, error, own) in zip(names, _ahead(pool, limit, plan, file, names), strict=True):
+                for key, (tensor, error) in zip(names, _ahead(pool, limit, plan, file, names), strict=True):
                     done += 1
                     if error is not None:
                         changed += 1
@@ -501,8 +510,7 @@ def _streamed(plan: _Plan, out: Path, progress: Callable[[int, int], None] | Non
                     if progress is not None:
                         progress(done, total)
                     yield tensor  # it is on its way to the disk when this goes on
-                    if own:
-                        plan.give_back(tensor)
+                    plan.written(file, key, tensor, error)
                     written += tensor.nbytes
                     if written > limit:  # what was freed stays with the threads otherwise
                         written = 0

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,7 +205,7 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     if tensor.dtype.itemsize == 1:  # torch can hardly compute with 8-bit floats
         tensor = tensor.float()
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor.detach()))  # a NaN is both of them
+    return all(math.isfinite(float(end)) for end in torch.aminmax(tensor.detach()))  # a NaN is both of them
 
 
 def sparse_sum(

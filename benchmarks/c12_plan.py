@@ -147,8 +147,8 @@ def _accelerate(folder: str) -> int:
 
     from veneer.models.load import skeleton
 
-    size, _ = calculate_maximum_sizes(skeleton(folder).to(torch.bfloat16))
-    return int(max(estimate_training_usage(size, "bf16").values()))
+    size, _ = calculate_maximum_sizes(skeleton(folder).to(torch.float32))
+    return int(max(estimate_training_usage(size, "bfloat16").values()))
 
 
 def report(results: Results, limits: Result, options: Options) -> list[Table]:

@@ -28,9 +28,9 @@ SECOND_BASE = ("pissa", "loftq")
 # What libraries and malloc keep, over import; fitted to 21 runs of five models (C12), the same for all models and methods.
 LIBRARIES, A_TOKEN, TOKENS = (
     50_000_000,
-    20_000,
+    25_000,
     2048,
-)  # in training: so much, and so much for each of the first tokens of a pass
+)  # in training: the first, and the second for each of so many tokens
 LOADED, LOADED_QUANTIZED = 82_000_000, 32_000_000  # after loading; a quantised base's loader gives free memory back
 
 

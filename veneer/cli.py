@@ -18,7 +18,7 @@ from veneer.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, VeneerError, printab
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA on the machine you have.",
-    epilog="Exit codes: 0 done, 2 bad input, 3 refused because the result would not be exact, 130 interrupted (Ctrl-C or SIGTERM).",
+    epilog="Exit codes: 0 done, 2 bad input, 3 refused because it would not fit or not be exact, 130 interrupted (Ctrl-C or SIGTERM).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

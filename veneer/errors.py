@@ -40,6 +40,6 @@ def printable(text: str) -> str:
 
 
 class RefusedError(VeneerError):
-    """Nothing is wrong with the input, but the result would not be exact (exit code 3)."""
+    """Nothing is wrong with the input, but the result would not be exact, or would not fit into memory (exit code 3)."""
 
     exit_code = EXIT_REFUSED

@@ -293,21 +293,12 @@ def test_what_would_not_be_exact_is_refused_with_its_own_code(main, words, chang
         assert (code, out) == (3, "") and words in err and "Traceback" not in err, err
 
 
+RUN = ("train", "quick", *SET, "model=model", *SET, "data.train=rows.jsonl", *SET, "train.out=run", *SET, "lora.r=4")
+
+
 def test_a_run_that_does_not_fit_is_refused_and_one_that_does_says_what_was_planned(main, monkeypatch):
     ROWS()
-    run = (
-        "train",
-        "quick",
-        *SET,
-        "model=model",
-        *SET,
-        "data.train=rows.jsonl",
-        *SET,
-        "train.out=run",
-        *SET,
-        "lora.r=4",
-    )
-    run += (*SET, "train.max_steps=1")
+    run = (*RUN, *SET, "train.max_steps=1")
     with monkeypatch.context() as patch:
         patch.setattr("veneer.planning.plan.available_bytes", lambda: 0)
         code, out, err = main(*run)
@@ -326,18 +317,7 @@ def test_a_run_that_does_not_fit_is_refused_and_one_that_does_says_what_was_plan
 
 def test_resuming_another_run_is_refused(main):
     ROWS()
-    run = (
-        "train",
-        "quick",
-        *SET,
-        "model=model",
-        *SET,
-        "data.train=rows.jsonl",
-        *SET,
-        "train.out=run",
-        *SET,
-        "lora.r=4",
-    )
+    run = RUN
     code, out, err = main(*run, *SET, "train.max_steps=1", *SET, "data.system=Say it's so.")
     assert code == 0, err
     command = shlex.split(out.rpartition("try it:")[2])

@@ -2,6 +2,7 @@ import contextlib
 import os
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from veneer import storage
 from veneer.errors import VeneerError
+from veneer.machine import MappedFiles
 
 
 @pytest.fixture
@@ -119,3 +121,28 @@ def test_the_same_tensors_give_the_same_bytes_that_everybody_reads(tmp_path):
     assert all(torch.equal(found[key], x) and found[key].dtype == x.dtype for key, x in tensors.items())
     with safe_open(tmp_path / "other.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt", **metadata}
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not say what is resident")
+@pytest.mark.parametrize("how", ["TensorFile", "MappedFiles"])
+def test_pages_of_a_mapped_file_are_let_go_of_and_can_be_read_again(tmp_path, how):
+    file = tmp_path / "a.safetensors"
+    storage.write_tensors(file, {"x": torch.arange(1 << 20, dtype=torch.float32), "y": torch.ones(1 << 18)})
+
+    def resident():
+        text = Path("/proc/self/smaps").read_text()
+        parts = [part for part in text.split("VmFlags") if str(file) in part]
+        return sum(int(line.split()[1]) for part in parts for line in part.splitlines() if line.startswith("Rss:"))
+
+    opened = storage.TensorFile(file)
+    x = opened.read("x") if how == "TensorFile" else storage.read_tensors(file)["x"]
+    total = float(x.sum())
+    before = resident()
+    if how == "TensorFile":
+        opened.release("x")
+    else:
+        MappedFiles([tmp_path / "other"]).release(x)
+        assert resident() == before
+        MappedFiles([file]).release(x)
+    assert before >= 4096 and resident() <= before - 4000
+    assert float(x.sum()) == total and torch.equal(x[:3], torch.tensor([0.0, 1.0, 2.0]))

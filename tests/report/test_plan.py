@@ -83,3 +83,12 @@ def test_all_kinds_of_adapters_are_planned(recipe, lora):
 def test_what_the_adapter_asks_wrongly_is_said_before_loading(recipe):
     with pytest.raises(veneer.VeneerError, match=r"lora\.targets"):
         plan_recipe(recipe(lora={"r": 4, "targets": ["nothing_like_it"]}))
+
+
+def test_a_base_that_is_stored_in_4_bits_is_planned_so(recipe, tmp_path):
+    model, tokenizer = veneer.load(tmp_path / "model", quantize="nf4")
+    veneer.save_model(model, tokenizer, tmp_path / "four")
+    stored, _ = plan_recipe(recipe(model=str(tmp_path / "four")))
+    made, _ = plan_recipe(recipe(quantize="nf4"))
+    dense, _ = plan_recipe(recipe())
+    assert stored["parts"]["weights"] == made["parts"]["weights"] < dense["parts"]["weights"]

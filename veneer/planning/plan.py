@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 
 from veneer.config import Dtype, LoraConfig, Quantization, Recipe
 from veneer.errors import VeneerError
 from veneer.machine import available_bytes, current_bytes
-from veneer.models.load import skeletons
+from veneer.models.load import skeletons, stored_quantization
 from veneer.ops.blocks import Recompute
 from veneer.planning.memory import Run, estimate
 
@@ -71,6 +72,8 @@ def plan(
 def planned(model: str, run: Run, budget: str | int | None = None, largest: str | None = None) -> dict[str, Any]:
     """`plan` of a `Run`."""
     make = skeletons(model)
+    if run.method == "lora" and run.quantize is None and Path(model).is_dir():  # its files may be quantised
+        run = run._replace(quantize=cast(Any, stored_quantization(model)))
     own = current_bytes()
     room = available_bytes() + own if budget is None else bytes_of(budget)
     found = estimate(make(), run)

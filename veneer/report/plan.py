@@ -29,10 +29,11 @@ def plan_recipe(recipe: Recipe, *, force: bool = False) -> tuple[dict[str, Any] 
         return None, "memory on a GPU is not planned"
     if recipe.method == "lora" and recipe.lora.init in SECOND_BASE:
         return None, f"memory is not planned with init {recipe.lora.init}, which keeps a second base"
-    tokenizer = load_tokenizer(resolve(recipe.model, recipe.revision))
-    packs = "attention" in fuse(skeleton(recipe.model))
+    folder = resolve(recipe.model, recipe.revision)
+    tokenizer = load_tokenizer(folder)
+    packs = "attention" in fuse(skeleton(str(folder)))
     rows, passes = largest_pass(tokenizer, recipe.data, recipe.train, packs)
-    found = planned(recipe.model, run_of(recipe, rows, passes))
+    found = {**planned(str(folder), run_of(recipe, rows, passes)), "model": recipe.model}
     if not found["fits"] and not force:
         needed = found["peak_bytes"] + found["process_bytes"]
         ways = "; or ".join(f"{x['change']} ({x['cost']})" for x in found["changes"][:3])

@@ -110,7 +110,6 @@ class LoraLayer(nn.Module):
         self.lora_E = nn.ParameterDict()  # AdaLoRA's diagonal (r,)
         self.magnitude = nn.ParameterDict()  # DoRA's m, shaped to multiply the weight
         self.lora_bias = nn.ParameterDict()  # of B (out,): y + scaling * bias
-        self.kept: dict[str, Tensor] = {}  # AdaLoRA's ranks that live, once that is settled; left out: all take part
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
@@ -168,7 +167,7 @@ class LoraLayer(nn.Module):
     def remove(self, name: str) -> None:
         if self.active == name:
             self.use(None)
-        for factors in (*self.factors(), self.kept, self.scaling, self.dropout, self.began, self.bases):
+        for factors in (*self.factors(), self.scaling, self.dropout, self.began, self.bases):
             if name in factors:
                 del factors[name]  # type: ignore[attr-defined]
 
@@ -205,22 +204,25 @@ class LoraLayer(nn.Module):
     def rank_of(self, a: Tensor) -> int:
         return int(a.shape[0])
 
-    def a(self, name: str) -> Tensor:
-        """A as it is multiplied, in fp32: AdaLoRA's rows are scaled by its diagonal, which is counted in units of sqrt(out / 3).
+    @property
+    def unit(self) -> float:
+        """What AdaLoRA's diagonal is counted in: sqrt(out / 3).
 
         Adam moves every number alike. LoRA's update grows by rate x sqrt(out) x the length of a row of A, 1/sqrt(3); a
         singular value by the rate alone: in these units both learn at the same rate (docs/numerics.md has the figures).
         """
+        return math.sqrt(self.out_features / 3)
+
+    def a(self, name: str) -> Tensor:
+        """A as it is multiplied, in fp32: AdaLoRA's rows are scaled by its diagonal."""
         a = self.lora_A[name].float()
         if name not in self.lora_E:
             return a
-        a = ScaledRows.apply(a, self.lora_E[name], math.sqrt(self.out_features / 3))
-        return a if name not in self.kept else a.index_select(0, self.kept[name])
+        return ScaledRows.apply(a, self.lora_E[name], self.unit)  # type: ignore[no-any-return]
 
     def b(self, name: str) -> Tensor:
         """B as it is multiplied, in fp32."""
-        b = self.lora_B[name].float()
-        return b if name not in self.kept else b.index_select(1, self.kept[name])
+        return self.lora_B[name].float()
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by the end of their names in PEFT's files."""
@@ -351,25 +353,24 @@ class LoraLinear(LoraLayer):
     def _over_rows(self, magnitude: Tensor) -> Tensor:
         return magnitude[None] if isinstance(self.base_layer, Conv1D) else magnitude[:, None]
 
-    def row_scale(self, name: str, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """No dense update is made (`ops.row_norms`), and |W|^2 only once.
+    def row_scale(self, name: str, known: tuple[Tensor, Tensor, tuple[Any, bool]] | None = None) -> Tensor:
+        """No dense update is made (`ops.row_norms`), and |W|^2 only once. known: A, B and the weight, where they are at hand.
 
         The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
         """
-        a, b = factors or (self.a(name), self.b(name))
-        dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
+        base = self.base_layer
+        dtype = base.compute_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
+        a, b, weight = known or (self.a(name), self.b(name), frozen_weight(base, dtype))
         with torch.no_grad():
-            weight = frozen_weight(self.base_layer, dtype)
             norms = ops.row_norms(*weight, a, b, self.scaling[name], self._square_norms(), dtype)
         return self.magnitude[name] / norms
 
     def _square_norms(self) -> Tensor:
         """|W|^2 by row (out,), fp32, kept as long as the weight is the same."""
-        known = self.__dict__.get("_squares")
-        same = known is not None and known[0] is self.weight and known[1] == self.weight._version
-        if known is None or not same or known[2].device != self.weight.device:
+        known, weight = self.__dict__.get("_squares"), self.base_layer.weight
+        if known is None or known[0] is not weight or known[1] != weight._version or known[2].device != weight.device:
             squares = self._row_norms(self.dense()).reshape(-1).square()
-            known = self.__dict__["_squares"] = (self.weight, self.weight._version, squares)
+            known = self.__dict__["_squares"] = (weight, weight._version, squares)
         return known[2]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -387,7 +388,7 @@ class LoraLinear(LoraLayer):
             y = self.base_layer(x) + scaling * ((low @ a.to(x.dtype).T) @ b.to(x.dtype).T)
             y = y if later is None else y - later.to(x.dtype)
         if dora:
-            y = y * self.row_scale(name, (a, b)).to(x.dtype)
+            y = y * self.row_scale(name).to(x.dtype)
         return self._with_bias(y if later is None else y + later.to(x.dtype))
 
     def frozen(self) -> AdaptedLinear:
@@ -398,12 +399,15 @@ class LoraLinear(LoraLayer):
         name, base = self.active, self.base_layer
         if name is None:
             return plain_linear(base)
-        a, b = self.a(name), self.b(name)
-        scale = self.row_scale(name, (a, b)) if name in self.magnitude else None
+        weight = frozen_weight(base, torch.bfloat16)
+        a, b, scaling = self.lora_A[name].float(), self.b(name), self.scaling[name]
+        diagonal = self.lora_E.get(name)
+        scale = self.row_scale(name, (a, b, weight)) if name in self.magnitude else None
         dropout = self.dropout[name] if self.training else 0.0
         seed = int(torch.randint(2**32, (), device="cpu")) if dropout else 0
-        weight = frozen_weight(base, torch.bfloat16)[0]
-        return AdaptedLinear(weight, base.bias, a, b, self.scaling[name], dropout=dropout, seed=seed, scale=scale)
+        if diagonal is not None:
+            scaling *= self.unit
+        return AdaptedLinear(weight[0], base.bias, a, b, scaling, dropout, seed, scale, diagonal)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"

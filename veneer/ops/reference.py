@@ -355,11 +355,12 @@ def attention(
 
 
 def linear(x: Tensor, layer: Any) -> Tensor:
-    """scale (x W^T + scaling (dropout(x) A^T) B^T) + bias of an `AdaptedLinear`."""
+    """scale (x W^T + scaling (dropout(x) A^T diag(diagonal)) B^T) + bias of an `AdaptedLinear`."""
     y = x @ _dense(layer.weight).to(x.dtype).T
     if layer.a is not None:
         low = masked(x, layer.dropout, layer.seed) * drop_scale(layer.dropout) if layer.dropout else x
-        y = y + layer.scaling * (low @ layer.a.to(x.dtype).T) @ layer.b.to(x.dtype).T
+        a = layer.a if layer.diagonal is None else layer.a * layer.diagonal[:, None]
+        y = y + layer.scaling * (low @ a.to(x.dtype).T) @ layer.b.to(x.dtype).T
     y = y if layer.scale is None else y * layer.scale.to(x.dtype)
     return y if layer.bias is None else y + layer.bias.to(x.dtype)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -353,17 +354,9 @@ class LoraLinear(LoraLayer):
     def _over_rows(self, magnitude: Tensor) -> Tensor:
         return magnitude[None] if isinstance(self.base_layer, Conv1D) else magnitude[:, None]
 
-    def row_scale(self, name: str, known: tuple[Tensor, Tensor, tuple[Any, bool]] | None = None) -> Tensor:
-        """No dense update is made (`ops.row_norms`), and |W|^2 only once. known: A, B and the weight, where they are at hand.
-
-        The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
-        """
-        base = self.base_layer
-        dtype = base.compute_dtype if isinstance(base, QuantizedLinear) else base.weight.dtype
-        a, b, weight = known or (self.a(name), self.b(name), frozen_weight(base, dtype))
-        with torch.no_grad():
-            norms = ops.row_norms(*weight, a, b, self.scaling[name], self._square_norms(), dtype)
-        return self.magnitude[name] / norms
+    def row_scale(self, name: str) -> Tensor:
+        """No dense update is made, and |W|^2 only once: `row_scales`."""
+        return row_scales([(self, name, self.a(name), self.b(name))])[0]
 
     def _square_norms(self) -> Tensor:
         """|W|^2 by row (out,), fp32, kept as long as the weight is the same."""
@@ -390,24 +383,6 @@ class LoraLinear(LoraLayer):
         if dora:
             y = y * self.row_scale(name).to(x.dtype)
         return self._with_bias(y if later is None else y + later.to(x.dtype))
-
-    def frozen(self) -> AdaptedLinear:
-        """This layer as the fused halves of a transformer layer take it; with dropout at work, with a mask of its own.
-
-        The mask's seed is drawn from torch's generator: `torch.manual_seed` decides it.
-        """
-        name, base = self.active, self.base_layer
-        if name is None:
-            return plain_linear(base)
-        weight = frozen_weight(base, torch.bfloat16)
-        a, b, scaling = self.lora_A[name].float(), self.b(name), self.scaling[name]
-        diagonal = self.lora_E.get(name)
-        scale = self.row_scale(name, (a, b, weight)) if name in self.magnitude else None
-        dropout = self.dropout[name] if self.training else 0.0
-        seed = int(torch.randint(2**32, (), device="cpu")) if dropout else 0
-        if diagonal is not None:
-            scaling *= self.unit
-        return AdaptedLinear(weight[0], base.bias, a, b, scaling, dropout, seed, scale, diagonal)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
@@ -516,9 +491,49 @@ def lora_layer(base: nn.Module) -> LoraLayer | None:
     return LoraEmbedding(base) if isinstance(base, nn.Embedding) else None
 
 
-def plain_linear(layer: Linear) -> AdaptedLinear:
-    """A layer without an adapter, as the fused halves take it."""
-    return AdaptedLinear(frozen_weight(layer, torch.bfloat16)[0], layer.bias)
+def row_scales(layers: Sequence[tuple[LoraLinear, str, Tensor, Tensor]]) -> list[Tensor]:
+    """m / |W + scaling B A| (out,) fp32 of DoRA layers of one model: the layer, its adapter, A and B.
+
+    Made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
+    """
+    bases = [layer.base_layer for layer, *_ in layers]
+    dtype = bases[0].compute_dtype if isinstance(bases[0], QuantizedLinear) else bases[0].weight.dtype
+    with torch.no_grad():
+        norms = ops.row_norms(
+            [frozen_weight(base, dtype) for base in bases],
+            [(a, b) for *_, a, b in layers],
+            [layer.scaling[name] for layer, name, *_ in layers],
+            [layer._square_norms() for layer, *_ in layers],
+            dtype,
+        )
+    return [layer.magnitude[name] / norm for (layer, name, *_), norm in zip(layers, norms, strict=True)]
+
+
+def adapted_linears(layers: Sequence[Any]) -> list[AdaptedLinear]:
+    """Linears, with or without adapters, as the fused halves of a transformer layer take them.
+
+    With dropout at work each has a mask of its own, whose seed is drawn from torch's generator: `torch.manual_seed` decides it.
+    """
+    found, dora = [], []
+    for layer in layers:
+        base, name = (layer.base_layer, layer.active) if isinstance(layer, LoraLinear) else (layer, None)
+        if name is None:  # in full fine-tuning its weight is trained
+            weight = base.weight if base.weight.requires_grad else frozen_weight(base, torch.bfloat16)[0]
+            found.append(AdaptedLinear(weight, base.bias))
+            continue
+        weight = frozen_weight(base, torch.bfloat16)[0]
+        a, b, scaling = layer.lora_A[name].float(), layer.lora_B[name].float(), layer.scaling[name]
+        diagonal = layer.lora_E.get(name)
+        if diagonal is not None:
+            scaling *= layer.unit
+        dropout = layer.dropout[name] if layer.training else 0.0
+        seed = int(torch.randint(2**32, (), device="cpu")) if dropout else 0
+        if name in layer.magnitude:
+            dora.append((len(found), layer, name, a, b))
+        found.append(AdaptedLinear(weight, base.bias, a, b, scaling, dropout, seed, diagonal=diagonal))
+    for (at, *_), scale in zip(dora, row_scales([x[1:] for x in dora]) if dora else [], strict=True):
+        found[at] = found[at]._replace(scale=scale)
+    return found
 
 
 def initial_factor(shape: tuple[int, ...], r: int, init: str, generator: torch.Generator | None = None) -> Tensor:

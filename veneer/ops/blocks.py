@@ -164,7 +164,10 @@ class _Group:
             return None
         (out, r), rows = linear.b.shape, self.a[place]
         b = torch.empty((out, rows.shape[0]), dtype=torch.bfloat16)
-        torch.mul(linear.a.detach(), _row_factors(linear), out=rows[:r])
+        if linear.diagonal is None:
+            torch.mul(linear.a.detach(), _scaling(linear), out=rows[:r])
+        else:
+            native.scale_rows(linear.a.detach(), linear.diagonal.detach(), _scaling(linear), out=rows[:r])
         b[:, :r] = linear.b.detach()
         if r % 2:
             rows[r:].zero_()
@@ -264,9 +267,12 @@ class _Group:
                 if scale is not None:
                     db.mul_(scale[:, None])
                 own = own[:r]
-                if linear.diagonal is not None:
-                    d_diagonal = torch.linalg.vecdot(own, linear.a.detach()).mul_(_scaling(linear))
-                gradients += [own * _row_factors(linear), db[:, :r].contiguous() if r % 2 else db]
+                if linear.diagonal is None:  # in place: a gradient that holds the others' memory too, they stay as long
+                    own.mul_(_scaling(linear))
+                else:
+                    a, diagonal = linear.a.detach(), linear.diagonal.detach()
+                    d_diagonal = native.scale_rows(own, diagonal, _scaling(linear), other=a)
+                gradients += [own, db[:, :r].contiguous() if r % 2 else db]
             gradients.append(None if _trained(linear) is None else _weight_gradient(d, x, scale))
             gradients.append(None if _if_trained(linear.bias) is None else d.sum(0, dtype=torch.float32).to(d.dtype))
             gradients += [d_scale, d_diagonal]
@@ -275,11 +281,6 @@ class _Group:
 
 def _scaling(linear: AdaptedLinear) -> float:
     return linear.scaling * drop_scale(linear.dropout)
-
-
-def _row_factors(linear: AdaptedLinear) -> float | Tensor:
-    """What the rows of A are multiplied by: one number, or one a row (r, 1)."""
-    return _scaling(linear) if linear.diagonal is None else (linear.diagonal.detach() * _scaling(linear))[:, None]
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, scale: Tensor | None) -> Tensor:

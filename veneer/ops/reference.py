@@ -215,11 +215,15 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
 
 
 def row_norms(
-    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
-) -> Tensor:
+    weights: Sequence[tuple[Any, bool]], factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float],
+    squares: Sequence[Tensor], dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
     """|W + scaling B A| of each row (out,) fp32, at least TINY; W (out, in), or (in, out) if not `by_row`."""
-    dense = _dense(weight) if by_row else _dense(weight).T
-    return torch.linalg.vector_norm(dense + scaling * b @ a, dim=1).clamp_(min=TINY)
+    found = []
+    for (weight, by_row), (a, b), scaling in zip(weights, factors, scalings, strict=True):
+        dense = _dense(weight).float() if by_row else _dense(weight).float().T
+        found.append(torch.linalg.vector_norm(dense + scaling * b @ a, dim=1).clamp_(min=TINY))
+    return found
 
 
 def watch(

@@ -625,7 +625,7 @@ EXPORT(row_norms)
           for (int64_t d = 0; d < depth; d += 32)
             __builtin_prefetch(one.weight.weight + (row + i) * one.weight.ldw + d, 0, 2);
       } else {
-        std::memset(left, 0, kTall * factor.padded * 2);
+        if (depth != factor.padded || tall < kTall) std::memset(left, 0, kTall * factor.padded * 2);
         for (int64_t i = 0; i < tall; ++i) {
           if (one.weight.kind == kByRow)
             std::memcpy(left + i * factor.padded, one.weight.weight + (row + i) * one.weight.ldw, depth * 2);

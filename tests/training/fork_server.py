@@ -9,6 +9,7 @@ asked to end, as by SIGTERM, once it is in that batch of that step.
 import json
 import os
 import sys
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked process has no other threads
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -89,7 +90,7 @@ def work(jobs):
 
 
 def main():
-    queue, running, failed = json.load(open(sys.argv[1], encoding="utf-8")), set(), 0
+    queue, running, failed = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), set(), 0
     while queue or running:
         while queue and len(running) < AT_ONCE:
             jobs = queue.pop(0)

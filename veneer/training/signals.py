@@ -35,7 +35,11 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            handlers: dict[int, Any] = {signal.SIGINT: self._came, signal.SIGTERM: self._came, signal.SIGALRM: self._late}
+            handlers: dict[int, Any] = {
+                signal.SIGINT: self._came,
+                signal.SIGTERM: self._came,
+                signal.SIGALRM: self._late,
+            }
             self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 

@@ -52,10 +52,13 @@ def by_veneer(options: Options) -> Record:
     )  # fmt: skip
     memory.restart()
     result = veneer.train(model, tokenizer, None, train, out=out, data_config=data, progress=False)
-    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    log, speed = (
+        [json.loads(line) for line in (out / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "speed.jsonl")
+    )
     clock, reached = 0.0, []
-    for row in log:
-        clock += row["tokens"] / row["tokens_per_second"]
+    for row, fast in zip(log, speed, strict=True):
+        clock += row["tokens"] / fast["tokens_per_second"]
         if "eval_loss" in row:
             reached.append([clock, row["eval_loss"]])
     return {

@@ -217,8 +217,8 @@ def measure(options: Options, cell: Cell, seed: int, task: dict[str, Any], work:
 def _course(out: Path) -> Record:
     """How the training went: losses at both ends, and what a learning rate or scaling that is too high does."""
     log = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    losses = [row["loss"] for row in log if row["applied"]]
-    norms = [row["grad_norm"] for row in log if row["applied"]]
+    losses = [row["loss"] for row in log if "event" not in row]
+    norms = [row["grad_norm"] for row in log if "event" not in row]
     tail = losses[-10:]
     return {
         "first_loss": losses[0],

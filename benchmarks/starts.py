@@ -115,7 +115,7 @@ def measure_run(options: Options, quantize: str | None, start: dict[str, Any]) -
     log = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "held": [before["loss"], *(row["eval_loss"] for row in log if "eval_loss" in row)],
-        "losses": [row["loss"] for row in log],
+        "losses": [row["loss"] for row in log if "event" not in row],
         "trainable": result["trainable_parameters"],
         "steps": steps,
     }

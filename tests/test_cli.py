@@ -96,7 +96,7 @@ def test_a_merge_that_is_told_to_stop_leaves_nothing(good, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, text = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in text
+    assert process.returncode == 143 and "Traceback" not in text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from veneer.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, VeneerError, printable
+from veneer.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED, VeneerError, printable
 
 app = typer.Typer(
     help="Fine-tune language models with LoRA and QLoRA on the machine you have.",
-    epilog="Exit codes: 0 done, 2 bad input, 3 refused because it would not fit or not be exact, 130 interrupted (Ctrl-C or SIGTERM).",
+    epilog="Exit codes: 0 done, 2 bad input, 3 refused because it would not fit or not be exact, 130 interrupted (Ctrl-C), 143 ended (SIGTERM).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -556,7 +556,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half written is taken away
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # what is half written is taken away
     try:
         app()
     except VeneerError as error:

@@ -278,9 +278,13 @@ class TrainConfig(Settings):
     )
     eval_every: Whole | None = Field(None, ge=1, description="steps; left out: at each epoch's end, and at the end")
     early_stopping: Whole | None = Field(None, ge=1, description="stop after so many evaluations without a better loss")
+    guard: bool = Field(
+        True,
+        description="go back where the loss jumps, stop where the held-out loss rises, watch adapters and forgetting",
+    )
     save_every: Whole = Field(50, ge=1, description="steps between checkpoints")
     keep_last: Whole = Field(2, ge=1, description="checkpoints kept")
-    log_every: Whole = Field(1, ge=1, description="steps between lines of metrics.jsonl")
+    log_every: Whole = Field(1, ge=1, description="steps between lines of metrics.jsonl and speed.jsonl")
     out: str | None = Field(None, description="output folder: new or empty")
 
     @model_validator(mode="before")

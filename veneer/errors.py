@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 EXIT_BAD_INPUT = 2
 EXIT_REFUSED = 3
-EXIT_INTERRUPTED = 130
+EXIT_INTERRUPTED = 130  # Ctrl-C
+EXIT_TERMINATED = 143  # SIGTERM
 SHOWN = 20  # problems in one message; the others are counted
 
 

@@ -7,11 +7,13 @@ name the file that is damaged. Only safetensors and JSON: nothing here can run c
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -29,6 +31,7 @@ from veneer.errors import VeneerError
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SYNCED = 32 << 20  # bytes; so much is sent to the disk while more is made, and little is left to wait for at the end
 _POPULATE = 22  # Linux' MADV_POPULATE_READ, which Python does not name
+_TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.(tmp|old)")  # as `tempfile` names them
 JSON_LIMIT = 64 << 20  # bytes; no config or index file of any known model is near it
 
 
@@ -63,7 +66,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success all its files are fsynced and it is renamed.
 
     Args:
-        replace: an existing folder at `path` is removed once the new one is complete.
+        replace: an existing folder at `path` changes places with the new one once that is complete, and is removed.
 
     Raises:
         VeneerError: `path` exists, is not empty, and `replace` is false.
@@ -79,17 +82,44 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         inside = [Path(folder) / name for folder, _, names in os.walk(temporary) for name in (*names, ".")]
         with ThreadPoolExecutor(8) as pool:  # each waits for the disk, and the disk can do several at once
             list(pool.map(_fsync, inside))
-        if path.is_dir():
-            # rename() needs an empty target; moving the old folder aside first keeps a whole one at all times.
+        if not path.is_dir():
+            temporary.replace(path)
+        elif not _exchange(temporary, path):
+            # rename() needs an empty target; moving the old folder aside first keeps a whole one at all times
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             path.replace(old)
             temporary.replace(path)
             shutil.rmtree(old)
-        else:
-            temporary.replace(path)
         _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one operation (Linux' renameat2); False: not here, and nothing has changed."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0  # type: ignore[no-any-return]
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that at no time a part of it is under its name."""
+    gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    path.replace(gone)
+    shutil.rmtree(gone)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process of ours left in `folder`."""
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def require_empty_folder(path: str | Path, *, instead: str = "") -> None:

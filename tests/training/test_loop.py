@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 import veneer
 from veneer.adapters.attach import adapter_parameters, adapters
 from veneer.quant.linear import quantize_model
-from veneer.storage import write_tensors
-from veneer.training import loop
-from veneer.training.checkpoint import newest_checkpoint, restore, save_checkpoint
+from veneer.storage import sha256, write_tensors
+from veneer.training import checkpoint, loop
+from veneer.training.checkpoint import captured, newest_checkpoint, random_states, restore, save_checkpoint
 from veneer.training.weights import Masters
 
 
@@ -107,10 +107,10 @@ def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, command
     monkeypatch.setattr(loop.Order, "step", lambda self, k: seen.append((k, original(self, k))) or original(self, k))
     original_step = loop._Run._step
 
-    def dies(self):
+    def dies(self, stop):
         if self.done == 8:
             raise SystemExit  # killed between two checkpoints
-        return original_step(self)
+        return original_step(self, stop)
 
     monkeypatch.setattr(loop._Run, "_step", dies)
     with pytest.raises(SystemExit):
@@ -191,7 +191,9 @@ def test_resume_of_a_folder_that_is_no_run_touches_nothing(tmp_path, tokenizer, 
 
 def test_resume_before_the_first_checkpoint_starts_the_log_again(tmp_path, tokenizer, commands, monkeypatch):
     original_step = loop._Run._step
-    monkeypatch.setattr(loop._Run, "_step", lambda self: original_step(self) if self.done < 2 else sys.exit())
+    monkeypatch.setattr(
+        loop._Run, "_step", lambda self, stop: original_step(self, stop) if self.done < 2 else sys.exit()
+    )
     with pytest.raises(SystemExit):
         run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=4)
     monkeypatch.setattr(loop._Run, "_step", original_step)
@@ -214,9 +216,11 @@ def test_seed_decides_dropout(tmp_path, tokenizer, commands):
 def test_the_gpu_random_state_is_resumed(tmp_path):
     parameters = {"a": torch.nn.Parameter(torch.zeros(2, device="cuda"))}
     optimizer = torch.optim.AdamW(parameters.values())
-    save_checkpoint(tmp_path, 1, Masters(parameters), optimizer, {}, 1)
+    weights = Masters(parameters)
+    tensors = captured(weights, optimizer) | random_states(torch.device("cuda:0"))
+    save_checkpoint(tmp_path, 1, tensors, {"settings": {}}, 1)
     expected = torch.rand(3, device="cuda")
-    restore(newest_checkpoint(tmp_path)[1], Masters(parameters), optimizer)
+    restore(newest_checkpoint(tmp_path)[1], weights, optimizer)
     assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 
@@ -224,7 +228,7 @@ def test_a_later_checkpoint_of_a_run_gone_back_is_removed(tmp_path):
     parameters = {"a": torch.nn.Parameter(torch.zeros(2))}
     optimizer = torch.optim.AdamW(parameters.values())
     for step in (2, 4, 9, 6):
-        save_checkpoint(tmp_path, step, Masters(parameters), optimizer, {}, 2)
+        save_checkpoint(tmp_path, step, captured(Masters(parameters), optimizer), {"settings": {}}, 2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"]
 
 
@@ -233,29 +237,6 @@ def test_a_factor_without_a_gradient_stops_the_run(tmp_path, tokenizer, commands
     model.model.layers[1].mlp.forward = torch.zeros_like
     with pytest.raises(veneer.VeneerError, match=r"6 of 28 adapter weights .*layers\.1\.mlp\.gate_proj\.lora_A"):
         run(model, tokenizer, commands, tmp_path / "run", max_steps=1)
-
-
-def test_nan_is_not_applied_and_three_in_a_row_stop(tmp_path, tokenizer, commands, monkeypatch):
-    original, calls = loop.batch_loss, []
-
-    def sometimes(bad):
-        def loss(model, batch, items):
-            calls.append(1)
-            value = original(model, batch, items)
-            return value * float("nan") if bad(len(calls)) else value
-
-        return loss
-
-    monkeypatch.setattr(loop, "batch_loss", sometimes(lambda n: n == 2))
-    result = run(fresh(), tokenizer, commands, tmp_path / "one", max_steps=4)
-    log = lines(tmp_path / "one")
-    assert [row["applied"] for row in log] == [True, False, True, True] and log[1]["loss"] == "nan"
-    assert result["skipped_steps"] == 1 and result["train_loss"] == result["train_loss"]
-    calls.clear()
-    monkeypatch.setattr(loop, "batch_loss", sometimes(lambda n: n >= 2))
-    with pytest.raises(veneer.VeneerError, match="3 steps in a row"):
-        run(fresh(), tokenizer, commands, tmp_path / "three", max_steps=9)
-    assert len(lines(tmp_path / "three")) == 4
 
 
 def test_steps_that_get_a_line_in_the_log(tmp_path, tokenizer, commands):
@@ -269,7 +250,8 @@ def test_early_stopping_keeps_the_best(tmp_path, tokenizer, commands, monkeypatc
     monkeypatch.setattr(loop, "evaluation_loss", lambda *a: {"loss": next(losses), "tokens": 1})
     data = veneer.DataConfig(train=str(commands), eval=0.2)
     model = fresh()
-    result = run(model, tokenizer, None, tmp_path / "run", data_config=data, epochs=9, eval_every=2, early_stopping=2)
+    result = run(model, tokenizer, None, tmp_path / "run", data_config=data, epochs=9, eval_every=2, early_stopping=2,
+                 guard=False)  # fmt: skip
     assert result["stopped_early"] and result["steps"] == 8 and result["eval_loss"] == 2.0
     best = newest_checkpoint(tmp_path / "run/checkpoints/best")
     assert best[0]["step"] == 4
@@ -278,7 +260,7 @@ def test_early_stopping_keeps_the_best(tmp_path, tokenizer, commands, monkeypatc
     log = (tmp_path / "run/metrics.jsonl").read_text()
     again = fresh()
     resumed = run(again, tokenizer, None, tmp_path / "run", data_config=data, epochs=9, eval_every=2, early_stopping=2,
-                  resume=True)  # fmt: skip
+                  resume=True, guard=False)  # fmt: skip
     assert resumed["stopped_early"] and resumed["steps"] == 8 and resumed["eval_loss"] == 2.0
     assert (tmp_path / "run/metrics.jsonl").read_text() == log
     for name, value in adapter_parameters(again, "default").items():
@@ -289,7 +271,8 @@ def test_a_held_out_loss_that_is_not_finite_is_never_the_best(tmp_path, tokenize
     losses = iter([float("nan"), 3.0, float("-inf"), float("nan")])
     monkeypatch.setattr(loop, "evaluation_loss", lambda *a: {"loss": next(losses), "tokens": 1})
     data = veneer.DataConfig(train=str(commands), eval=0.2)
-    result = run(fresh(), tokenizer, None, tmp_path / "run", data_config=data, epochs=9, eval_every=1, early_stopping=2)
+    result = run(fresh(), tokenizer, None, tmp_path / "run", data_config=data, epochs=9, eval_every=1, early_stopping=2,
+                 guard=False)  # fmt: skip
     assert (result["steps"], result["eval_loss"]) == (4, 3.0)
     assert [row["eval_loss"] for row in lines(tmp_path / "run")] == ["nan", 3.0, "-inf", "nan"]
 
@@ -321,7 +304,7 @@ def test_a_disk_too_small_is_refused_before_anything_starts(tmp_path, tokenizer,
     assert caught.value.exit_code == 2 and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_or_killed_run_goes_on_with_resume(tmp_path, tokenizer, commands, number):
     folder = veneer.save_model(make_model(), tokenizer, tmp_path / "model")
     recipe = tmp_path / "r.yaml"
@@ -336,8 +319,12 @@ def test_a_stopped_or_killed_run_goes_on_with_resume(tmp_path, tokenizer, comman
         time.sleep(0.01)
     process.send_signal(number)
     text = process.stderr.read()
-    if number == signal.SIGINT:  # saves, and says what to do
-        assert process.wait(60) == 130 and "--resume" in text and "Traceback" not in text
+    if number != signal.SIGKILL:  # saves, and says what to do
+        assert (
+            process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+            and "--resume" in text
+            and "Traceback" not in text
+        )
     else:
         assert process.wait(60) == -signal.SIGKILL
     stopped = newest_checkpoint(out / "checkpoints")[0]["step"]
@@ -362,6 +349,12 @@ def test_lora_plus_moves_b_faster_and_a_as_before(tmp_path, tokenizer, commands)
         assert bool(parameter.any())
 
 
+def vouch(place):
+    """A manifest that fits: what is wrong then is no damage."""
+    digests = {name: sha256(place / name) for name in ("state.safetensors", "state.json")}
+    (place / "manifest.json").write_text(checkpoint._manifest(place, digests))
+
+
 def test_a_checkpoint_of_another_making_is_refused_whole(tmp_path, tokenizer, commands):
     folder = veneer.save_model(make_model(), tokenizer, tmp_path / "model")
     data = veneer.DataConfig(train=str(commands))
@@ -378,13 +371,13 @@ def test_a_checkpoint_of_another_making_is_refused_whole(tmp_path, tokenizer, co
     moment = next(key for key in path if key.startswith("optimizer/exp_avg/") and "lora_B" in key)
     changed = {**path, factor: torch.full_like(path[factor], float("nan")), moment: path[moment][:1]}
     del changed["rng"]
-    state = json.loads((place / "state.json").read_text())
-    state["sha256"] = write_tensors(place / "state.safetensors", changed)
-    (place / "state.json").write_text(json.dumps(state))
+    write_tensors(place / "state.safetensors", changed)
+    vouch(place)
     with pytest.raises(veneer.VeneerError) as raised:
         go(4, resume=True)
     found = "\n".join(raised.value.problems)
     assert "expected numbers that are finite" in found and "exp_avg of" in found and "random numbers (rng)" in found
-    (place / "state.json").write_text(json.dumps({"sha256": state["sha256"]}))
+    (place / "state.json").write_text("{}")
+    vouch(place)
     with pytest.raises(veneer.VeneerError, match="found no step and settings"):
         go(4, resume=True)

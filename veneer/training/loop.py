@@ -5,12 +5,11 @@ result = train(model, tokenizer, "data.jsonl", TrainConfig(epochs=2), out="runs/
 
 from __future__ import annotations
 
+import copy
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.attach import count_parameters
-from veneer.config import TOKEN_BUDGET, DataConfig, Method, TrainConfig
+from veneer.config import IGNORED, TOKEN_BUDGET, DataConfig, Method, TrainConfig
 from veneer.errors import RefusedError, VeneerError
 from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
 from veneer.models.fuse import batch_loss, set_recompute
@@ -26,16 +25,28 @@ from veneer.ops import arena
 from veneer.ops.blocks import Recompute
 from veneer.optim.schedule import default_learning_rate, lr_factor
 from veneer.quant.linear import quantized_layers
-from veneer.storage import atomic_file, require_disk_space, require_empty_folder
-from veneer.training.checkpoint import checkpoint_bytes, newest_checkpoint, restore, save_checkpoint
+from veneer.storage import atomic_file, remove_leftovers, require_disk_space, require_empty_folder
+from veneer.training import guard as guards
+from veneer.training.checkpoint import (
+    captured,
+    checkpoint_bytes,
+    newest_checkpoint,
+    part,
+    random_states,
+    restore,
+    save_checkpoint,
+    set_random_states,
+)
 from veneer.training.data import Sample, prepare_data
+from veneer.training.guard import Gradients, Guard
 from veneer.training.packing import Order, collate_packed, collate_padded, pack
 from veneer.training.progress import Metrics, Progress, drop_metrics_after, number
+from veneer.training.signals import StopNow, StopSignals
 from veneer.training.weights import AdapterWeights, FullWeights, trained_weights
 
 START_TOKENS = 16_384  # that EVA looks at, in whole rows
 LOOKED_AT = 2_000  # rows, for the size of the largest batch before a run
-NAN_LIMIT = 3  # steps in a row without a finite loss and gradient before a run gives up
+GOOD_EVERY = 10  # steps between points that a run can go back to
 # Settings that a resumed run may change. Rows a step are compared whole, so a step may be cut in other micro-batches.
 MAY_CHANGE = {
     "epochs", "max_steps", "batch_size", "grad_accumulation", "recompute", "eval_every", "early_stopping",
@@ -67,13 +78,16 @@ def train(
 
     A fresh start seeds torch's global generator with `config.seed`.
 
-    Returns: out, adapter, model, steps, train_loss, eval_loss, tokens_per_second, peak_bytes, seconds and more.
+    Returns: out, adapter, model, steps, train_loss, eval_loss, tokens_per_second, peak_bytes, seconds, findings (what the
+        guards saw: code, step, what, advice) and more.
 
     Raises:
-        VeneerError: nothing to train, bad data, `out` not empty, no finite loss 3 times in a row, a step that gives some
-            trained weight no gradient.
-        RefusedError: the checkpoint to resume from is of other settings or data: the run would not be the one it was.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was written first.
+        VeneerError: nothing to train, bad data, `out` not empty, a loss that is not good however often the run goes back
+            (`veneer.training.guard`), a step that gives some trained weight no gradient, a full disk.
+        RefusedError: the checkpoint to resume from is of other settings or data, or beyond the end of this run: it would not
+            be the run it was.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written first.
+        SystemExit: SIGTERM, with exit code 143; likewise, within 10 seconds.
     """
     config = config or TrainConfig()
     folder = out or config.out
@@ -128,16 +142,27 @@ class _Run:
             fused=fused,
         )
         self.done = 0
+        self.losses: list[Tensor] = []  # of the batches of the step that is under way
+        self.guard = Guard(config.guard)
+        self.good: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # state and tensors to go back to
+        self.saved = 0  # the step of the newest checkpoint
+        self.finished = False  # nothing more is to be saved
+        self.gradients = Gradients(self.parameters)
+        self.keeps_best = config.early_stopping is not None or (config.guard and self.weights.small)
         self.state: dict[str, Any] = {
             "settings": self._settings(), "steps": self.steps, "tokens": 0, "seconds": 0.0, "loss_sum": 0.0,
-            "loss_steps": 0, "skipped": 0, "eval_loss": None, "best_loss": None, "bad_evaluations": 0,
+            "loss_steps": 0, "skipped": 0, "eval_loss": None, "eval_losses": [], "best_loss": None, "bad_evaluations": 0,
+            "overfits": False, "findings": [], "general_loss": None, "pending": None,
         }  # fmt: skip
         # one more of each kind while the newest is written
-        count = config.keep_last + 1 + (0 if config.early_stopping is None else 2)
-        keep = count * checkpoint_bytes(self.weights) + self.weights.output_bytes()
+        count = config.keep_last + 1 + (2 if self.keeps_best and self.eval_set is not None else 0)
+        keep = (count - 1) * checkpoint_bytes(self.weights) + checkpoint_bytes(self.weights, within_a_step=True)
+        keep += self.weights.output_bytes()
         require_disk_space(out, keep, f"{count} checkpoints and the {self.weights.what}")
         if not (resume and self._resume()):
             torch.manual_seed(config.seed)  # dropout
+        for folder in (out, self.checkpoints, self.checkpoints / "best"):
+            remove_leftovers(folder)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         if recipe is not None:
             with atomic_file(out / "recipe.yaml") as temporary:
@@ -145,51 +170,76 @@ class _Run:
         self.metrics = Metrics(out)
 
     def run(self) -> dict[str, Any]:
-        config, state = self.config, self.state
-        self._start()
-        started, before = time.monotonic(), state["seconds"]
-        bad_steps, stopped = 0, self._stopped()
-        say = Progress(self.progress, self.steps, self.device)
-        with _training(self.model, self.weights, config.recompute), _stop_signals() as stop:
-            while self.done < self.steps and not stopped:
-                began = time.monotonic()
-                row = self._step()
-                self.done += 1
-                state["seconds"] = before + time.monotonic() - started
-                row["tokens_per_second"] = round(row["tokens"] / (time.monotonic() - began), 1)
-                if row["applied"]:
-                    bad_steps = 0
-                    state["loss_sum"] += row["loss"]
-                    state["loss_steps"] += 1
-                    state["tokens"] += row["tokens"]
-                else:
-                    bad_steps += 1
-                    state["skipped"] += 1
-                if self._evaluation_due():
-                    state["eval_loss"] = self._evaluate()
-                    row["eval_loss"] = number(state["eval_loss"])
-                    self._keep_best(state["eval_loss"])
-                    stopped = self._stopped()
-                if self._log_due(row):
-                    memory, seconds = current_bytes(self.device), round(state["seconds"], 3)
-                    self.metrics.write({**row, "memory_bytes": memory, "seconds": seconds})
-                say.step(self.done, row)
-                if bad_steps == NAN_LIMIT:
-                    raise VeneerError(
-                        f"step {self.done}: no finite loss and gradient in {NAN_LIMIT} steps in a row; none of them was applied",
-                        hint=f"lower train.learning_rate (it was {self.peak_lr:g}; try a half), or look at the rows of these steps",
-                    )
-                if stop.is_set():
+        say = self._start()
+        started, before = time.monotonic(), self.state["seconds"]
+        with _training(self.model, self.weights, self.config.recompute), StopSignals() as stop:
+            try:
+                if self.config.guard and self.state["general_loss"] is None:
+                    with stop.breakable():
+                        self.state["general_loss"] = self._general_loss()
+                while True:
+                    if self.state["pending"] is not None:
+                        self._conclude(say, stop)
+                    if self.done >= self.steps or self._stopped():
+                        break
+                    began = time.monotonic()
+                    row = self._step(stop)
+                    now = time.monotonic()
+                    self.state["seconds"] = before + now - started
+                    if row["applied"]:
+                        self.state["loss_sum"] += row["loss"]
+                        self.state["loss_steps"] += 1
+                        self.state["tokens"] += row["tokens"]
+                        self.state["pending"] = {
+                            "row": row,
+                            "tokens_per_second": round(row["tokens"] / (now - began), 1),
+                        }
+                    else:
+                        self._go_back(row, say)
+                self._checkpoint()
+                return self._finish(say, stop)
+            except StopNow:
+                if not self.finished:
                     self._checkpoint()
-                    say.line(f"stopped at step {self.done}; go on with --resume")
-                    raise KeyboardInterrupt
-                if self.done % config.save_every == 0 and self.done < self.steps and not stopped:
-                    self._checkpoint()
-        self._checkpoint()
-        if config.early_stopping is not None and (best := newest_checkpoint(self.checkpoints / "best")) is not None:
+                more = f" and {len(self.losses)} batches" if self.losses else ""
+                say.line(f"stopped after step {self.done}{more}; go on with --resume")
+                stop.leave()
+                raise
+
+    def _conclude(self, say: Progress, stop: StopSignals) -> None:
+        """What comes after a step: evaluate where that is due, look, tell. If it is broken off a resumed run does it again."""
+        state, config = self.state, self.config
+        row = dict(state["pending"]["row"])
+        if self._evaluation_due():
+            with stop.breakable():
+                loss = self._evaluate()
+            row["eval_loss"] = number(loss)
+            state["eval_loss"] = loss
+        speed = {"tokens_per_second": state["pending"]["tokens_per_second"], "seconds": round(state["seconds"], 3)}
+        state["pending"] = None
+        if "eval_loss" in row:
+            self._keep_best(state["eval_loss"], say)
+        if config.guard and self.done == min(guards.WATCHED, self.steps):
+            self._found(self.gradients.found(self.done), say)
+        if self._log_due(row):
+            self.metrics.write(row, {**speed, "memory_bytes": current_bytes(self.device)})
+        say.step(self.done, row, speed["tokens_per_second"])
+        if self.done % config.save_every == 0:
+            self._look_at_scale(say)
+
+    def _finish(self, say: Progress, stop: StopSignals) -> dict[str, Any]:
+        state, self.finished = self.state, True
+        if self._stopped() and (best := newest_checkpoint(self.checkpoints / "best")) is not None:
             restore(best[1], self.weights, self.optimizer)
             self.weights.changed()
             state["eval_loss"] = best[0]["best_loss"]
+        self._look_at_scale(say)
+        general = None
+        if state["general_loss"] is not None:
+            with stop.breakable():
+                general = self._general_loss()
+        if general is not None:
+            self._found(guards.forgetting(state["general_loss"], general, self.done), say)
         written = self.weights.save(self.out)
         self.metrics.close()
         return {
@@ -198,11 +248,13 @@ class _Run:
             "steps": self.done,
             "train_loss": state["loss_sum"] / max(1, state["loss_steps"]),
             "eval_loss": state["eval_loss"],
+            "general_loss": None if general is None else {"before": state["general_loss"], "after": general},
             "tokens_per_second": state["tokens"] / max(1e-9, state["seconds"]),
             "peak_bytes": peak_bytes(self.device),
             "seconds": state["seconds"],
             "skipped_steps": state["skipped"],
-            "stopped_early": stopped,
+            "stopped_early": self._stopped(),
+            "findings": state["findings"],
             "learning_rate": self.peak_lr,
             "trainable_parameters": count_parameters(self.model).trainable,
             "rows": len(self.train_set.samples),
@@ -211,22 +263,25 @@ class _Run:
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
-    def _step(self) -> dict[str, Any]:
-        lr = self.peak_lr * lr_factor(
-            self.done, self.steps, self.warmup, self.config.schedule, self.config.min_lr_ratio
-        )
+    def _step(self, stop: StopSignals) -> dict[str, Any]:
+        """One step. A loss or gradient that is not as it should be is not applied: the row says which fault it is.
+
+        Raises:
+            StopNow: a signal asks to stop; `losses` says after how many batches of the step.
+        """
+        lr = self.guard.scale * self.peak_lr
+        lr *= lr_factor(self.done, self.steps, self.warmup, self.config.schedule, self.config.min_lr_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["factor"]
-        samples = [self.train_set.samples[i] for i in self.order.step(self.done)]
+        samples = [self.train_set.samples[i] for i in self.order.step(self.guard.data_step(self.done))]
         # One divisor for the whole step: however it is cut into micro-batches, every learned token weighs the same.
         items = sum(sample.supervised for sample in samples)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = []
-        for batch in self._batches(samples, self.config.batch_size):
-            part = batch_loss(self.model, batch, items)
-            part.backward()  # type: ignore[no-untyped-call]
-            parts.append(part.detach())
-        loss = sum(float(part) for part in parts)  # read last: a GPU goes on with the next batch meanwhile
+        if not self.losses:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.began = random_states(self.device)
+        self._forward_and_backward(samples, items, stop)
+        loss = sum(float(part) for part in self.losses)  # read last: a GPU goes on with the next batch meanwhile
+        self.losses = []
         without = [name for name, p in self.parameters.items() if p.grad is None]
         if without:
             raise VeneerError(
@@ -235,22 +290,90 @@ class _Run:
                 + self.weights.no_gradient,
             )
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        finite = math.isfinite(loss) and bool(torch.isfinite(norm))
-        if finite:
+        fault = self.guard.judge(loss, float(norm))
+        if fault is None:
+            self._keep_point()
+            if self.done < guards.WATCHED:
+                self.gradients.see(self.parameters)
             if self.config.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.max_grad_norm, norm)
             self.optimizer.step()
             self.weights.changed()
+            self.guard.passed(self.done, loss)
+            self.done += 1
         return {
-            "step": self.done + 1,
+            "step": self.done + (fault is not None),
             "loss": number(loss),
             "grad_norm": number(float(norm)),
             "learning_rate": lr,
             "tokens": sum(len(sample.input_ids) for sample in samples),
             "supervised_tokens": items,
-            "applied": finite,
-            **({} if finite else {"note": "loss or gradient was not finite: this step was not applied"}),
+            "applied": fault is None,
+            **({} if fault is None else {"fault": fault}),
         }
+
+    def _forward_and_backward(self, samples: list[Sample], items: int, stop: StopSignals) -> None:
+        """Add up the gradients of a step, from the batch after those already in `losses`."""
+        there = len(self.losses)
+        for at, batch in enumerate(self._batches(samples, self.config.batch_size)):
+            if at < there:
+                continue
+            if stop.asked:
+                raise StopNow
+            try:
+                with stop.breakable():
+                    part = batch_loss(self.model, batch, items)
+                    part.backward()  # type: ignore[no-untyped-call]
+            except StopNow:  # the gradients are of half a batch: the step has to begin again
+                self.losses = []
+                self.optimizer.zero_grad(set_to_none=True)
+                set_random_states(self.began, self.device)
+                raise
+            self.losses.append(part.detach())
+
+    def _keep_point(self) -> None:
+        """Before the update of every GOOD_EVERY-th step, and where a checkpoint is due: the loss has just shown that what is
+        trained is good, so this is what can be gone back to."""
+        save = self.done % self.config.save_every == 0 and self.done not in (0, self.saved)
+        if not save and self.done % GOOD_EVERY:
+            return
+        if save:
+            self._checkpoint(random=self.began, good=False)
+            self.saved = self.done
+        if self.config.guard and self.weights.small:
+            old = {} if self.good is None else self.good[1]  # written over: there is never a second copy
+            tensors = {
+                name: old[name].copy_(x) if name in old and old[name].shape == x.shape else x.clone()
+                for name, x in captured(self.weights, self.optimizer).items()
+            }
+            self.good = (self._position(), tensors | self.began)
+
+    def _position(self) -> dict[str, Any]:
+        """The run's state as it is put away: nothing in it changes any more."""
+        return copy.deepcopy({**self.state, "step": self.done, "guard": self.guard.state()})
+
+    def _go_back(self, row: dict[str, Any], say: Progress) -> None:
+        """Put the last good point back, without the batch of the step that was not good."""
+        good = self.good
+        if good is None and (found := newest_checkpoint(self.checkpoints)) is not None:
+            good = (found[0], found[1])
+        to = self.done if good is None or not self.config.guard else int(good[0]["step"])
+        event = self.guard.back(row["fault"], self.done, to, float(row["loss"]), float(row["grad_norm"]))
+        decided = self.guard.state()
+        if to < self.done and good is not None:
+            restore(good[1], self.weights, self.optimizer)
+            self.weights.changed()
+            kept = {key: self.state[key] for key in ("seconds", "findings", "skipped")}
+            self.state = {**_run_state(copy.deepcopy(good[0])), **kept}
+            decided["losses"] = good[0]["guard"]["losses"]
+        else:
+            set_random_states(self.began, self.device)
+        self.guard.load(decided)
+        self.done = to
+        self.state["skipped"] += 1
+        drop_metrics_after(self.out, to, len(self.guard.events) - 1)
+        self.metrics.event({**event, "step": to, "found_at": event["step"], "event": len(self.guard.events)})
+        self._found(event, say)
 
     def _batches(self, samples: list[Sample], size: int) -> Iterator[dict[str, Any]]:
         for start in range(0, len(samples), size):
@@ -259,13 +382,36 @@ class _Run:
 
     # ---- around the steps ---------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _start(self) -> Progress:
         release_memory()
         reset_peak(self.device)
         say = Progress(self.progress, self.steps, self.device)
         say.line(f"{count_parameters(self.model)}; {len(self.train_set.samples):,} rows, {self.steps:,} steps")
         for note in self.notes:
             say.line(f"note: {note}")
+        return say
+
+    def _found(self, finding: dict[str, Any] | None, say: Progress) -> None:
+        """Tell what a guard saw, once for each kind and step, and keep it for the report."""
+        if finding is not None and finding not in self.state["findings"]:
+            self.state["findings"] = [*self.state["findings"], finding]
+            say.line(f"{finding['code']}: step {finding['step']}: {finding['what']}; {finding['advice']}")
+
+    def _look_at_scale(self, say: Progress) -> None:
+        if self.config.guard and not any(x["code"] == "exploding-scale" for x in self.state["findings"]):
+            self._found(guards.exploding(self.weights.shares(), self.done), say)
+
+    def _general_loss(self) -> float | None:
+        """Mean loss a token on general text; None for a tokenizer that makes nothing of it."""
+        texts = [self.tokenizer(text)["input_ids"] for text in guards.GENERAL_TEXT]
+        samples = [Sample(ids, [IGNORED, *ids[1:]]) for ids in texts if len(ids) > 1]
+        if not samples:
+            return None
+        training = self.model.training
+        self.model.eval()
+        found = evaluation_loss(self.model, samples, self.packing, self.tokenizer)["loss"]
+        self.model.train(training)
+        return found if math.isfinite(found) else None
 
     def _settings(self) -> dict[str, Any]:
         """All that changes the numbers of a run, by the name the user knows; equal again after JSON."""
@@ -300,18 +446,69 @@ class _Run:
         ]
         if differs:
             raise RefusedError(differs, hint="--resume needs the recipe and the data of the first start")
+        if int(state["step"]) > self.steps:
+            raise RefusedError(
+                f"the checkpoint is from after step {state['step']}, but this run ends with step {self.steps}",
+                hint="raise train.epochs or train.max_steps, or start a new run in another folder",
+            )
         restore(tensors, self.weights, self.optimizer)
         self.weights.changed()
         self.done = int(state["step"])
+        self.guard.load(state["guard"])
+        self._resume_within_a_step(state, tensors)
+        if state["good"] is not None:
+            self.good = (state["good"], part(tensors, "good"))
         if state["steps"] != self.steps:
             self.notes.append(f"{self.steps} steps instead of {state['steps']}: the learning rate follows the new end")
-        self.state = {**state, "steps": self.steps}
-        drop_metrics_after(self.out, self.done)
-        self.notes.append(f"resumed after step {self.done}")
+        self.gradients.silent = set(state["silent"])
+        self.state = {**_run_state(state), "steps": self.steps}
+        self.saved = self.done
+        drop_metrics_after(self.out, self.done, len(self.guard.events))
+        self.notes.append(f"resumed after step {self.done}" + (f" and {len(self.losses)} batches" * bool(self.losses)))
         return True
 
-    def _checkpoint(self) -> None:
-        save_checkpoint(self.checkpoints, self.done, self.weights, self.optimizer, self.state, self.config.keep_last)
+    def _resume_within_a_step(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """The batches that are already in the gradients count where they are cut as they were; else the step begins anew."""
+        if not state["losses"]:
+            return
+        self.began = part(tensors, "began")
+        if state["cut"] == self._cut():
+            self.losses = [torch.tensor(loss, dtype=torch.float64) for loss in state["losses"]]
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+            set_random_states(self.began, self.device)
+
+    def _cut(self) -> list[Any]:
+        """What decides how a step is cut into batches."""
+        return [self.config.batch_size, self.packing]
+
+    def _checkpoint(
+        self,
+        folder: Path | None = None,
+        keep_last: int | None = None,
+        *,
+        random: dict[str, Tensor] | None = None,
+        good: bool = True,
+    ) -> None:
+        """Write all that a run needs to go on as if it had not stopped, also in the middle of a step.
+
+        Args:
+            random: the random states, where they are not the present ones.
+            good: also write the point to go back to; False: this is one.
+        """
+        tensors = captured(self.weights, self.optimizer) | (random or random_states(self.device))
+        if self.losses:
+            tensors |= {f"gradient/{name}": p.grad for name, p in self.parameters.items() if p.grad is not None}
+            tensors |= {f"began/{name}": x for name, x in self.began.items()}
+        state = self._position() | {
+            "losses": [float(loss) for loss in self.losses], "cut": self._cut(), "good": None,
+            "silent": sorted(self.gradients.silent),
+        }  # fmt: skip
+        if good and self.good is not None and self.done < self.steps:
+            state["good"] = self.good[0]
+            tensors |= {f"good/{name}": x for name, x in self.good[1].items()}
+        keep = self.config.keep_last if keep_last is None else keep_last
+        save_checkpoint(folder or self.checkpoints, self.done, tensors, state, keep, batches=len(self.losses))
 
     def _evaluation_due(self) -> bool:
         if self.eval_set is None:
@@ -320,9 +517,9 @@ class _Run:
         return self.done % every == 0 or self.done == self.steps
 
     def _log_due(self, row: dict[str, Any]) -> bool:
-        """Every `log_every` steps; the last step, one that was evaluated and one that was not applied always."""
+        """Every `log_every` steps; the last step and one that was evaluated always."""
         due = self.done % self.config.log_every == 0 or self.done == self.steps
-        return due or "eval_loss" in row or not row["applied"]
+        return due or "eval_loss" in row
 
     def _evaluate(self) -> float:
         assert self.eval_set is not None
@@ -332,18 +529,30 @@ class _Run:
         finally:
             self.model.train()
 
-    def _keep_best(self, loss: float) -> None:
+    def _keep_best(self, loss: float, say: Progress) -> None:
         state = self.state
+        state["eval_losses"] = [*state["eval_losses"], loss]
         if math.isfinite(loss) and (state["best_loss"] is None or loss < state["best_loss"]):
             state["best_loss"], state["bad_evaluations"] = loss, 0
-            if self.config.early_stopping is not None:
-                save_checkpoint(self.checkpoints / "best", self.done, self.weights, self.optimizer, state, 1)
+            if self.keeps_best:
+                self._checkpoint(self.checkpoints / "best", 1, good=False)
         else:
             state["bad_evaluations"] += 1
+        rising = guards.overfitting(state["eval_losses"], self.done) if self.config.guard else None
+        if rising is not None:
+            self._found(rising, say)
+            state["overfits"] = self.keeps_best
 
     def _stopped(self) -> bool:
+        """Whether the run ends before its last step: the held-out loss does not get better, or rises."""
         patience = self.config.early_stopping
-        return patience is not None and self.state["bad_evaluations"] >= patience
+        return self.state["overfits"] or (patience is not None and self.state["bad_evaluations"] >= patience)
+
+
+def _run_state(state: dict[str, Any]) -> dict[str, Any]:
+    """What the loop counts, of a checkpoint's state."""
+    own = ("step", "batches", "format", "guard", "good", "losses", "cut", "silent")
+    return {key: value for key, value in state.items() if key not in own}
 
 
 def require_new_run(out: Path) -> None:
@@ -431,15 +640,3 @@ def _training(model: nn.Module, weights: AdapterWeights | FullWeights, recompute
         arena.release()
         if checkpointing:
             model.gradient_checkpointing_disable()  # type: ignore[operator]
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Set the event on Ctrl-C and SIGTERM, so that the step in progress is finished first."""
-    event = threading.Event()
-    with ExitStack() as stack:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous = signal.signal(number, lambda *_: event.set())
-                stack.callback(signal.signal, number, previous)
-        yield event

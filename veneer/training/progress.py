@@ -1,4 +1,4 @@
-"""What a run tells while it trains: one line on the terminal, metrics.jsonl, and TensorBoard where it is installed."""
+"""What a run tells while it trains: one line on the terminal, metrics.jsonl, speed.jsonl, and TensorBoard where it is installed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from veneer.errors import VeneerError
 from veneer.machine import current_bytes
 from veneer.storage import atomic_file
 
@@ -28,22 +29,19 @@ class Progress:
             print(("\n" if self.pending else "") + text, file=sys.stderr, flush=True)
             self.pending = False
 
-    def step(self, done: int, row: dict[str, Any]) -> None:
+    def step(self, done: int, row: dict[str, Any], tokens_per_second: float) -> None:
         self.first = self.first or done - 1
         now = time.monotonic()
-        if not self.on or (
-            not self.live and now - self.shown < 10 and done < self.steps and "eval_loss" not in row and row["applied"]
-        ):
+        if not self.on or (not self.live and now - self.shown < 10 and done < self.steps and "eval_loss" not in row):
             return
         self.shown = now
         left = (now - self.started) / max(1, done - self.first) * (self.steps - done)
         text = (
-            f"step {done}/{self.steps}  loss {shown(row['loss'])}  lr {row['learning_rate']:.2e}  {row['tokens_per_second']:,.0f} tok/s  "
+            f"step {done}/{self.steps}  loss {shown(row['loss'])}  lr {row['learning_rate']:.2e}  {tokens_per_second:,.0f} tok/s  "
             f"{current_bytes(self.device) / 1e9:.1f} GB  {left / 60:.1f} min left"
         )
         text += f"  held-out loss {shown(row['eval_loss'])}" if "eval_loss" in row else ""
-        text += "" if row["applied"] else "  NOT APPLIED: not finite"
-        keep = not self.live or "eval_loss" in row or not row["applied"] or done == self.steps
+        keep = not self.live or "eval_loss" in row or done == self.steps
         print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, end="\n" if keep else "", flush=True)
         self.pending = not keep
 
@@ -70,11 +68,18 @@ def counter(what: str) -> Callable[[int, int], None]:
     return progress
 
 
+METRICS, SPEED = "metrics.jsonl", "speed.jsonl"
+
+
 class Metrics:
-    """`out`/metrics.jsonl, a line a step, and the same curves for TensorBoard when it is installed."""
+    """A line a step, and the same curves for TensorBoard when it is installed.
+
+    `out`/metrics.jsonl has what is the same each time a run is made, so that runs can be compared byte by byte;
+    `out`/speed.jsonl what is not: seconds, tokens per second, memory.
+    """
 
     def __init__(self, out: Path) -> None:
-        self.path = out / "metrics.jsonl"
+        self.out = out
         self.board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -82,27 +87,43 @@ class Metrics:
             return
         self.board = SummaryWriter(str(out / "tensorboard"))
 
-    def write(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def write(self, row: dict[str, Any], speed: dict[str, Any]) -> None:
+        _append(self.out / METRICS, row)
+        _append(self.out / SPEED, {"step": row["step"], **speed})
         if self.board is not None:
             for key in ("loss", "grad_norm", "learning_rate", "tokens_per_second", "eval_loss"):
-                if isinstance(row.get(key), float):
-                    self.board.add_scalar(key, row[key], row["step"])
+                if isinstance(value := {**row, **speed}.get(key), float):
+                    self.board.add_scalar(key, value, row["step"])
+
+    def event(self, row: dict[str, Any]) -> None:
+        """The run went back to step `step`, for the `event`-th time."""
+        _append(self.out / METRICS, row)
 
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
 
 
-def drop_metrics_after(out: Path, step: int) -> None:
-    """A killed run may have logged steps that its last checkpoint does not hold: they will be logged again."""
-    path = out / "metrics.jsonl"
-    if path.is_file():
+def _append(path: Path, row: dict[str, Any]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise VeneerError(
+            f"{path} could not be written: {error.strerror}", hint="free some space; then --resume"
+        ) from error
+
+
+def drop_metrics_after(out: Path, step: int, events: int = 0) -> None:
+    """A killed run may have logged steps, and events, that its last checkpoint does not hold: they will be logged again."""
+    for path in (out / METRICS, out / SPEED):
+        if not path.is_file():
+            continue
         lines = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                row = json.loads(line)
+                if row["step"] <= step and row.get("event", 0) <= events:
                     lines.append(line)
             except (ValueError, KeyError):
                 continue  # cut off in the middle of a line

@@ -25,6 +25,7 @@ from veneer.models.load import save_model
 from veneer.ops import all_finite
 from veneer.optim.groups import parameter_groups
 from veneer.quant.linear import QuantizedLinear
+from veneer.training.guard import update_share
 
 
 def trained_weights(method: Method, model: nn.Module, tokenizer: Any) -> AdapterWeights | FullWeights:
@@ -43,6 +44,8 @@ _OF_STARTS = ("svd_niter", "loftq_iterations", "eva_rho")  # all that is left of
 
 class Masters:
     """fp32 versions of weights: `parameters`, by name; an fp32 weight is its own. `rounded`: (weight, master) of others."""
+
+    small = True  # against the base: a copy in memory, to go back to, is no matter
 
     def __init__(self, weights: dict[str, nn.Parameter]) -> None:
         self.parameters: dict[str, nn.Parameter] = {}
@@ -66,6 +69,10 @@ class Masters:
 
     def begin(self, steps: int) -> None:
         """How many steps the run has in all."""
+
+    def shares(self) -> Iterator[tuple[str, float]]:
+        """Layers and the length of their update over that of their weight."""
+        return iter(())
 
     def buffers(self) -> dict[str, Tensor]:
         """What a checkpoint holds besides the parameters."""
@@ -95,6 +102,7 @@ class AdapterWeights(Masters):
                 hint="veneer.attach(model, LoraConfig(...)) first, or train every weight with method='full'",
             )
         self.model, self.name = model, name
+        self._lengths: dict[str, float] = {}
         super().__init__(adapter_parameters(model, name))
 
     def settings(self) -> dict[str, Any]:
@@ -137,6 +145,16 @@ class AdapterWeights(Masters):
         with super().training():
             yield
 
+    @torch.no_grad()
+    def shares(self) -> Iterator[tuple[str, float]]:
+        """Of linears with one base; weights' lengths are worked out once."""
+        for path, layer in lora_layers(self.model).items():
+            if self.name in layer.lora_A and self.name not in layer.began and layer.lora_A[self.name].dim() == 2:
+                if path not in self._lengths:
+                    self._lengths[path] = float(torch.linalg.vector_norm(layer.dense(layer.base_of(self.name))))
+                a, b = layer.a(self.name), layer.b(self.name)
+                yield path, update_share(b, a, layer.scaling[self.name], self._lengths[path])
+
     def output_bytes(self) -> int:
         return sum(4 * p.numel() for p in self.parameters.values())
 
@@ -147,6 +165,7 @@ class AdapterWeights(Masters):
 class FullWeights(Masters):
     """Every weight of the model, tied ones once. The model's own dropout, if it has any, is active."""
 
+    small = False
     what = "weights"
     no_gradient = "full fine-tuning trains every weight; train an adapter on the layers that take part instead"
 

@@ -145,12 +145,12 @@ def _scaling(lora: LoraConfig) -> list[Finding]:
 
 def _layers(kinds: frozenset[str]) -> list[Finding]:
     if kinds and kinds <= {"embeddings", "head"}:
-        where = " and ".join(sorted(kinds))
+        where, embeddings = " and ".join(sorted(kinds)), "embeddings" in kinds
         return [
             Finding(
                 "warning",
-                "only-" + ("head" if kinds == {"head"} else "embeddings"),
-                f"of the model only the {where} {'are' if 'embeddings' in kinds else 'is'} adapted, which hardly changes what it says",
+                "only-embeddings" if embeddings else "only-head",
+                f"of the model only the {where} {'are' if embeddings else 'is'} adapted, which hardly changes what it says",
                 "set lora.targets to all-linear, and lora.tokens for new tokens",
             )
         ]

@@ -79,9 +79,11 @@ def preflight(
         bad += encode_as(held, data_config, tokenizer).bad
     report = Preflight()
     report.findings += _rows(rows, held, bad, tokenizer, report.facts)
-    report.findings += _tokens(model, tokenizer, encoded, rows[:looked_at], data_config, config, report.facts)
+    report.findings += _tokens(model, tokenizer, encoded, rows[:looked_at], data_config, report.facts)
+    packing = data_config.packing and "attention" in getattr(model, "veneer_parts", ())
+    report.facts["packing"] = _packing(encoded.samples, packing, data_config, config)
     lora = _adapter_config(model) if method == "lora" else None
-    task = _task(model, encoded, rows, lora, config)
+    task = _task(model, encoded, rows, len(rows[:looked_at]), lora, config)
     report.findings += advise(task, lora, config)
     report.facts["recommended"] = recommend(task, method)
     if held is None:
@@ -89,7 +91,6 @@ def preflight(
         report.findings.append(Finding("note", "no-held-out", "no rows are held out", advice))
     report.facts["data_seconds"] = round(time.monotonic() - began, 3)
     began = time.monotonic()
-    packing = data_config.packing and "attention" in getattr(model, "veneer_parts", ())
     found, report.facts["batch"] = try_batch(
         model, tokenizer, encoded.samples, config, method, packing=packing, reload=reload
     )
@@ -191,23 +192,16 @@ def _place(row: Row) -> str:
 
 
 def _tokens(
-    model: Any,
-    tokenizer: Any,
-    encoded: Encoded,
-    rows: list[Row],
-    data: DataConfig,
-    train: TrainConfig,
-    facts: dict[str, Any],
+    model: Any, tokenizer: Any, encoded: Encoded, rows: list[Row], data: DataConfig, facts: dict[str, Any]
 ) -> Iterator[Finding]:
-    """What is learned of each row, and whether rows are as long as the settings and the model allow."""
-    samples, chat = encoded.samples, sum(bool(row.messages) for row in rows)
+    """What is learned of each row."""
+    samples, chat, count = encoded.samples, sum(bool(row.messages) for row in rows), len(rows)
     lengths = sorted(len(sample.input_ids) for sample in samples)
     learned = sorted(sample.supervised for sample in samples)
-    facts["looked_at"] = len(rows)
+    facts["looked_at"] = count
     facts["tokens"] = {"all": sum(lengths), "learned": sum(learned)}
     facts["learned_per_row"] = _spread(learned)
     facts["lengths"] = {**_spread(lengths), "histogram": _histogram(lengths)}
-    facts["packing"] = _packing(model, samples, data, train)
     facts["rows"] |= {"truncated": encoded.truncated, "cut": encoded.cut, "dropped": encoded.dropped}
     facts["mask"] = _mask(tokenizer, encoded, chat, data)
     facts["view"] = [_segments(sample, tokenizer) for sample in samples[:VIEWED]]
@@ -215,40 +209,48 @@ def _tokens(
         kept = {id(row) for row in encoded.rows}
         where = next((f" ({_place(row)})" for row in rows if id(row) not in kept), "")
         yield Finding(
-            "error" if encoded.dropped >= MOST * len(rows) else "warning", "nothing-learned",
-            f"{encoded.dropped:,} of {len(rows):,} rows have no learned token and are dropped{where}",
+            "error" if encoded.dropped >= MOST * count else "warning",
+            "nothing-learned",
+            f"{encoded.dropped:,} of {count:,} rows have no learned token and are dropped{where}",
             "raise data.max_length, or see whether the answers are empty",
-        )  # fmt: skip
-    if encoded.truncated:
-        yield Finding(
-            "warning" if encoded.truncated >= MANY * len(rows) else "note", "truncated",
-            f"{encoded.truncated:,} of {len(rows):,} rows are longer than data.max_length ({data.max_length:,}) and lose the "
-            "start of their prompt", "raise data.max_length, or shorten these rows",
-        )  # fmt: skip
-    if encoded.cut:
-        yield Finding(
-            "error" if encoded.cut >= MOST * len(rows) else "warning", "answer-cut",
-            f"{encoded.cut:,} of {len(rows):,} rows have an answer as long as data.max_length ({data.max_length:,}): it is "
-            "learned without its prompt, from the middle on", "raise data.max_length",
-        )  # fmt: skip
+        )
+    yield from _lengths(encoded, count, data.max_length)
     if encoded.unmarked:
         yield Finding(
-            "warning", "template-rewrites",
-            f"the chat template shows earlier turns otherwise than when they were written: of {encoded.unmarked:,} "
-            "conversations only the last answer is learned", "give each answer as a conversation of its own, or another template",
-        )  # fmt: skip
+            "warning",
+            "template-rewrites",
+            f"the chat template shows turns otherwise once others follow: of {encoded.unmarked:,} conversations only the last "
+            "answer is learned",
+            "make a conversation of each answer, or take another template",
+        )
     if chat and data.loss_on == "all":
         advice = "data.loss_on: completion learns the answers alone"
         yield Finding("note", "prompt-learned", "prompts are learned too, as data.loss_on says", advice)
     if chat and tokenizer.chat_template is None:
-        yield Finding(
-            "note", "no-template", "the tokenizer has no chat template: turns are written a line each",
-            "take the model's chat version, if there is one",
-        )  # fmt: skip
+        found = "the tokenizer has no chat template: turns are written a line each"
+        yield Finding("note", "no-template", found, "take the model's chat version, if there is one")
     yield from _ends(model, tokenizer, encoded)
     yield from _answers_kept(tokenizer, encoded, data.max_length)
     yield from _double_bos(tokenizer, samples)
-    yield from _too_long(model, lengths[-1])
+
+
+def _lengths(encoded: Encoded, count: int, max_length: int) -> Iterator[Finding]:
+    if encoded.truncated:
+        yield Finding(
+            "warning" if encoded.truncated > MANY * count else "note",
+            "truncated",
+            f"{encoded.truncated:,} of {count:,} rows are longer than data.max_length ({max_length:,}) and lose the start of "
+            "their prompt",
+            "raise data.max_length, or shorten these rows",
+        )
+    if encoded.cut:
+        yield Finding(
+            "error" if encoded.cut >= MOST * count else "warning",
+            "answer-cut",
+            f"{encoded.cut:,} of {count:,} rows have an answer as long as data.max_length ({max_length:,}): it is learned from "
+            "its middle on, without a prompt",
+            "raise data.max_length",
+        )
 
 
 def _ends(model: Any, tokenizer: Any, encoded: Encoded) -> Iterator[Finding]:
@@ -312,19 +314,6 @@ def _double_bos(tokenizer: Any, samples: list[Sample]) -> Iterator[Finding]:
         yield Finding("warning", "double-bos", f"{twice:,} rows begin with two {tokenizer.bos_token}", advice)
 
 
-def _too_long(model: Any, longest: int) -> Iterator[Finding]:
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int) or longest <= most:
-        return
-    tables = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
-    fixed = any(most <= size < most + 8 for size in tables)  # learned positions; some keep a few more rows
-    yield Finding(
-        "error" if fixed else "warning", "too-long",
-        f"the longest row has {longest:,} tokens, the model {'has' if fixed else 'was trained on'} {most:,} positions",
-        f"set data.max_length to {most:,}",
-    )  # fmt: skip
-
-
 def _mask(tokenizer: Any, encoded: Encoded, chat: int, data: DataConfig) -> str:
     if not chat:
         return "plain text: every token is learned"
@@ -380,7 +369,7 @@ def _histogram(values: list[int], bars: int = 10) -> list[dict[str, int]]:
     ]
 
 
-def _packing(model: Any, samples: list[Sample], data: DataConfig, train: TrainConfig) -> dict[str, Any]:
+def _packing(samples: list[Sample], on: bool, data: DataConfig, train: TrainConfig) -> dict[str, Any]:
     """The share of the tokens that are computed which are of rows, packed and padded, in the run's first steps."""
     order = Order(len(samples), train.batch_size * train.grad_accumulation, train.seed)
     tokens = packed = padded = 0
@@ -393,7 +382,6 @@ def _packing(model: Any, samples: list[Sample], data: DataConfig, train: TrainCo
             padded += max(sizes) * len(sizes)
             groups = pack(some, max(TOKEN_BUDGET, data.max_length))
             packed += sum(-(-sum(len(s.input_ids) for s in group) // ROUND_TO) * ROUND_TO for group in groups)
-    on = data.packing and "attention" in getattr(model, "veneer_parts", ())
     return {
         "on": on,
         "efficiency": tokens / (packed if on else padded),
@@ -410,9 +398,11 @@ def _adapter_config(model: Any) -> LoraConfig | None:
     return None if name is None else adapters(model)[name].config
 
 
-def _task(model: Any, encoded: Encoded, rows: list[Row], lora: LoraConfig | None, train: TrainConfig) -> Task:
-    """In numbers; where not all rows were looked at, they are taken for like the others."""
-    times = len(rows) / max(1, len({id(row) for row in encoded.rows}))
+def _task(
+    model: Any, encoded: Encoded, rows: list[Row], looked_at: int, lora: LoraConfig | None, train: TrainConfig
+) -> Task:
+    """In numbers; where not all rows were looked at, the others are taken for like them."""
+    times = len(rows) / looked_at
     count = round(len(encoded.samples) * times)
     answers = Counter(row.completion.strip() for row in rows if row.messages)
     chat = bool(answers)

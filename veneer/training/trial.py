@@ -36,6 +36,7 @@ from veneer.training.advice import Finding
 from veneer.training.data import Sample
 from veneer.training.loop import batches
 from veneer.training.packing import Order
+from veneer.training.progress import number
 
 CHECKED_TOKENS = 256  # of the batch: enough to reach every layer, soon done
 MOVED = 0.02  # standard deviation of what is added to B for a moment
@@ -64,6 +65,8 @@ def try_batch(
     if any(finding.severity == "error" for finding in found):
         return found, facts
     rows = _first_rows(samples, config)
+    if not rows:
+        return found, facts
     batch = next(batches(rows, packing, tokenizer, TOKEN_BUDGET, next(model.parameters()).device))
     facts["rows"], facts["tokens"] = len(rows), sum(len(row.input_ids) for row in rows)
     facts["learned"] = sum(row.supervised for row in rows)
@@ -88,17 +91,18 @@ def try_batch(
 
 
 def _first_rows(samples: list[Sample], config: TrainConfig) -> list[Sample]:
-    """Of the run's first batch: whole rows, or the end of a long one."""
+    """Of the run's first batch: whole rows, or the end of a long one, where something is learned there."""
     chosen: list[Sample] = []
     for i in Order(len(samples), config.batch_size, config.seed).step(0):
         ids, labels = samples[i].input_ids[-CHECKED_TOKENS:], samples[i].labels[-CHECKED_TOKENS:]
         if sum(len(sample.input_ids) for sample in chosen) + len(ids) > CHECKED_TOKENS:
             break
         chosen.append(Sample(ids, [IGNORED, *labels[1:]]))
-    return chosen
+    return [sample for sample in chosen if sample.supervised]
 
 
 def _impossible(model: Any, samples: list[Sample]) -> Iterator[Finding]:
+    """Rows that the model cannot take."""
     size = model.get_input_embeddings().weight.shape[0]
     highest = max(max(sample.input_ids) for sample in samples)
     if highest >= size:
@@ -108,6 +112,22 @@ def _impossible(model: Any, samples: list[Sample]) -> Iterator[Finding]:
             f"token id {highest:,} is in the rows, but the model has {size:,} embeddings",
             "take the model's own tokenizer, or model.resize_token_embeddings(len(tokenizer)) and train lora.tokens",
         )
+    yield from _too_long(model, max(len(sample.input_ids) for sample in samples))
+
+
+def _too_long(model: Any, longest: int) -> Iterator[Finding]:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or longest <= most:
+        return
+    words = model.get_input_embeddings()
+    tables = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not words}
+    fixed = any(most <= size < most + 8 for size in tables)  # learned positions; some keep a few more rows
+    yield Finding(
+        "error" if fixed else "warning",
+        "too-long",
+        f"the longest row has {longest:,} tokens, the model {'has' if fixed else 'was trained on'} {most:,} positions",
+        f"set data.max_length to {most:,}",
+    )
 
 
 def _wrong_state(model: Any) -> Iterator[Finding]:
@@ -145,11 +165,12 @@ def _start(model: Any, batch: dict[str, Any], name: str, facts: dict[str, Any]) 
     adapted = _logits(model, batch)
     labels = batch["labels"][:, 1:]
     learned = labels != IGNORED
-    facts["loss"] = loss = float(F.cross_entropy(adapted[:, :-1][learned].float(), labels[learned]))
+    loss = float(F.cross_entropy(adapted[:, :-1][learned].float(), labels[learned]))
+    facts["loss"] = number(loss)
     set_adapter(model, None)
     base = _logits(model, batch)
     set_adapter(model, name)
-    facts["start"] = apart = _apart(adapted, base)
+    apart, facts["start"] = _apart(adapted, base)
     if not math.isfinite(loss):
         yield Finding(
             "error",
@@ -167,16 +188,15 @@ def _start(model: Any, batch: dict[str, Any], name: str, facts: dict[str, Any]) 
         )
     own_base = any(name in layer.bases for layer in lora_layers(model).values())
     if own_base and quantized_layers(model):
-        apart["note"] = f"with init {adapters(model)[name].config.init} it starts nearer to the 16-bit base"
+        facts["start"]["note"] = f"with init {adapters(model)[name].config.init} it starts nearer to the 16-bit base"
     elif not own_base and any(bool(factor.any()) for factor in _last_factors(model, name).values()):
         found = "the adapter is not at its start: it goes on from what it has learned"
         yield Finding("note", "trained-before", found, "attach a new one to begin anew")
-    elif not apart["relative"] <= _tolerance(model, own_base):
+    elif not apart <= _tolerance(model, own_base):
         yield Finding(
             "error",
             "start-differs",
-            f"at step 0 the adapted model's logits are up to {apart['largest_difference']:.3g} from the base's "
-            f"({apart['relative']:.2g} of the largest)",
+            f"at step 0 the adapted model's logits are {apart:.2g} of the largest away from the base's",
             "an adapter starts as nothing: some layer does not compute what it stands for",
         )
 
@@ -192,14 +212,12 @@ def _last_factors(model: Any, name: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def _apart(found: Tensor, reference: Tensor) -> dict[str, Any]:
-    """How far logits are from others."""
-    difference, largest = float((found - reference).abs().max()), float(reference.abs().max())  # NaN stays NaN
-    return {
-        "equal": torch.equal(found, reference),
-        "largest_difference": difference,
-        "relative": difference / max(largest, 1e-30),
-    }
+def _apart(found: Tensor, reference: Tensor) -> tuple[float, dict[str, Any]]:
+    """How far logits are from others, of the largest of these; and the same for the facts."""
+    difference, largest = float((found - reference).abs().max()), float(reference.abs().max())
+    relative = difference / max(largest, 1e-30)
+    equal = torch.equal(found, reference)
+    return relative, {"equal": equal, "relative": number(relative), "largest_difference": number(difference)}
 
 
 def _tolerance(model: Any, own_base: bool = False) -> float:
@@ -267,7 +285,7 @@ def _reload(model: Any, batch: dict[str, Any], name: str, facts: dict[str, Any])
         with tempfile.TemporaryDirectory() as folder:
             save_adapter(model, Path(folder) / "adapter", name)
             load_adapter(model, Path(folder) / "adapter", other)
-        facts["reload"] = apart = _apart(_logits(model, batch), before)
+        apart, facts["reload"] = _apart(_logits(model, batch), before)
     except (VeneerError, OSError) as error:
         found = f"the adapter cannot be saved and loaded again: {str(error).splitlines()[0]}"
         yield Finding("error", "reload", found, "mend what it names, or change the lora settings it speaks of")
@@ -276,12 +294,11 @@ def _reload(model: Any, batch: dict[str, Any], name: str, facts: dict[str, Any])
         if other in adapters(model):
             remove_adapter(model, other)
         set_adapter(model, name)
-    if not apart["relative"] <= _tolerance(model, own_base):
+    if not apart <= _tolerance(model, own_base):
         yield Finding(
             "error",
             "reload",
-            f"saved and loaded again the adapter's logits are up to {apart['largest_difference']:.3g} off "
-            f"({apart['relative']:.2g} of the largest)",
+            f"saved and loaded again the adapter's logits are {apart:.2g} of the largest away from what they were",
             "its file would not hold what is trained",
         )
 

@@ -467,8 +467,9 @@ def test_a_merge_above_the_tolerance_is_written_by_force(main):
 
 
 def test_check_says_what_would_go_wrong(main, commands, monkeypatch):
+    config("model/generation_config.json", eos_token_id=257)()
     sound = ("check", "quick", *SET, "model=model", *SET, f"data.train={commands}", *SET, "lora={r: 4, alpha: 8}")
-    sound += (*SET, "data.eval=0.1")
+    sound += (*SET, "data.eval=0.1", *SET, "train.learning_rate=auto")
     code, out, err = main(*sound)
     assert code == 0 and out.endswith("0 errors, 0 warnings\n") and "\x1b" not in out, err
     code, out, err = main(*sound, "--json")
@@ -485,7 +486,7 @@ def test_check_says_what_would_go_wrong(main, commands, monkeypatch):
 def test_train_looks_first_and_is_not_changed_by_it(main, commands):
     run = (*RUN, *SET, "lora.dropout=0.2", *SET, "train.max_steps=3", *SET, f"data.train={commands}")
     code, _, err = main(*run)
-    assert code == 0 and "warning: rank-without-alpha: " in err, err
+    assert code == 0 and "warning: scaling: alpha / r is 8 (rank 4, alpha 32)" in err, err
     code, _, err = main(*run, *SET, "train.out=other", "--no-check")
     assert code == 0 and "warning: " not in err, err
     weights = "adapter/adapter_model.safetensors"

@@ -15,7 +15,8 @@ from veneer.report.check import check_recipe, describe, require_sound
 
 @pytest.fixture
 def recipe(tmp_path):
-    veneer.save_model(make_model(dtype=torch.bfloat16, hidden_size=64), make_tokenizer(), tmp_path / "model")
+    model = make_model(dtype=torch.bfloat16, hidden_size=64, eos_token_id=257, bos_token_id=256)
+    veneer.save_model(model, make_tokenizer(), tmp_path / "model")
 
     def make(rows=None, data=(), **changes):
         rows = [{"prompt": f"lamp {n}", "completion": f"lamp {n} is on"} for n in range(48)] if rows is None else rows
@@ -44,7 +45,11 @@ def codes(found, *severities):
     ],
 )
 def test_a_sound_recipe(recipe, changes):
-    made = recipe(**{key: value for key, value in changes.items() if value is not None}) if changes.get("method") != "full" else None
+    made = (
+        recipe(**{key: value for key, value in changes.items() if value is not None})
+        if changes.get("method") != "full"
+        else None
+    )
     if made is None:
         values = recipe().model_dump(exclude={"lora"})
         made = parse_recipe({**values, "method": "full"})
@@ -55,7 +60,7 @@ def test_a_sound_recipe(recipe, changes):
 
 
 def test_it_is_said_in_words(recipe):
-    rows = [{"prompt": "say \x1b[31mred", "completion": f"lamp {n}\nis on"} for n in range(48)]
+    rows = [{"prompt": f"say {n} \x1b[31mred", "completion": f"lamp {n}\nis on"} for n in range(48)]
     found = check_recipe(recipe(rows=rows, lora={"r": 32}))
     text = describe(found)
     assert codes(found, "warning")[:2] == ["rank-without-alpha", "few-examples"]
@@ -64,7 +69,9 @@ def test_it_is_said_in_words(recipe):
     assert "tokens a row: " in text and "█" in text and "planned memory: " in text and "bit for bit" in text
     assert text.endswith("0 errors, 2 warnings")
     coloured = describe(found, colours=True)
-    assert "\x1b[32mlamp 0\\nis on<|im_end|>\x1b[0m" in coloured and "\x1b[33m" in coloured and "[lamp 0" not in coloured
+    assert (
+        "\x1b[32mlamp 0\\nis on<|im_end|>\x1b[0m" in coloured and "\x1b[33m" in coloured and "[lamp 0" not in coloured
+    )
 
 
 def test_what_does_not_fit_is_an_error(recipe, monkeypatch):
@@ -100,7 +107,9 @@ def test_train_hands_on_warnings_and_refuses_errors(recipe):
     said = []
     require_sound(made, model, tokenizer, said.append)
     assert [text.split(":")[0] for text in said] == ["rank-without-alpha", "few-examples"]
-    made = recipe(rows=[{"text": f"<|im_start|>user\n{n}<|im_end|>"} for n in range(48)], data={"eval": made.data.train})
+    made = recipe(
+        rows=[{"text": f"<|im_start|>user\n{n}<|im_end|>"} for n in range(48)], data={"eval": made.data.train}
+    )
     said.clear()
     with pytest.raises(veneer.VeneerError, match=r"(?s)2 problems.*overlap.*rendered-already.*--no-check"):
         require_sound(made, model, tokenizer, said.append)

@@ -131,7 +131,9 @@ def test_what_is_recommended():
     assert [found["r"] for found in (few, some, many)] == [8, 16, 64]
     assert recommend(TASK._replace(width=4096))["r"] == 32
     for found in (few, some, many):
-        assert found["alpha"] == 2 * found["r"] and found["targets"] == "all-linear" and found["why"].keys() < found.keys()
+        assert (
+            found["alpha"] == 2 * found["r"] and found["targets"] == "all-linear" and found["why"].keys() < found.keys()
+        )
         lora = veneer.LoraConfig(**{key: found[key] for key in ("r", "alpha", "targets")})
         train = veneer.TrainConfig(learning_rate=found["learning_rate"])
         rows = 100 if found is few else 1000
@@ -141,6 +143,8 @@ def test_what_is_recommended():
 
 
 def test_errors_come_first():
-    found = advise(TASK._replace(kinds=frozenset({"attention"}), steps=2), veneer.LoraConfig(r=64), veneer.TrainConfig())
+    found = advise(
+        TASK._replace(kinds=frozenset({"attention"}), steps=2), veneer.LoraConfig(r=64), veneer.TrainConfig()
+    )
     assert [f.severity for f in errors_first(found)] == ["warning", "warning", "note"]
     assert str(errors_first(found)[0]).startswith("rank-without-alpha: lora.r is 64 and lora.alpha was left at 32")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE, make_mixture, make_model, make_tokenizer, randomised
+from conftest import TEMPLATE, make_mixture, make_tokenizer, randomised
+from conftest import make_model as make_any
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import veneer
@@ -23,6 +24,17 @@ MARKED = (
     "{{ m['content'] }}<|im_end|>{% endgeneration %}\n{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def make_model(**changes):
+    """One that stops where the tokenizer's turns end."""
+    return make_any(eos_token_id=257, bos_token_id=256, **changes)
+
+
+def mixture():
+    model = make_mixture()
+    model.generation_config.eos_token_id = 257
+    return model
 
 
 def pairs(count=48):
@@ -46,7 +58,9 @@ def shared(count=48):
 
 
 def alpacas(count=48):
-    return [{"instruction": f"add {n}", "input": "1 2" if n % 2 else "", "output": f"it is {n + 3}"} for n in range(count)]
+    return [
+        {"instruction": f"add {n}", "input": "1 2" if n % 2 else "", "output": f"it is {n + 3}"} for n in range(count)
+    ]
 
 
 def texts(count=48):
@@ -56,7 +70,7 @@ def texts(count=48):
 def gpt2():
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=258, n_embd=32, n_layer=2, n_head=2, n_positions=128, eos_token_id=256, bos_token_id=257,
+        vocab_size=258, n_embd=32, n_layer=2, n_head=2, n_positions=128, eos_token_id=257, bos_token_id=256,
         resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1,
     )  # fmt: skip
     return GPT2LMHeadModel(config).eval()
@@ -98,7 +112,7 @@ SOUND = {
     "chat with system": lambda: {"data": chats(system=True)},
     "sharegpt": lambda: {"data": shared()},
     "plain text": lambda: {"data": texts()},
-    "one long text": lambda: {"data": [{"text": " ".join(f"word{n}" for n in range(2000))}], "max_length": 128},
+    "one long text": lambda: {"data": [{"text": " ".join(f"word{n}" for n in range(600))}], "max_length": 128},
     "system of the recipe": lambda: {"system": "Answer."},
     "everything is learned": lambda: {"loss_on": "all"},
     "a share held out": lambda: {"eval": 0.1},
@@ -126,11 +140,12 @@ SOUND = {
         "model": attached(targets=["q_proj", "down_proj"], layers=[1], rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 4})
     },
     "head and linears": lambda: {"model": attached(make_model(tie_word_embeddings=False), targets=["lm_head", "up_proj"])},
+    "embeddings and linears": lambda: {"model": attached(targets=["embed_tokens", "v_proj"])},
     "biases and a module in full": lambda: {
         "model": attached(make_model(attention_bias=True, tie_word_embeddings=False), bias="all", modules_to_save=["lm_head"])
     },
     "tokens": lambda: {"model": attached(tokens=[5, 256])},
-    "a mixture": lambda: {"model": attached(make_mixture())},
+    "a mixture": lambda: {"model": attached(mixture())},
     "gpt2": lambda: {"model": attached(gpt2(), targets=["c_attn", "c_fc"]), "max_length": 128},
     "another adapter beside it": lambda: {"model": veneer.attach(attached(), veneer.LoraConfig(), name="second", seed=1), "data": pairs(140)},
 }  # fmt: skip
@@ -150,8 +165,12 @@ def test_no_false_alarm_from_files(tmp_path, suffix):
     import pandas
 
     path = str(tmp_path / f"rows{suffix}")
-    table = pandas.DataFrame({"text": [f"the card {n} is lost" for n in range(48)], "category": [f"card {n % 12}" for n in range(48)]})
-    {".csv": table.to_csv, ".parquet": table.to_parquet, ".json": lambda p, index: table.to_json(p, orient="records")}[suffix](path, index=False)
+    table = pandas.DataFrame(
+        {"text": [f"the card {n} is lost" for n in range(48)], "category": [f"card {n % 12}" for n in range(48)]}
+    )
+    {".csv": table.to_csv, ".parquet": table.to_parquet, ".json": lambda p, index: table.to_json(p, orient="records")}[
+        suffix
+    ](path, index=False)
     columns = {"prompt": "text", "completion": "category"}
     assert codes(look(data=path, columns=columns)) == []
 
@@ -295,7 +314,7 @@ def test_generation_stops_at_another_token():
     model = attached()
     model.generation_config.eos_token_id = [5, 6]
     assert codes(look(model)) == ["other-eos"]
-    model.generation_config.eos_token_id = [5, 256]
+    model.generation_config.eos_token_id = [5, 257]
     assert codes(look(model)) == []
 
 
@@ -449,7 +468,9 @@ def assert_same(one, other):
             assert value == other[key], key
 
 
-@pytest.mark.parametrize("name", ["dropout", "dora on nf4", "adalora", "tokens", "full", "pissa", "another adapter beside it"])
+@pytest.mark.parametrize(
+    "name", ["dropout", "dora on nf4", "adalora", "tokens", "full", "pissa", "another adapter beside it"]
+)
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_of_the_model_is_changed(name, fails, monkeypatch):
     setup = SOUND[name]()
@@ -499,11 +520,17 @@ def codes_in(file):
 
 
 def test_every_finding_is_in_the_table_and_provoked_in_a_test():
-    sources = [ROOT / "veneer" / name for name in ("training/advice.py", "training/preflight.py", "training/trial.py", "report/check.py")]
+    sources = [
+        ROOT / "veneer" / name
+        for name in ("training/advice.py", "training/preflight.py", "training/trial.py", "report/check.py")
+    ]
     known = {code for file in sources for code in codes_in(file)} - {"only-", "head", "embeddings"}
     known |= {"only-head", "only-embeddings"}
     table = (ROOT / "docs/preflight.md").read_text()
-    tests = "".join((ROOT / "tests" / name).read_text() for name in ("training/test_advice.py", "training/test_preflight.py", "report/test_check.py"))
+    tests = "".join(
+        (ROOT / "tests" / name).read_text()
+        for name in ("training/test_advice.py", "training/test_preflight.py", "report/test_check.py")
+    )
     assert len(known) > 30
     assert [code for code in sorted(known) if f"`{code}`" not in table] == []
     assert [code for code in sorted(known) if f'"{code}"' not in tests] == []

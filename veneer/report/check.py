@@ -131,7 +131,9 @@ def describe(report: dict[str, Any], *, colours: bool = False) -> str:
         lines.append(report["not_planned"])
     if facts:
         advised = facts["recommended"]
-        said = [f"{key} {advised[key]:.2g}" if key == "learning_rate" else f"{key} {advised[key]}" for key in advised["why"]]
+        said = [
+            f"{key} {advised[key]:.2g}" if key == "learning_rate" else f"{key} {advised[key]}" for key in advised["why"]
+        ]
         lines.append("for so much data we would take: " + ", ".join(said))
         lines += [f"  {key}: {why}" for key, why in advised["why"].items()]
     counted = [f"{report[kind]} {kind if report[kind] != 1 else kind[:-1]}" for kind in ("errors", "warnings")]

@@ -26,7 +26,7 @@ from veneer.adapters.attach import (
     set_adapter,
 )
 from veneer.adapters.files import load_adapter, save_adapter
-from veneer.adapters.lora import LoraLayer
+from veneer.adapters.lora import LoraEmbedding, LoraLayer
 from veneer.config import IGNORED, TOKEN_BUDGET, Method, TrainConfig
 from veneer.errors import VeneerError
 from veneer.models.fuse import batch_loss, set_recompute
@@ -39,7 +39,7 @@ from veneer.training.packing import Order
 from veneer.training.progress import number
 
 CHECKED_TOKENS = 256  # of the batch: enough to reach every layer, soon done
-MOVED = 0.02  # standard deviation of what is added to B for a moment
+MOVED = 0.02  # standard deviation of what is added to B (an embedding's A, AdaLoRA's E) for a moment
 TOLERANCE = 1e-3  # of the largest logit, that two ways to the same logits may differ by; times 16 in 16 bits
 HIGH_LOSS = 1.25  # times that of guessing: a model that knows nothing is at 1
 LISTED = 4  # names
@@ -82,7 +82,7 @@ def try_batch(
         found += _start(model, batch, name, facts)
         if any(finding.severity == "error" for finding in found):
             return found, facts
-        # B is zero at the start, and A's gradient with it, in a sound run too. Off zero every factor must have one.
+        # B is zero at the start, and A's gradient with it, in a sound run too. Off zero each factor must have one.
         with _moved(_last_factors(model, name)):
             found += _gradients(model, batch, adapter_parameters(model, name), facts)
             if reload:
@@ -202,12 +202,12 @@ def _start(model: Any, batch: dict[str, Any], name: str, facts: dict[str, Any]) 
 
 
 def _last_factors(model: Any, name: str) -> dict[str, nn.Parameter]:
-    """What is zero at the start and makes the update zero: every B, or AdaLoRA's E."""
+    """What is zero at the start and makes the update zero: every B, AdaLoRA's E, an embedding's A."""
     found = {}
     for path, layer in lora_layers(model).items():
         if name in layer.lora_A:
             parts = layer.parameters_of(name)
-            key = "lora_E" if "lora_E" in parts else layer.KEYS[1]
+            key = "lora_E" if "lora_E" in parts else layer.KEYS[0 if isinstance(layer, LoraEmbedding) else 1]
             found[f"{path}.{key}"] = parts[key]
     return found
 

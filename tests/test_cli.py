@@ -464,3 +464,35 @@ def test_a_merge_above_the_tolerance_is_written_by_force(main):
         "merge", "model", "adapter", "--out", "o", "--onto", "16-bit", "--tolerance", "0", "--force", "--json"
     )
     assert code == 0 and json.loads(out)["kl"] > 0, err
+
+
+def test_check_says_what_would_go_wrong(main, commands, monkeypatch):
+    config("model/generation_config.json", eos_token_id=257)()
+    sound = ("check", "quick", *SET, "model=model", *SET, f"data.train={commands}", *SET, "lora={r: 4, alpha: 8}")
+    sound += (*SET, "data.eval=0.1", *SET, "train.learning_rate=auto")
+    code, out, err = main(*sound)
+    assert code == 0 and out.endswith("0 errors, 0 warnings\n") and "\x1b" not in out, err
+    code, out, err = main(*sound, "--json")
+    assert code == 0 and json.loads(out)["facts"]["rows"]["train"] == 33, err
+    code, out, err = main(*sound, *SET, f"data.eval={commands}", "--json")
+    assert code == 2 and json.loads(out)["findings"][0]["code"] == "overlap", err
+    assert not os.path.exists("runs")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert "\x1b[32m" in main(*sound)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in main(*sound)[1]
+
+
+def test_train_looks_first_and_is_not_changed_by_it(main, commands):
+    run = (*RUN, *SET, "lora.dropout=0.2", *SET, "train.max_steps=3", *SET, f"data.train={commands}")
+    code, _, err = main(*run)
+    assert code == 0 and "warning: scaling: alpha / r is 8 (rank 4, alpha 32)" in err, err
+    code, _, err = main(*run, *SET, "train.out=other", "--no-check")
+    assert code == 0 and "warning: " not in err, err
+    weights = "adapter/adapter_model.safetensors"
+    with open(f"run/{weights}", "rb") as one, open(f"other/{weights}", "rb") as other:
+        assert one.read() == other.read()
+    wrong = (*run, *SET, "train.out=third", *SET, f"data.eval={commands}")
+    code, out, err = main(*wrong)
+    assert (code, out) == (2, "") and "overlap: 37 of 37 held-out rows" in err and not os.path.exists("third"), err
+    assert main(*wrong, "--no-check")[0] == 0

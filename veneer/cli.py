@@ -45,6 +45,7 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Start it even if it is planned not to fit into memory.")
     ] = False,
+    check: Annotated[bool, typer.Option(help="Look at rows, settings and one batch before the first step.")] = True,
     as_json: Json = False,
 ) -> None:
     """Train an adapter, or with `method: full` every weight, as a recipe says."""
@@ -57,8 +58,9 @@ def train(
         )
     import veneer
     from veneer.adapters.peft_format import base_quantization
+    from veneer.report.check import load_for, require_sound
     from veneer.report.plan import plan_recipe
-    from veneer.training.loop import require_new_run, start_batches
+    from veneer.training.loop import require_new_run
     from veneer.training.rows import require_readable
 
     if not resume:
@@ -67,13 +69,9 @@ def train(
     for file in [*train_files, *([plan.data.eval] if isinstance(plan.data.eval, str) else [])]:
         require_readable(Path(file))
     planned, why_not = plan_recipe(plan, force=force)
-    model, tokenizer = veneer.load(
-        plan.model, quantize=plan.quantize, double_quant=plan.double_quant, dtype=plan.dtype, device=plan.device,
-        revision=plan.revision,
-    )  # fmt: skip
-    if plan.method == "lora":
-        rows = start_batches(model, tokenizer, plan.data, plan.train.seed) if plan.lora.init == "eva" else None
-        veneer.attach(model, plan.lora, seed=plan.train.seed, data=rows)
+    model, tokenizer = load_for(plan)
+    if check and not resume:  # a run that goes on was looked at when it began
+        require_sound(plan, model, tokenizer, lambda text: print(f"warning: {printable(text)}", file=sys.stderr))
     result = veneer.train(
         model, tokenizer, None, plan.train, method=plan.method, data_config=plan.data, recipe=write_recipe(plan),
         resume=resume,
@@ -97,6 +95,28 @@ def train(
     chat += ["--system", plan.data.system] if plan.data.system else []
     where = f"model: {result['model']}" if full else f"adapter: {result['adapter']}"
     print(f"{where}\ntry it:  {shlex.join(chat)}")
+
+
+@app.command()
+def check(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="As of train: a YAML file, or a shipped one.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, e.g. train.epochs=2; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What would go wrong in a run, before step 1: rows, settings, memory, one batch. Exit code 2 when there are errors."""
+    from veneer.config import read_recipe
+    from veneer.report import check as report
+
+    found = report.check_recipe(read_recipe(recipe, set_))
+    if as_json:
+        _print_json(found)
+    else:
+        print(report.describe(found, colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
+    if found["errors"]:
+        raise typer.Exit(EXIT_BAD_INPUT)
 
 
 @app.command("eval")

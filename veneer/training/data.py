@@ -38,11 +38,17 @@ class Sample:
 
 @dataclass
 class Encoded:
+    """Samples, and in `rows` the row that each is of. Of the conversations: how many were truncated, lost the whole prompt
+    of their last answer by it (`cut`), or of how many the template shows only the last answer as it was (`unmarked`)."""
+
     samples: list[Sample]
     bad: list[BadRow] = field(default_factory=list)
     truncated: int = 0
     dropped: int = 0
     warnings: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    cut: int = 0
+    unmarked: int = 0
 
     def fingerprint(self) -> str:
         """sha256 over all ids and labels: the same data in the same order gives the same."""
@@ -52,21 +58,31 @@ class Encoded:
         return digest.hexdigest()
 
 
-def prepare_data(data: Any, config: DataConfig, tokenizer: Any, seed: int) -> tuple[Encoded, Encoded | None, list[str]]:
-    """Rows read, split and encoded: (train, held out, notes for the user)."""
+def read_data(data: Any, config: DataConfig, seed: int) -> tuple[list[Row], list[Row] | None, list[BadRow]]:
+    """Rows read and split: (train, held out, bad ones). data: in the place of `config.train`."""
     how: dict[str, Any] = {"format": config.format, "columns": config.columns, "strict": config.strict}
     found = read_rows(config.train if data is None else data, limit=config.limit, **how)
-    bad, rows, held = found.bad, found.rows, None
     if isinstance(config.eval, float):
-        rows, held = split_rows(rows, config.eval, seed)
-    elif config.eval is not None:
-        other = read_rows(config.eval, **how)
-        bad, held = bad + other.bad, other.rows
-    encode: dict[str, Any] = {
-        "max_length": config.max_length, "loss_on": config.loss_on, "system": config.system, "strict": config.strict,
-    }  # fmt: skip
-    train_set = encode_rows(rows, tokenizer, **encode)
-    eval_set = None if held is None else encode_rows(held, tokenizer, **encode)
+        return *split_rows(found.rows, config.eval, seed), found.bad
+    if config.eval is None:
+        return found.rows, None, found.bad
+    other = read_rows(config.eval, **how)
+    return found.rows, other.rows, found.bad + other.bad
+
+
+def encode_as(rows: Iterable[Row], config: DataConfig, tokenizer: Any) -> Encoded:
+    """`encode_rows` with a recipe's settings."""
+    return encode_rows(
+        rows, tokenizer, max_length=config.max_length, loss_on=config.loss_on, system=config.system,
+        strict=config.strict,
+    )  # fmt: skip
+
+
+def prepare_data(data: Any, config: DataConfig, tokenizer: Any, seed: int) -> tuple[Encoded, Encoded | None, list[str]]:
+    """Rows read, split and encoded: (train, held out, notes for the user)."""
+    rows, held, bad = read_data(data, config, seed)
+    train_set = encode_as(rows, config, tokenizer)
+    eval_set = None if held is None else encode_as(held, config, tokenizer)
     bad = [*bad, *train_set.bad, *(eval_set.bad if eval_set else [])]
     notes = [f"bad row skipped: {row}" for row in listed(bad)]
     notes += train_set.warnings
@@ -99,7 +115,6 @@ def encode_rows(
         VeneerError: no row can be rendered, or no learned token in any row.
     """
     result, pieces, plan = Encoded([]), [], []
-    unmarked = 0
     for row in rows:
         if row.messages:
             try:
@@ -107,27 +122,31 @@ def encode_rows(
             except VeneerError as error:
                 result.bad.append(BadRow(row.file, row.line, error.problems[0]))
                 continue
-            unmarked += not exact
+            result.unmarked += not exact
         else:
             parts = [(_bos(tokenizer), False), (_guarded(row.text, tokenizer), True)]
-        plan.append((len(parts), bool(row.messages), [learned for _, learned in parts]))
+        plan.append((row, [learned for _, learned in parts]))
         pieces += [text for text, _ in parts]
     if result.bad and (strict or not plan):
         raise bad_rows_error(result.bad, strict)
     ids = _tokenize(pieces, tokenizer)
     position = 0
-    for count, chat, learned in plan:
-        tokens, labels = [], []
-        for piece, mark in zip(ids[position : position + count], learned, strict=True):
+    for row, learned in plan:
+        tokens: list[int] = []
+        labels: list[int] = []
+        answer = 0  # where the last one begins
+        for piece, mark in zip(ids[position : position + len(learned)], learned, strict=True):
+            answer = len(tokens) if mark else answer
             tokens += piece
             labels += piece if mark or loss_on == "all" else [IGNORED] * len(piece)
-        position += count
+        position += len(learned)
         if tokenizer.eos_token_id is not None and (not tokens or tokens[-1] != tokenizer.eos_token_id):
             tokens.append(tokenizer.eos_token_id)
             labels.append(tokenizer.eos_token_id)
-        if chat:
+        if row.messages:
             result.truncated += len(tokens) > max_length
             samples = [_cut(tokens, labels, max_length, tokenizer.bos_token_id)]
+            result.cut += len(tokens) - answer >= max_length
         else:
             starts = range(0, max(1, len(tokens) - 1), max(1, max_length - 1))
             samples = [(tokens[s : s + max_length], labels[s : s + max_length]) for s in starts]
@@ -135,11 +154,12 @@ def encode_rows(
             sample = Sample(sample_ids, [IGNORED, *sample_labels[1:]])
             if sample.supervised:
                 result.samples.append(sample)
+                result.rows.append(row)
             else:
                 result.dropped += 1
-    if unmarked:
+    if result.unmarked:
         result.warnings.append(
-            f"{unmarked} conversations: the chat template rewrites earlier turns, so only the last answer is learned"
+            f"{result.unmarked} conversations: the chat template rewrites earlier turns, so only the last answer is learned"
         )
     if not result.samples:
         raise VeneerError(
@@ -163,7 +183,7 @@ def _with_system(messages: Sequence[dict[str, str]], system: str | None) -> list
     return list(messages)
 
 
-def _controls(tokenizer: Any) -> dict[str, int]:
+def control_tokens(tokenizer: Any) -> dict[str, int]:
     """The strings that would become control tokens and their ids, longest first.
 
     Every added token but those of white space or one character, which are ordinary text in some vocabularies.
@@ -180,7 +200,7 @@ def _controls(tokenizer: Any) -> dict[str, int]:
 def _guarded(text: str, tokenizer: Any) -> str:
     """User text with a break inside every string that would become a control token."""
     text = text.replace(_BREAK, "")
-    for control in _controls(tokenizer):
+    for control in control_tokens(tokenizer):
         while control in text:
             text = text.replace(control, control[0] + _BREAK + control[1:])
     return text
@@ -274,7 +294,7 @@ def _tokenize(pieces: list[str], tokenizer: Any) -> list[list[int]]:
     if not pieces:
         return []
     ids: list[list[int]] = tokenizer(pieces, add_special_tokens=False).input_ids
-    controls = _controls(tokenizer)
+    controls = control_tokens(tokenizer)
     known = set(controls.values()) - {tokenizer.unk_token_id}  # unknown: what rare plain text may be
     written = re.compile("|".join(map(re.escape, controls)) or "(?!)")
     for number, piece in enumerate(pieces):

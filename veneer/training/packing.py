@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from veneer.config import IGNORED, ROUND_TO, TOKEN_BUDGET
+from veneer.config import IGNORED, ROUND_TO, TOKEN_BUDGET, TrainConfig
 from veneer.training.data import Sample
 
 
@@ -27,6 +27,12 @@ class Order:
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.count / self.per_step)
+
+    def steps(self, config: TrainConfig) -> tuple[int, int]:
+        """Of a whole run, and how many of them warm up."""
+        steps = max(1, math.ceil(config.epochs * self.steps_per_epoch))
+        steps = steps if config.max_steps is None else min(steps, config.max_steps)
+        return steps, math.ceil(0.03 * steps) if config.warmup_steps is None else config.warmup_steps
 
     def step(self, number: int) -> list[int]:
         """Indices of the samples of step `number` (the first is 0)."""

@@ -283,14 +283,14 @@ def test_a_healthy_run_is_left_alone(tmp_path, tokenizer, commands, case):
 @pytest.mark.slow
 def test_a_jump_in_a_real_run_costs_less_than_one_per_cent(tmp_path, monkeypatch):
     """SmolLM2 in NF4 on the demo's commands, the loss of one batch times 20."""
-    rows = build_demo_data(train_rows=1200, test_rows=8).train
+    rows = build_demo_data(train_rows=800, test_rows=8).train
     results = []
     for bad in (None, 25):
         model, tokenizer = veneer.load("smollm2", quantize="nf4")
         veneer.attach(model, veneer.LoraConfig(r=8), seed=0)
         with monkeypatch.context() as patched:
             if bad is not None:
-                wrong_loss(patched, lambda run: data_step(run) == 60, 20.0)
+                wrong_loss(patched, lambda run: data_step(run) == 40, 20.0)
             data = veneer.DataConfig(train="-", eval=0.1)
             results.append(
                 run(model, tokenizer, rows, tmp_path / str(bad), data_config=data, batch_size=8, learning_rate=1e-3)

@@ -9,7 +9,7 @@ Sizes are bytes over those of a process that has imported the library.
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ from veneer.quant.linear import quantize_model, quantized_layers
 ADAM = 8  # bytes a trained parameter: two moments in fp32
 FP32 = 4
 SECOND_BASE = ("pissa", "loftq")
+# In segments of torch's allocator: cuBLAS' own, of the thread that goes forward and the one that goes back. Of Hopper; before it 8 MB.
+WORKSPACES = 2 * (32 << 20)
+COMPARED = 300  # tokens of the texts that a merged model is compared on
+EVALUATED = 16  # rows of a pass of evaluation, as `training.loop.evaluation_loss` takes them
 # What libraries and malloc keep, over import; fitted to 21 runs of five models (C12), the same for all models and methods.
 LIBRARIES, A_TOKEN, TOKENS = (
     50_000_000,
@@ -48,29 +52,41 @@ class Run(NamedTuple):
     grad_accumulation: int = 1
     recompute: Recompute = "none"
     packing: bool = True
+    evaluate: bool = True
     rows: tuple[int, ...] = ()
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def asked(self) -> dict[str, Any]:
         """The same by the names that a user knows, for JSON."""
         lora = self.method == "lora"
         return {
             "method": "qlora" if lora and self.quantize else self.method, "quantize": self.quantize,
-            "dtype": str(self.dtype).removeprefix("torch."), "rank": self.lora.r if lora else None,
+            "device": self.device, "dtype": str(self.dtype).removeprefix("torch."), "rank": self.lora.r if lora else None,
             "targets": self.lora.targets if lora else None, "batch_size": self.batch_size, "seq_len": self.seq_len,
             "grad_accumulation": self.grad_accumulation, "recompute": self.recompute, "packing": self.packing,
         }  # fmt: skip
 
 
 class Estimate(NamedTuple):
-    """Bytes by phase, and by part at the peak of training; about: what was planned for."""
+    """Bytes by phase, and by part at the peak of training; about: what was planned for. On a GPU these are the GPU's, and
+    `host` has the phases in main memory. Merging, which is no part of the run, is always in main memory."""
 
     phases: dict[str, int]
     parts: dict[str, int]
     about: dict[str, Any]
+    host: dict[str, int]
 
     @property
     def peak(self) -> int:
-        return max(self.phases.values())
+        return _most(self.phases)
+
+    @property
+    def host_peak(self) -> int:
+        return _most(self.host)
+
+
+def _most(phases: dict[str, int]) -> int:
+    return max((size for phase, size in phases.items() if phase != "merge"), default=0)
 
 
 class Weights(NamedTuple):
@@ -90,14 +106,21 @@ class Weights(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Bytes of one optimizer step over the weights: kept from the forward pass for the backward pass; what the head takes
-    more; gradients at the end; all at the worst moment; and the tokens of a pass."""
+    """Bytes of training over what is there between its steps: kept from a forward pass for its backward pass; what the head takes
+    more; gradients at the end; all at the worst moment; the worst moment of an evaluation after it; what stays after that.
+    tokens, evaluated: of a pass of each. On a GPU also `fragments`, which lie in segments of torch's allocator and in no tensor,
+    at the end of training and of the evaluation; and `loaded`, the segments before."""
 
     activations: int
     head: int
     gradients: int
     peak: int
+    evaluation: int
+    kept: int
     tokens: int
+    evaluated: int
+    fragments: tuple[int, int] = (0, 0)
+    loaded: int = 0
 
 
 def prepared(skeleton: Any, run: Run) -> Any:
@@ -132,55 +155,129 @@ def weights_of(model: Any, run: Run) -> Weights:
     return Weights(dense, codes, constants, adapter, sum(p.numel() for p in trained), largest)
 
 
-def dry_step(model: Any, run: Run, *, cpu: bool = True) -> Step:
-    """One optimizer step of a prepared skeleton with the largest batches there can be."""
+def dry_step(model: Any, run: Run) -> Step:
+    """Training of a prepared skeleton with the largest batches there can be, then an evaluation.
+
+    On the CPU one optimizer step, whose own work takes no memory but its state's; on a GPU two, the first makes that state.
+    """
+    cpu, packs = run.device == "cpu", "attention" in model.veneer_parts
     parameters = list(model.parameters())
-    batch, passes = _batch(run, "attention" in model.veneer_parts)
-    marks: list[int] = []
+    rows, passes = _rows(run, packs)
     books = DryRun([*parameters, *model.buffers()], cpu=cpu)
-    hooks = [model.get_decoder().register_forward_hook(lambda *_: marks.append(books.live))]
+    optimizer = None if cpu else _Optimizer(parameters)
+    loaded, there = books.blocks.reserved, books.live
+    sizes: list[int] = []
+
+    def decoded(*_: Any) -> None:
+        sizes.append(books.live - there)
+        books.restart()
+
+    def forward(rows: list[int]) -> Tensor:
+        loss = batch_loss(model, _inputs(run, rows, packs), 1)
+        if len(sizes) == 1:
+            sizes.append(books.lately - there - sizes[0])
+        return loss
+
+    hooks = []
     if run.method == "full":  # the masters have the sums
-        hooks += [parameter.register_post_accumulate_grad_hook(_let_go) for parameter in parameters]
+        taken = _let_go if optimizer is None else optimizer.add
+        hooks = [parameter.register_post_accumulate_grad_hook(taken) for parameter in parameters]
     try:
         with books:
+            if optimizer is not None:
+                torch.autograd.backward(forward(rows))
+                optimizer.step()
+                there = books.live
+            hooks.append(model.get_decoder().register_forward_hook(decoded))
             for _ in range(min(passes, 2)):  # of the second on, gradients are there from the start
-                loss = batch_loss(model, batch, 1)
-                forward = books.peak
-                torch.autograd.backward(loss)
-                del loss
+                torch.autograd.backward(forward(rows))
+            gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+            if optimizer is not None:
+                optimizer.step(keep=True)
+            peak, segments = books.peak, books.blocks.reserved
+            books.restart()
+            held_out = _evaluated(run, packs) if run.evaluate else rows
+            if run.evaluate:
+                with torch.no_grad():
+                    forward(held_out)
+            kept = books.places.high + books.beside
     finally:
         for hook in hooks:
             hook.remove()
-    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
     model.zero_grad(set_to_none=True)
-    tokens = batch["input_ids"].numel()
-    return Step(marks[0], max(0, forward - marks[-1]), gradients, books.peak, tokens)
+    evaluation, tokens = books.lately, (_tokens(run, rows, packs), _tokens(run, held_out, packs))
+    fragments = (0, 0) if cpu else (segments - peak, books.blocks.reserved - evaluation)
+    return Step(
+        sizes[0], sizes[1], gradients, peak - there, evaluation - there, kept - there, *tokens, fragments, loaded
+    )
 
 
 def _let_go(weight: Tensor) -> None:
     weight.grad = None
 
 
-def _batch(run: Run, packs: bool) -> tuple[dict[str, Any], int]:
-    """The largest inputs that a forward pass gets, as `training.packing` makes them: of rows of the full length; and how many
-    passes a step has."""
+class _Optimizer:
+    """What training makes on a GPU around the passes: masters, sums of gradients, AdamW as torch runs it there: many tensors
+    in one call, each of which makes new tensors."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        trained = [p for p in parameters if p.requires_grad]
+        self.masters = {p: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in trained}
+        self.adam = torch.optim.AdamW(self.masters.values(), foreach=True)
+
+    def add(self, weight: Tensor) -> None:
+        """A gradient goes to its master."""
+        master = self.masters[weight]
+        if master is not weight:
+            master.grad = torch.empty_like(master) if master.grad is None else master.grad
+            weight.grad = None
+
+    def step(self, *, keep: bool = False) -> None:
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), 1.0, norm)
+        self.adam.step()
+        for weight, master in self.masters.items():
+            if weight is master and not keep:  # the memory of a sum is kept
+                master.grad = None
+
+
+def _rows(run: Run, packs: bool) -> tuple[list[int], int]:
+    """Tokens of the rows of the largest forward pass, as `training.packing` makes it, and how many passes a step has."""
     rows = list(run.rows) or [run.seq_len] * run.batch_size
-    if run.packing and packs:
-        rows = rows if run.rows else rows[: max(1, max(TOKEN_BUDGET, run.seq_len) // run.seq_len)]
-    passes = run.grad_accumulation if run.rows else run.grad_accumulation * -(-run.batch_size // len(rows))
-    if run.packing and packs and (missing := -sum(rows) % ROUND_TO):
-        rows.append(missing)
-    shape = (1, sum(rows)) if packs else (run.batch_size, run.seq_len)
+    if run.packing and packs and not run.rows:
+        rows = rows[: max(1, max(TOKEN_BUDGET, run.seq_len) // run.seq_len)]
+    return rows, run.grad_accumulation * (1 if run.rows else -(-run.batch_size // len(rows)))
+
+
+def _evaluated(run: Run, packs: bool) -> list[int]:
+    """Tokens of the rows of a forward pass of evaluation: up to 16 rows, packed ones in a sequence."""
+    longest = max(run.rows, default=run.seq_len)
+    return [longest] * min(EVALUATED, max(1, TOKEN_BUDGET // longest) if run.packing and packs else EVALUATED)
+
+
+def _tokens(run: Run, rows: list[int], packs: bool) -> int:
+    return sum(rows) + (-sum(rows) % ROUND_TO if run.packing and packs else 0)
+
+
+def _inputs(run: Run, rows: list[int], packs: bool) -> dict[str, Any]:
+    """A model's inputs of such rows: packed, or padded to the longest."""
+    packed = run.packing and packs
+    if packed and (missing := -sum(rows) % ROUND_TO):
+        rows = [*rows, missing]
+    as_one = packed or (packs and run.device == "cpu")  # padded rows lie in the kernels' memory as packed ones do
+    shape = (1, sum(rows)) if as_one else (len(rows), max(rows))
     batch = {
         key: torch.empty(shape, dtype=torch.long, device="meta") for key in ("input_ids", "labels", "position_ids")
     }
-    if packs:  # padded rows lie in memory as packed ones do
+    if packs:
+        # Of four dimensions: nobody looks into it. transformers makes it of several packed rows, with a place for each score.
+        side = sum(rows) if packed and len(rows) > 1 else 1
+        batch["attention_mask"] = torch.empty((1, 1, side, side), dtype=torch.bool, device="meta")
+    if as_one:
         starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-        batch |= {
-            "attention_mask": torch.empty((1, 1, 1, 1), device="meta"),  # of four dimensions: nobody looks into it
-            "cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(rows), "max_length_k": max(rows),
-        }  # fmt: skip
-    return batch, passes
+        batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(rows), "max_length_k": max(rows)}
+    return batch
 
 
 def estimate(skeleton: Any, run: Run) -> Estimate:
@@ -208,15 +305,46 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         "activations": activations,
         "logits": logits,
         "scratch": inside - activations - logits,
-        "libraries": LIBRARIES + A_TOKEN * min(step.tokens, TOKENS),
+        "fragmentation": step.fragments[0],
+        "libraries": LIBRARIES + A_TOKEN * min(step.tokens, TOKENS) if run.device == "cpu" else WORKSPACES,
     }
-    phases = {"load": _load(weights, run), "train": sum(parts.values())}
     about = {"architecture": architecture, "parameters": count, "trainable_parameters": weights.trained}
-    return Estimate(phases, parts, about)
+    train = sum(parts.values())
+    between = train - inside - step.fragments[0] - (0 if masters else step.gradients)  # what is there between steps
+    evaluate = between + step.evaluation + step.fragments[1]
+    merge = _merge(model, run, count, weights.base)
+    if run.device == "cuda":  # segments stay, and saving takes a tensor at a time to main memory
+        phases = {"load": step.loaded, "train": train, "evaluate": evaluate, "save": evaluate}
+        return Estimate(_of(run, phases), parts, about, _of(run, {**_host(weights, run), "merge": merge}))
+    if step.evaluated != step.tokens:  # the forward pass's kernels for matrices of other shapes
+        evaluate += A_TOKEN // 2 * min(step.evaluated, TOKENS)
+    phases = {"load": _load(weights, run), "train": train, "evaluate": evaluate, "save": between + step.kept, "merge": merge}
+    return Estimate(_of(run, phases), parts, about, {})
+
+
+def _of(run: Run, phases: dict[str, int]) -> dict[str, int]:
+    """The phases that a run has."""
+    idle = {"evaluate": not run.evaluate, "merge": run.method == "full"}
+    return {phase: size for phase, size in phases.items() if not idle.get(phase)}
 
 
 def _load(weights: Weights, run: Run) -> int:
-    """At the worst moment of loading from files in the type that is asked for."""
+    """Main memory at the worst moment of loading from files in the type that is asked for."""
     if run.quantize is None:  # mapped: read when they are used
         return LOADED
     return weights.base + weights.largest + LOADED_QUANTIZED  # one after the other is read from the file
+
+
+def _merge(model: Any, run: Run, count: int, quantized: int) -> int:
+    """Main memory of `veneer merge`: the model before and after, one after the other, and their logits. An adapter that
+    was trained on a quantised base is also merged onto the 16-bit one, in memory, to see which is nearer."""
+    logits = COMPARED * model.get_output_embeddings().weight.shape[0] * FP32
+    dense = count * run.dtype.itemsize
+    return LOADED + 3 * logits + (dense if run.quantize is None else 2 * dense + quantized)
+
+
+def _host(weights: Weights, run: Run) -> dict[str, int]:
+    """Main memory of a run on a GPU, by phase."""
+    mapped = weights.base if run.quantize is None else 0  # all of the files is read on its way to the GPU
+    kept = weights.base if run.method == "full" else FP32 * weights.trained  # what is saved is copied back
+    return {"load": mapped + _load(weights, run), "train": LOADED, "evaluate": LOADED, "save": LOADED + kept}

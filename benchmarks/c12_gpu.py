@@ -23,6 +23,7 @@ from veneer.models.known import MODELS
 from veneer.models.load import skeleton, skeleton_of
 from veneer.planning.memory import Estimate, Run, estimate, prepared
 from veneer.planning.plan import CONTEXT, HOST_LIBRARIES
+from veneer.planning.speed import filled
 from veneer.training.data import Sample
 from veneer.training.loop import batches
 from veneer.training.weights import trained_weights
@@ -54,21 +55,6 @@ class Padding(NamedTuple):
 
 def skeleton_for(model: str) -> Any:
     return skeleton_of(LLAMA_1B[0], **LLAMA_1B[1]) if model == "llama 1B" else skeleton(model)
-
-
-def filled(model: Any, device: torch.device) -> Any:
-    """A skeleton that is prepared for training, on the device, with numbers in it that do no harm."""
-    model = model.to_empty(device=device)
-    model.tie_weights()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.dtype in (torch.uint8, torch.int8):
-                tensor.random_()
-            elif tensor.dim() > 1:
-                tensor.normal_(0, 0.02)
-            else:
-                tensor.fill_(1.0 if "norm" in name and "absmax" not in name else 0.01)
-    return model
 
 
 def measure(model: str, run: Run, device: torch.device) -> dict[str, Any]:

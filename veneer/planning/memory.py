@@ -14,17 +14,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from veneer.adapters.attach import attach
+from veneer.adapters.attach import attach, lora_layers
+from veneer.adapters.starts import OF_WEIGHTS
 from veneer.config import ROUND_TO, TOKEN_BUDGET, LoraConfig, Method, Quantization
-from veneer.errors import VeneerError
 from veneer.models.fuse import batch_loss, fuse, set_recompute
 from veneer.ops.blocks import Recompute
 from veneer.ops.dry_run import DryRun
-from veneer.quant.linear import quantize_model, quantized_layers
+from veneer.quant.linear import QuantizedLinear, quantize_model, quantized_layers
 
 ADAM = 8  # bytes a trained parameter: two moments in fp32
 FP32 = 4
-SECOND_BASE = ("pissa", "loftq")
+SVD = 8  # tensors of a layer's size in fp32 that a start of weights (PiSSA, LoftQ) makes of it
 # In segments of torch's allocator: cuBLAS' own, of the thread that goes forward and the one that goes back. Of Hopper; before it 8 MB.
 WORKSPACES = 2 * (32 << 20)
 COMPARED = 300  # tokens of the texts that a merged model is compared on
@@ -40,7 +40,8 @@ LOADED, LOADED_QUANTIZED = 82_000_000, 32_000_000  # after loading; a quantised 
 
 class Run(NamedTuple):
     """What decides the memory of a fine-tune, besides the model. seq_len: tokens of the longest row; rows: tokens of all rows
-    of the largest forward pass, where they are known (left out: as many of the longest as there can be)."""
+    of the largest forward pass, where they are known (left out: as many of the longest as there can be); stored: the type
+    of the weights in their files (left out: that which is asked for)."""
 
     method: Method = "lora"
     quantize: Quantization | None = None
@@ -55,6 +56,7 @@ class Run(NamedTuple):
     evaluate: bool = True
     rows: tuple[int, ...] = ()
     device: Literal["cpu", "cuda"] = "cpu"
+    stored: torch.dtype | None = None
 
     def asked(self) -> dict[str, Any]:
         """The same by the names that a user knows, for JSON."""
@@ -90,14 +92,16 @@ def _most(phases: dict[str, int]) -> int:
 
 
 class Weights(NamedTuple):
-    """Bytes of a model as training has it: dense weights, 4- and 8-bit codes and their constants, the adapter; how many numbers
-    are trained; the largest tensor of the base in 16 bits."""
+    """Bytes of a model as training has it: dense weights, 4- and 8-bit codes and their constants, the adapter, what PiSSA or
+    LoftQ keep beside the base; how many numbers are trained, and are in the base; those of its largest tensor."""
 
     dense: int
     codes: int
     constants: int
     adapter: int
+    second_base: int
     trained: int
+    count: int
     largest: int
 
     @property
@@ -133,7 +137,8 @@ def prepared(skeleton: Any, run: Run) -> Any:
         if run.method == "lora":
             with warnings.catch_warnings():  # who attaches it in earnest is told
                 warnings.simplefilter("ignore")
-                attach(model, run.lora if run.lora.init != "eva" else run.lora.model_copy(update={"init": "kaiming"}))
+                plain = run.lora.init not in (*OF_WEIGHTS, "eva")  # these look at weights or data: the same layers and ranks
+            attach(model, run.lora if plain else run.lora.model_copy(update={"init": "kaiming"}))
         else:
             model.requires_grad_(True)
     if not set_recompute(model, run.recompute) and run.recompute != "none":
@@ -151,8 +156,26 @@ def weights_of(model: Any, run: Run) -> Weights:
     adapter = sum(p.nbytes for p in trained) if run.method == "lora" else 0
     dense = sum(p.nbytes for p in parameters) - adapter
     matrices = [m.in_features * m.out_features for m in layers] + [p.numel() for p in parameters if not p.requires_grad]
-    largest = max(matrices, default=0) * run.dtype.itemsize
-    return Weights(dense, codes, constants, adapter, sum(p.numel() for p in trained), largest)
+    count = sum(m.in_features * m.out_features for m in layers) + sum(p.numel() for p in parameters)
+    count -= sum(p.numel() for p in trained) if run.method == "lora" else 0
+    second = _second_base(model, run) + adapter if _has_second_base(run) else 0  # and the factors as they began
+    return Weights(
+        dense, codes, constants, adapter, second, sum(p.numel() for p in trained), count, max(matrices, default=0)
+    )
+
+
+def _has_second_base(run: Run) -> bool:
+    of_loftq = run.lora.init == "loftq" and run.lora.loftq_iterations > 1  # after one it is the base
+    return run.method == "lora" and (run.lora.init == "pissa" or of_loftq)
+
+
+def _second_base(model: Any, run: Run) -> int:
+    """Bytes of the bases that stand under the adapted layers."""
+    bases = [layer.base_layer for layer in lora_layers(model).values()]
+    return sum(
+        sum(buffer.nbytes for buffer in base.buffers()) if isinstance(base, QuantizedLinear) else base.weight.nbytes
+        for base in bases
+    )
 
 
 def dry_step(model: Any, run: Run) -> Step:
@@ -162,9 +185,9 @@ def dry_step(model: Any, run: Run) -> Step:
     """
     cpu, packs = run.device == "cpu", "attention" in model.veneer_parts
     parameters = list(model.parameters())
-    rows, passes = _rows(run, packs)
+    rows, passes = rows_of(run, packs)
     books = DryRun([*parameters, *model.buffers()], cpu=cpu)
-    optimizer = None if cpu else _Optimizer(parameters)
+    optimizer = None if cpu else Optimizer(parameters, foreach=True)
     loaded, there = books.blocks.reserved, books.live
     sizes: list[int] = []
 
@@ -216,33 +239,41 @@ def _let_go(weight: Tensor) -> None:
     weight.grad = None
 
 
-class _Optimizer:
-    """What training makes on a GPU around the passes: masters, sums of gradients, AdamW as torch runs it there: many tensors
-    in one call, each of which makes new tensors."""
+class Optimizer:
+    """What training makes around the passes: fp32 masters of 16-bit weights, sums of gradients, AdamW. On a GPU torch takes many
+    tensors in one call, each of which makes new tensors; `foreach` does so anywhere."""
 
-    def __init__(self, parameters: list[Any]) -> None:
+    def __init__(self, parameters: list[Any], *, foreach: bool) -> None:
         trained = [p for p in parameters if p.requires_grad]
         self.masters = {p: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in trained}
-        self.adam = torch.optim.AdamW(self.masters.values(), foreach=True)
+        self.adam = torch.optim.AdamW(self.masters.values(), foreach=foreach, fused=None if foreach else True)
 
     def add(self, weight: Tensor) -> None:
-        """A gradient goes to its master."""
+        """A gradient goes to its master, whose memory for it is kept."""
         master = self.masters[weight]
-        if master is not weight:
-            master.grad = torch.empty_like(master) if master.grad is None else master.grad
-            weight.grad = None
+        if master is weight:
+            return
+        if master.grad is None:
+            master.grad = torch.zeros_like(master)
+        master.grad.add_(weight.grad)
+        weight.grad = None
 
     def step(self, *, keep: bool = False) -> None:
+        """keep: the gradients are still there, as between steps."""
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         torch.nn.utils.clip_grads_with_norm_(self.masters.values(), 1.0, norm)
         self.adam.step()
-        for weight, master in self.masters.items():
-            if weight is master and not keep:  # the memory of a sum is kept
-                master.grad = None
+        with torch.no_grad():
+            for weight, master in self.masters.items():
+                if weight is not master:
+                    weight.copy_(master)
+                    master.grad.zero_()
+                elif not keep:
+                    master.grad = None
 
 
-def _rows(run: Run, packs: bool) -> tuple[list[int], int]:
+def rows_of(run: Run, packs: bool) -> tuple[list[int], int]:
     """Tokens of the rows of the largest forward pass, as `training.packing` makes it, and how many passes a step has."""
     rows = list(run.rows) or [run.seq_len] * run.batch_size
     if run.packing and packs and not run.rows:
@@ -281,14 +312,8 @@ def _inputs(run: Run, rows: list[int], packs: bool) -> dict[str, Any]:
 
 
 def estimate(skeleton: Any, run: Run) -> Estimate:
-    """Of a skeleton, which is changed.
-
-    Raises:
-        VeneerError: a start that keeps a second base, which is not planned.
-    """
-    if run.method == "lora" and run.lora.init in SECOND_BASE:
-        raise VeneerError(f"lora.init: found {run.lora.init}, which keeps a second base: its memory is not planned")
-    architecture, count = type(skeleton).__name__, sum(p.numel() for p in skeleton.parameters())
+    """Of a skeleton, which is changed."""
+    architecture = type(skeleton).__name__
     model = prepared(skeleton, run)
     weights, step = weights_of(model, run), dry_step(model, run)
     masters = run.method == "full" and run.dtype != torch.float32
@@ -299,6 +324,7 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         "weights": weights.dense + weights.codes,
         "quantisation constants": weights.constants,
         "adapter": weights.adapter,
+        "second base": weights.second_base,
         "masters": FP32 * weights.trained if masters else 0,
         "gradients": FP32 * weights.trained if masters else step.gradients,
         "optimizer": ADAM * weights.trained,
@@ -308,11 +334,11 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         "fragmentation": step.fragments[0],
         "libraries": LIBRARIES + A_TOKEN * min(step.tokens, TOKENS) if run.device == "cpu" else WORKSPACES,
     }
-    about = {"architecture": architecture, "parameters": count, "trainable_parameters": weights.trained}
+    about = {"architecture": architecture, "parameters": weights.count, "trainable_parameters": weights.trained}
     train = sum(parts.values())
     between = train - inside - step.fragments[0] - (0 if masters else step.gradients)  # what is there between steps
     evaluate = between + step.evaluation + step.fragments[1]
-    merge = _merge(model, run, count, weights.base)
+    merge = _merge(model, run, weights)
     if run.device == "cuda":  # segments stay, and saving takes a tensor at a time to main memory
         phases = {"load": step.loaded, "train": train, "evaluate": evaluate, "save": evaluate}
         return Estimate(_of(run, phases), parts, about, _of(run, {**_host(weights, run), "merge": merge}))
@@ -329,22 +355,32 @@ def _of(run: Run, phases: dict[str, int]) -> dict[str, int]:
 
 
 def _load(weights: Weights, run: Run) -> int:
-    """Main memory at the worst moment of loading from files in the type that is asked for."""
-    if run.quantize is None:  # mapped: read when they are used
-        return LOADED
-    return weights.base + weights.largest + LOADED_QUANTIZED  # one after the other is read from the file
+    """Main memory at the worst moment of loading, and of making a start that looks at the weights."""
+    dense, largest = weights.count * run.dtype.itemsize, weights.largest * run.dtype.itemsize
+    mapped = 0 if run.stored in (None, run.dtype) else dense // run.dtype.itemsize * run.stored.itemsize
+    if run.quantize is None:  # mapped: read when they are used; of another type: read, and made anew
+        load = LOADED if not mapped else mapped + dense + LOADED
+    elif mapped:
+        load = mapped + dense + LOADED
+    else:
+        load = weights.base + largest + LOADED_QUANTIZED  # one after the other is read from the file
+    if run.method == "lora" and run.lora.init in OF_WEIGHTS:  # the 16-bit weights of a quantised base are looked at again
+        again = dense if run.quantize is not None else 0
+        start = weights.base + weights.second_base + again + mapped + SVD * FP32 * weights.largest + LOADED
+        return max(load, start)
+    return load
 
 
-def _merge(model: Any, run: Run, count: int, quantized: int) -> int:
+def _merge(model: Any, run: Run, weights: Weights) -> int:
     """Main memory of `veneer merge`: the model before and after, one after the other, and their logits. An adapter that
     was trained on a quantised base is also merged onto the 16-bit one, in memory, to see which is nearer."""
     logits = COMPARED * model.get_output_embeddings().weight.shape[0] * FP32
-    dense = count * run.dtype.itemsize
-    return LOADED + 3 * logits + (dense if run.quantize is None else 2 * dense + quantized)
+    dense = weights.count * run.dtype.itemsize
+    return LOADED + 3 * logits + (dense if run.quantize is None else 2 * dense + weights.base)
 
 
 def _host(weights: Weights, run: Run) -> dict[str, int]:
     """Main memory of a run on a GPU, by phase."""
-    mapped = weights.base if run.quantize is None else 0  # all of the files is read on its way to the GPU
+    read = weights.base if run.quantize is None else 0  # all of the files is read on its way to the GPU
     kept = weights.base if run.method == "full" else FP32 * weights.trained  # what is saved is copied back
-    return {"load": mapped + _load(weights, run), "train": LOADED, "evaluate": LOADED, "save": LOADED + kept}
+    return {"load": read + _load(weights, run), "train": LOADED, "evaluate": LOADED, "save": LOADED + kept}

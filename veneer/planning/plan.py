@@ -12,10 +12,12 @@ import torch
 from veneer.config import Dtype, LoraConfig, Quantization, Recipe
 from veneer.errors import VeneerError
 from veneer.machine import available_bytes, current_bytes
-from veneer.models.load import skeletons, stored_quantization, uses_gpu
+from veneer.models.load import stored_dtype, stored_quantization, uses_gpu
 from veneer.ops.blocks import Recompute
 from veneer.planning.machines import MACHINES
 from veneer.planning.memory import Run, estimate
+from veneer.planning.shapes import shape_text, skeleton_maker
+from veneer.planning.speed import measure
 
 Device = Literal["auto", "cpu", "cuda"]
 CONTEXT = 600_000_000  # of a GPU's memory: its context and torch's kernels. Taken; more on newer GPUs
@@ -30,7 +32,7 @@ LARGEST = {"batch": "batch_size", "length": "seq_len", "rank": "rank"}
 
 
 def plan(
-    model: str,
+    model: str | dict[str, int],
     *,
     method: Kind = "qlora",
     batch_size: int = 1,
@@ -48,23 +50,25 @@ def plan(
     device: Device = "auto",
     budget: str | int | None = None,
     largest: str | None = None,
+    time: bool = False,
 ) -> dict[str, Any]:
     """What a fine-tune of `model` takes of memory, and whether it fits. Only a config is read.
 
     Args:
-        model: as `load` takes it. method: "full", "lora", or "qlora": on a base in `quantize`.
+        model: as `load` takes it, or sizes of a Llama as `planning.shapes.NAMES` has them: {"layers": 32, ...}. method: "full", "lora", or "qlora": on a base in `quantize`.
         seq_len: tokens of the longest row. lora: all of the adapter's settings, in place of rank and targets.
         evaluate: whether rows are held out and looked at between the steps.
         device: "cpu", "cuda", which need not be here, or "auto": what `budget` names has, else this machine.
         budget: bytes, a text as "24GB" (10^9) or "24GiB" (2^30), or one of `planning.machines`, as "rtx-4090"; left out: what
             is free on this machine now.
         largest: "batch", "length" or "rank": the largest that fits is looked for, the rest being as it is.
+        time: also measure some layers of the model's shapes on this machine, some seconds long.
 
     Returns:
         peak_bytes: the most in any phase of the run, over a process that has imported the library, on a GPU of its memory;
         phases, of which merge is no part of the run; parts of the peak in training; process_bytes, what such a process takes
-        itself; budget_bytes, fits; changes, what would make it fit, the cheapest first, each with its cost and its peak;
-        largest; host: the same of main memory, for a GPU; and what was asked.
+        itself; budget_bytes, fits; notes, on what a guess was made; changes, what would make it fit, the cheapest first, each with its cost and its peak;
+        largest; host: the same of main memory, for a GPU; seconds_per_step and tokens_per_second; and what was asked.
 
     Raises:
         VeneerError: no such model, or settings that cannot be; all at once.
@@ -77,20 +81,42 @@ def plan(
         getattr(torch, dtype), config, batch_size, seq_len, grad_accumulation, recompute, packing, evaluate,
         device=_device(device, budget),
     )  # fmt: skip
-    return planned(model, run, budget, largest)
+    found = planned(model, run, budget, largest)
+    return {**found, **timed(model, run, found["trainable_parameters"])} if time else found
 
 
-def planned(model: str, run: Run, budget: str | int | None = None, largest: str | None = None) -> dict[str, Any]:
-    """`plan` of a `Run`."""
-    make = skeletons(model)
-    if run.method == "lora" and run.quantize is None and Path(model).is_dir():  # its files may be quantised
-        run = run._replace(quantize=cast(Any, stored_quantization(model)))
+def timed(model: str | dict[str, int], run: Run, trained: int, supervised: float = 1.0) -> dict[str, Any]:
+    """Seconds of a step and tokens a second, measured here; of a forward pass the seconds of a token.
+
+    Raises:
+        VeneerError: it is planned for a GPU, and there is none here.
+    """
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise VeneerError("time: is measured, and this machine has no GPU", hint="plan the memory alone")
+    speed = measure(skeleton_maker(model)[0](), run, trained, supervised)
+    return {
+        "seconds_per_step": speed.seconds, "tokens_per_second": speed.tokens / speed.seconds,
+        "forward_seconds_per_token": speed.forward,
+    }  # fmt: skip
+
+
+def planned(
+    model: str | dict[str, int], run: Run, budget: str | int | None = None, largest: str | None = None
+) -> dict[str, Any]:
+    """`plan` of a `Run`, without its time."""
+    make, notes = skeleton_maker(model)
+    if isinstance(model, str) and not notes and Path(model).is_dir():
+        stored = stored_quantization(model)
+        if stored is not None:
+            run = run._replace(quantize=cast(Any, stored)) if run.method == "lora" else run
+        else:
+            run = run._replace(stored=getattr(torch, stored_dtype(model)))
     own = current_bytes() if run.device == "cpu" else CONTEXT
     room, host = _room(run.device, budget)
     found = estimate(make(), run)
     fits = found.peak + own <= room
     result = {
-        "model": model,
+        "model": model if isinstance(model, str) else shape_text(model),
         **found.about,
         **run.asked(),
         "peak_bytes": found.peak,
@@ -99,6 +125,7 @@ def planned(model: str, run: Run, budget: str | int | None = None, largest: str 
         "process_bytes": own,
         "budget_bytes": room,
         "fits": fits,
+        "notes": notes,
         "changes": [] if fits else changes(make, run, room - own),
         **({} if largest is None else {"largest": {largest: find_largest(make, run, LARGEST[largest], room - own)}}),
     }
@@ -200,7 +227,10 @@ def _smaller(run: Run) -> Iterator[Change]:
             "batch", f"batch_size {half}, grad_accumulation {more}", "the same steps, a little slower", changed
         )
     levels = get_args(Recompute)
-    for how, cost in (("mlp", "about 5% slower"), ("full", "about 10% slower")):
+    slower = (("mlp", "about 5% slower"), ("full", "about 10% slower"))
+    if run.device == "cuda":  # whole layers are made again there, whichever is asked for
+        slower = (("full", "about a third slower"),)
+    for how, cost in slower:
         if levels.index(how) > levels.index(run.recompute):
             yield Change("recompute", f"recompute {how}", cost, run._replace(recompute=how))  # type: ignore[arg-type]
     if run.method == "lora" and run.quantize is None:

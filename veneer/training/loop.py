@@ -109,9 +109,7 @@ class _Run:
             self.notes.append("packing is off: this model's attention does not support isolated packed rows")
         self.device = next(model.parameters()).device
         self.order = Order(len(self.train_set.samples), config.batch_size * config.grad_accumulation, config.seed)
-        self.steps = max(1, math.ceil(config.epochs * self.order.steps_per_epoch))
-        if config.max_steps is not None:
-            self.steps = min(self.steps, config.max_steps)
+        self.steps = self.order.steps(config.epochs, config.max_steps)
         self.weights.begin(self.steps)
         self.warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(0.03 * self.steps)
         self.peak_lr = (

@@ -28,6 +28,11 @@ class Order:
     def steps_per_epoch(self) -> int:
         return math.ceil(self.count / self.per_step)
 
+    def steps(self, epochs: float, most: int | None) -> int:
+        """Of a run of so many epochs, and at most so many steps."""
+        steps = max(1, math.ceil(epochs * self.steps_per_epoch))
+        return steps if most is None else min(steps, most)
+
     def step(self, number: int) -> list[int]:
         """Indices of the samples of step `number` (the first is 0)."""
         epoch, position = divmod(number, self.steps_per_epoch)

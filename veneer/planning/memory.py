@@ -9,6 +9,7 @@ Sizes are bytes over those of a process that has imported the library.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -93,7 +94,8 @@ def _most(phases: dict[str, int]) -> int:
 
 class Weights(NamedTuple):
     """Bytes of a model as training has it: dense weights, 4- and 8-bit codes and their constants, the adapter, what PiSSA or
-    LoftQ keep beside the base; how many numbers are trained, and are in the base; those of its largest tensor."""
+    LoftQ keep beside the base; how many numbers are trained, and of these are in 16 bits; are in the base, and in its largest
+    tensor."""
 
     dense: int
     codes: int
@@ -101,6 +103,7 @@ class Weights(NamedTuple):
     adapter: int
     second_base: int
     trained: int
+    rounded: int
     count: int
     largest: int
 
@@ -135,10 +138,10 @@ def prepared(skeleton: Any, run: Run) -> Any:
             quantize_model(model, run.quantize, double_quant=run.double_quant, compute_dtype=run.dtype)
         fuse(model)
         if run.method == "lora":
+            known = run.lora.init in (*OF_WEIGHTS, "eva")  # these look at weights or data: the same layers and ranks
             with warnings.catch_warnings():  # who attaches it in earnest is told
                 warnings.simplefilter("ignore")
-                plain = run.lora.init not in (*OF_WEIGHTS, "eva")  # these look at weights or data: the same layers and ranks
-            attach(model, run.lora if plain else run.lora.model_copy(update={"init": "kaiming"}))
+                attach(model, run.lora.model_copy(update={"init": "kaiming"}) if known else run.lora)
         else:
             model.requires_grad_(True)
     if not set_recompute(model, run.recompute) and run.recompute != "none":
@@ -159,9 +162,13 @@ def weights_of(model: Any, run: Run) -> Weights:
     count = sum(m.in_features * m.out_features for m in layers) + sum(p.numel() for p in parameters)
     count -= sum(p.numel() for p in trained) if run.method == "lora" else 0
     second = _second_base(model, run) + adapter if _has_second_base(run) else 0  # and the factors as they began
-    return Weights(
-        dense, codes, constants, adapter, second, sum(p.numel() for p in trained), count, max(matrices, default=0)
-    )
+    numbers, small = (sum(p.numel() for p in some) for some in (trained, rounded(trained)))
+    return Weights(dense, codes, constants, adapter, second, numbers, small, count, max(matrices, default=0))
+
+
+def rounded(parameters: Iterable[Any]) -> list[Any]:
+    """Those that are trained in 16 bits: each has an fp32 master, which has the sum of its gradients too."""
+    return [p for p in parameters if p.requires_grad and p.dtype != torch.float32]
 
 
 def _has_second_base(run: Run) -> bool:
@@ -187,7 +194,6 @@ def dry_step(model: Any, run: Run) -> Step:
     parameters = list(model.parameters())
     rows, passes = rows_of(run, packs)
     books = DryRun([*parameters, *model.buffers()], cpu=cpu)
-    optimizer = None if cpu else Optimizer(parameters, foreach=True)
     loaded, there = books.blocks.reserved, books.live
     sizes: list[int] = []
 
@@ -201,12 +207,12 @@ def dry_step(model: Any, run: Run) -> Step:
             sizes.append(books.lately - there - sizes[0])
         return loss
 
-    hooks = []
-    if run.method == "full":  # the masters have the sums
-        taken = _let_go if optimizer is None else optimizer.add
-        hooks = [parameter.register_post_accumulate_grad_hook(taken) for parameter in parameters]
+    hooks: list[Any] = []
     try:
         with books:
+            optimizer = None if cpu else Optimizer(parameters, foreach=True)
+            taken = _let_go if optimizer is None else optimizer.add
+            hooks += [parameter.register_post_accumulate_grad_hook(taken) for parameter in rounded(parameters)]
             if optimizer is not None:
                 torch.autograd.backward(forward(rows))
                 optimizer.step()
@@ -240,8 +246,8 @@ def _let_go(weight: Tensor) -> None:
 
 
 class Optimizer:
-    """What training makes around the passes: fp32 masters of 16-bit weights, sums of gradients, AdamW. On a GPU torch takes many
-    tensors in one call, each of which makes new tensors; `foreach` does so anywhere."""
+    """What training makes around the passes: fp32 masters of 16-bit weights, sums of their gradients, AdamW. On a GPU torch takes
+    many tensors in one call, and makes new ones in it; `foreach` does so anywhere."""
 
     def __init__(self, parameters: list[Any], *, foreach: bool) -> None:
         trained = [p for p in parameters if p.requires_grad]
@@ -251,8 +257,6 @@ class Optimizer:
     def add(self, weight: Tensor) -> None:
         """A gradient goes to its master, whose memory for it is kept."""
         master = self.masters[weight]
-        if master is weight:
-            return
         if master.grad is None:
             master.grad = torch.zeros_like(master)
         master.grad.add_(weight.grad)
@@ -316,7 +320,7 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
     architecture = type(skeleton).__name__
     model = prepared(skeleton, run)
     weights, step = weights_of(model, run), dry_step(model, run)
-    masters = run.method == "full" and run.dtype != torch.float32
+    masters = FP32 * weights.rounded
     inside = step.peak - step.gradients
     activations = min(step.activations, inside)
     logits = min(step.head, inside - activations)
@@ -325,8 +329,8 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         "quantisation constants": weights.constants,
         "adapter": weights.adapter,
         "second base": weights.second_base,
-        "masters": FP32 * weights.trained if masters else 0,
-        "gradients": FP32 * weights.trained if masters else step.gradients,
+        "masters": masters,
+        "gradients": masters + step.gradients,
         "optimizer": ADAM * weights.trained,
         "activations": activations,
         "logits": logits,
@@ -336,7 +340,7 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
     }
     about = {"architecture": architecture, "parameters": weights.count, "trainable_parameters": weights.trained}
     train = sum(parts.values())
-    between = train - inside - step.fragments[0] - (0 if masters else step.gradients)  # what is there between steps
+    between = train - inside - step.fragments[0] - step.gradients  # what is there between steps
     evaluate = between + step.evaluation + step.fragments[1]
     merge = _merge(model, run, weights)
     if run.device == "cuda":  # segments stay, and saving takes a tensor at a time to main memory

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from veneer.config import IGNORED, ROUND_TO
 from veneer.models.fuse import batch_loss
 from veneer.ops import arena
-from veneer.planning.memory import Optimizer, Run, prepared, rows_of
+from veneer.planning.memory import Optimizer, Run, prepared, rounded, rows_of
 
 WEIGHTS, LAYERS = 64 << 20, 6  # bytes of layers that are enough to be read from memory and not from caches, and layers at most
 VOCABULARY = 32_768  # rows of the head that are measured at most
@@ -145,7 +145,7 @@ def _timed(model: Any, run: Run, supervised: float) -> _Parts:
     device = torch.device(run.device)
     batch = _batch(model, run, supervised, device)
     optimizer = Optimizer(list(model.parameters()), foreach=run.device == "cuda")
-    hooks = [p.register_post_accumulate_grad_hook(optimizer.add) for p in optimizer.masters]
+    hooks = [p.register_post_accumulate_grad_hook(optimizer.add) for p in rounded(optimizer.masters)]
     clock = _Clock(model, device)
     found: list[_Parts] = []
     began = time.perf_counter()

@@ -150,25 +150,32 @@ def test_the_file_is_plain_lora_with_a_rank_pattern(tmp_path):
     torch.testing.assert_close(veneer.merge(model)(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_dead_ranks_are_left_out_of_the_products_once_all_is_settled():
-    model = attached(start=2, settle=0.5)
-    found = allocator(model)
-    steps(model, 6)
-    assert not any(layer.kept for layer in found.layers.values())
-    steps(model, 1)
-    kept = {path: len(layer.kept["default"]) for path, layer in found.layers.items() if layer.kept}
-    assert kept and all(n == max(1, int(found.alive[path].sum())) for path, n in kept.items())
-    short = model(input_ids=IDS, labels=IDS)
-    for layer in found.layers.values():
-        layer.kept.clear()
-    whole = model(input_ids=IDS, labels=IDS)
-    torch.testing.assert_close(short.logits, whole.logits, rtol=1e-5, atol=1e-6)
-    gradients = [torch.autograd.grad(out.loss, found.parameters) for out in (short, whole)]
-    for one, other, at in zip(*gradients, range(len(found.parameters)), strict=True):
-        if at % 3 != 1:  # that of E is zero for a dead rank only where it is left out
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
-    steps(model, 5)
-    assert len({int(mask.sum()) for mask in found.alive.values()}) > 1 and int(found.done) == 12
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
+def test_dead_ranks_are_taken_out_once_all_is_settled(optimizer):
+    """Adafactor keeps sums over rows and columns, which nobody here knows how to cut: all ranks stay."""
+    more = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+    # without the orthogonality term, by which living ranks still feel the dead ones that stayed
+    model, whole = (attached(start=2, settle=0.5, orthogonality=0.0) for _ in range(2))
+    optimizers = [optimizer(trainable(one), lr=0.02, **more) for one in (model, whole)]
+    found, other = allocator(model), allocator(whole)
+    other._take_out = lambda _: None
+    for step in range(12):
+        for one, its in zip((model, whole), optimizers, strict=True):
+            its.zero_grad()
+            one(input_ids=IDS, labels=IDS).loss.backward()
+            its.step()
+        assert found.cut == (step >= 6 and optimizer is not torch.optim.Adafactor), step
+    if found.cut:
+        assert not found.buffers().keys() & {f"sensitivity/{path}/Q" for path in found.layers}
+        for path, layer in found.layers.items():
+            kept = max(1, int(other.alive[path].sum()))
+            assert [*layer.lora_E["default"].shape] == [kept], path
+            state = optimizers[0].state[layer.lora_B["default"]]
+            assert {x.shape for x in state.values() if x is not None and x.dim()} == {layer.lora_B["default"].shape}
+    assert len({int(mask.sum()) for mask in other.alive.values()}) > 1, "the task left all ranks alike"
+    for path in found.layers:
+        for one, its in zip(found.plain(path), other.plain(path), strict=True):
+            torch.testing.assert_close(one, its, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_left_without_a_rank_is_not_in_the_file(tmp_path):

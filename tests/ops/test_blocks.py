@@ -14,7 +14,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0, dora=False):
+def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0, dora=False, diagonal=False):
     w = torch.randn(out, inner, generator=g) / inner**0.5
     weight = quantize(w.bfloat16(), kind) if kind else w.bfloat16()
     b = torch.randn(out, generator=g).bfloat16() if bias else None
@@ -27,7 +27,8 @@ def linear(out, inner, r, g, *, kind=None, bias=False, scaling=0.5, dropout=0.0,
         scale = torch.randn(out, generator=g)
         scale[out // 2] = 0
         scale.requires_grad_()
-    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling, dropout, seed, scale)
+    e = torch.randn(r, generator=g).requires_grad_() if diagonal else None
+    return AdaptedLinear(weight, b, *(f.requires_grad_() for f in factors), scaling, dropout, seed, scale, e)
 
 
 def wide(value):
@@ -43,7 +44,10 @@ def wide(value):
 
 def factors(group):
     return [
-        f for layer in group for f in (layer.a, layer.b, layer.weight, layer.bias, layer.scale) if wants_gradient(f)
+        f
+        for layer in group
+        for f in (layer.a, layer.b, layer.weight, layer.bias, layer.scale, layer.diagonal)
+        if wants_gradient(f)
     ]
 
 
@@ -90,15 +94,19 @@ def layer(x, a, m):
 
 
 def attention(tokens, *, heads=4, kv_heads=2, width=16, model=48, r=4, kind=None, bias=False, fused=False,
-              rotary=8, qk_norm=False, starts=None, recompute="none", dropout=0.0, dora=False):  # fmt: skip
+              rotary=8, qk_norm=False, starts=None, recompute="none", dropout=0.0, dora=False,
+              diagonal=False):  # fmt: skip
     g = generator()
     sizes = [(heads + 2 * kv_heads) * width] if fused else [heads * width, kv_heads * width, kv_heads * width]
     ranks, drops, doras = (v if isinstance(v, list) else [v] * (len(sizes) + 1) for v in (r, dropout, dora))
     qkv = [
-        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop, dora=scaled)
+        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop, dora=scaled, diagonal=diagonal)
         for n, rank, drop, scaled in zip(sizes, ranks, drops, doras, strict=False)
     ]
-    out = linear(model, heads * width, ranks[-1], g, kind=kind, dropout=drops[-1], dora=doras[-1], bias=dora and bias)
+    out = linear(
+        model, heads * width, ranks[-1], g, kind=kind, dropout=drops[-1], dora=doras[-1], bias=dora and bias,
+        diagonal=diagonal,
+    )  # fmt: skip
     norm = [Norm(1 + 0.1 * torch.randn(n, generator=g).bfloat16(), 1e-5) for n in (model, width, width)]
     angle = torch.rand(tokens, rotary, generator=g) * 6
     places = (angle.cos(), angle.sin()) if rotary else (None, None)
@@ -135,6 +143,8 @@ ATTENTION = {
     "DoRA, 4 bits": {"tokens": 33, "dora": True, "kind": "nf4", "recompute": "full"},
     "DoRA, 8 bits": {"tokens": 5, "dora": True, "kind": "int8"},
     "DoRA, one linear": {"tokens": 150, "dora": True, "fused": True, "bias": True, "starts": [0, 1, 66, 150]},
+    "AdaLoRA": {"tokens": 67, "diagonal": True, "r": [1, 3, 2, 5]},
+    "AdaLoRA, 4 bits": {"tokens": 33, "diagonal": True, "kind": "nf4", "recompute": "full", "dropout": 0.3},
     "DoRA, norms on q and k": {"tokens": 67, "dora": True, "qk_norm": True, "dropout": [0.0, 0.5, 0.1, 0.2]},
 }
 
@@ -156,15 +166,17 @@ def test_attention_block(isa, nan_empties, case):
 
 
 def mlp(*, inner=96, model=48, r=4, kind=None, fused=False, activation="silu", shift=0.0, recompute="none",
-        dropout=0.0, bias=False, dora=False):  # fmt: skip
+        dropout=0.0, bias=False, dora=False, diagonal=False):  # fmt: skip
     g = generator()
     ranks, drops, doras = (v if isinstance(v, list) else [v] * 3 for v in (r, dropout, dora))
     sizes = [2 * inner] if fused else [inner, inner]
     group = [
-        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop, dora=scaled)
+        linear(n, model, rank, g, kind=kind, bias=bias, dropout=drop, dora=scaled, diagonal=diagonal)
         for n, rank, drop, scaled in zip(sizes, ranks, drops, doras, strict=False)
     ]
-    down = linear(model, inner, ranks[-1], g, kind=kind, bias=bias, dropout=drops[-1], dora=doras[-1])
+    down = linear(
+        model, inner, ranks[-1], g, kind=kind, bias=bias, dropout=drops[-1], dora=doras[-1], diagonal=diagonal
+    )
     norm = Norm(1 - shift + 0.1 * torch.randn(model, generator=g).bfloat16(), 1e-5, shift)
     return Mlp(norm, group, down, activation, recompute)
 
@@ -183,6 +195,8 @@ MLP = {
     "dropout, 4 bits": {"dropout": 0.05, "kind": "nf4"},
     "dropout, 8 bits": {"dropout": 0.05, "kind": "int8"},
     "dropout, one linear": {"dropout": 0.2, "fused": True, "activation": "gelu_tanh"},
+    "AdaLoRA": {"diagonal": True, "r": [3, 4, 5]},
+    "AdaLoRA, again": {"diagonal": True, "dropout": 0.05, "kind": "int8", "recompute": "mlp"},
     "DoRA": {"dora": True},
     "DoRA, odd width, again": {"dora": True, "inner": 102, "recompute": "mlp", "r": [3, 4, 5]},
     "DoRA, bias": {"dora": True, "bias": True, "inner": 102},

@@ -96,16 +96,42 @@ def test_row_norms(isa, nan_empties, out, inner, r, kind):
     dense = (w if kind is None else w.dequantize(torch.bfloat16)).float()
     if kind is None:
         w[out // 2] = dense[out // 2] = b[out // 2] = 0
-    given = (True, a, b, 0.7, dense.square().sum(1), torch.bfloat16)
-    expected = reference.row_norms(dense, *given)
+    squares = dense.square().sum(1)
+    given = ([(a, b)], [0.7], [squares], torch.bfloat16)
+    expected = reference.row_norms([(dense, True)], *given)[0]
     for form in (native.row_norms, products.row_norms, ops.row_norms):
         # of W A^T in bf16: as much of |W| as that may be off
-        found, limit = form(w, *given), 2e-3 * float(given[4].max().sqrt())
+        found, limit = form([(w, True)], *given)[0], 2e-3 * float(squares.max().sqrt())
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=limit)
         assert kind is not None or found[out // 2] == expected[out // 2] == torch.tensor(reference.TINY)
-    turned = reference.row_norms(dense.T.contiguous(), False, *given[1:])
+    turned = reference.row_norms([(dense.T.contiguous(), False)], *given)[0]
     torch.testing.assert_close(turned, expected, rtol=1e-5, atol=0)
     if kind is None:
-        close(native.row_norms(w.T, False, *given[1:]), expected, 3e-3)
+        close(native.row_norms([(w.T, False)], *given)[0], expected, 3e-3)
     else:
-        assert native.row_norms(w, True, a, b * torch.nan, 0.7, given[4], torch.bfloat16).isnan().all()
+        assert native.row_norms([(w, True)], [(a, b * torch.nan)], *given[1:])[0].isnan().all()
+
+
+def test_row_norms_of_many_weights_at_once(isa, nan_empties):
+    many = []
+    for out, inner, r, kind in ((97, 64, 17, None), (33, 130, 3, "nf4"), (1, 2, 1, None), (576, 192, 40, "int8")):
+        _, w, s, g = operands(1, out, inner, kind)
+        a, b = torch.randn(r, inner, generator=g) / inner**0.5, torch.randn(out, r, generator=g)
+        dense = w if kind is None else w.dequantize(torch.bfloat16)
+        many.append((((w, True)), (a, b), float(s[0]), dense.float().square().sum(1)))
+    together = native.row_norms(*map(list, zip(*many, strict=True)), torch.bfloat16)
+    for one, found in zip(many, together, strict=True):
+        assert torch.equal(found, native.row_norms(*([x] for x in one), torch.bfloat16)[0])
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (3, 50), (24, 577)])
+def test_rows_are_scaled_and_their_products_summed(isa, nan_empties, rows, n):
+    g = torch.Generator().manual_seed(n)
+    x, other, factors = (torch.randn(*shape, generator=g) for shape in ((rows, n), (rows, n), (rows,)))
+    expected, half = 0.3 * factors[:, None] * x, torch.full((rows, n), torch.nan, dtype=torch.bfloat16)
+    kept = x.clone()
+    assert native.scale_rows(x, factors, 0.3, out=half) is None
+    assert torch.equal(x, kept) and torch.equal(half, (x * (factors * 0.3)[:, None]).bfloat16())
+    dots = native.scale_rows(x, factors, 0.3, other=other)
+    torch.testing.assert_close(x, expected)
+    torch.testing.assert_close(dots, 0.3 * (kept * other).sum(1), rtol=1e-4, atol=1e-5)

@@ -131,7 +131,8 @@ def test_adalora_needs_no_calls_and_ends_with_the_ranks_asked_for(tmp_path, toke
     model = fresh(adalora={"start": 2})
     result = run(model, tokenizer, commands, tmp_path / "run", epochs=2)
     alive = adapters(model)["default"].allocator.alive
-    assert {len(mask) for mask in alive.values()} == {8} and sum(int(mask.sum()) for mask in alive.values()) == 4 * 14
+    assert sum(int(mask.sum()) for mask in alive.values()) == 4 * 14
+    assert all(len(mask) == max(1, int(mask.sum())) for mask in alive.values())  # the others were taken out
     other = veneer.load_adapter(make_model(), result["adapter"])
     ids = torch.arange(1, 30)[None]
     torch.testing.assert_close(other(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)

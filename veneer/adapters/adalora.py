@@ -10,7 +10,8 @@ others is zero.
 
 Nothing has to be called: an allocator acts before and after each step of whatever optimizer holds its parameters.
 A rank outside the budget is zero after every step; so that it can come back, its sensitivity is taken where the step
-would have brought it. What is saved is plain LoRA: `Allocator.plain`.
+would have brought it. Once the sharing is over, the others are taken out of the parameters and of the optimizer's state:
+what is left costs what plain LoRA does. What is saved is plain LoRA: `Allocator.plain`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from veneer import ops
@@ -43,6 +45,7 @@ class Allocator:
         self.steps = config.steps  # of the whole training; the loop knows, or the user says
         self.done = torch.zeros((), dtype=torch.int64)
         self.alive = {path: torch.ones(layer.rank(name), dtype=torch.bool) for path, layer in layers.items()}
+        self.start = sum(map(len, self.alive.values()))  # ranks at step 0
         q, e, p = ([getattr(x, kind)[name] for x in layers.values()] for kind in ("lora_A", "lora_E", "lora_B"))
         self.factors = [x for both in zip(q, p, strict=True) for x in both]  # Q and P of each layer in turn
         self.parameters = [x for three in zip(q, e, p, strict=True) for x in three]  # and E between them
@@ -61,8 +64,13 @@ class Allocator:
         found = {"done": self.done} | {f"alive/{path}": mask for path, mask in self.alive.items()}
         keys = [f"{path}/{part}" for path in self.layers for part in "QEP"]
         for kind, values in (("sensitivity", self.sensitivity), ("uncertainty", self.uncertainty)):
-            found |= {f"{kind}/{key}": value for key, value in zip(keys, values, strict=True)}
+            found |= {f"{kind}/{key}": value for key, value in zip(keys, values, strict=not self.cut)}
         return found
+
+    @property
+    def cut(self) -> bool:
+        """Whether dead ranks were taken out: none comes back any more, and nothing is watched."""
+        return not self.sensitivity
 
     def budget_at(self, step: int) -> int:
         """How many ranks live after `step` steps: all, then a cubic, then what was asked for (equation 8 of the paper)."""
@@ -71,10 +79,10 @@ class Allocator:
                 "AdaLoRA does not know how long the training is, so it cannot plan its budget",
                 hint="in a loop of your own give LoraConfig(adalora={'steps': optimizer steps in all})",
             )
-        start, last = sum(len(mask) for mask in self.alive.values()), max(self.steps, 1)
+        last = max(self.steps, 1)
         first, settled = self.config.warmup * last, (1 - self.config.settle) * last
-        left = 1.0 if step <= first else 0.0 if step >= settled else 1 - (step - first) / (settled - first)
-        return self.budget + math.ceil((start - self.budget) * left**3)
+        left = 1.0 if step <= first else 0.0 if self.cut or step >= settled else 1 - (step - first) / (settled - first)
+        return self.budget + math.ceil((self.start - self.budget) * left**3)
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -88,37 +96,76 @@ class Allocator:
             ops.orthogonal(factors, gradients, dims, 4 * self.config.orthogonality)
 
     @torch.no_grad()
-    def after_step(self) -> None:
-        """Take the sensitivities, share out the budget, and set E of the ranks outside it to zero."""
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the sensitivities, share out the budget, and set E of the ranks outside it to zero; at last take them out."""
         self.done += 1
         step = int(self.done)
-        budget = self.budget_at(step)
-        total = sum(len(mask) for mask in self.alive.values())
-        if not self.settled():
-            self._watch()
-            if budget < total and (step % self.config.every == 0 or self._living() > budget):
-                self._share_out(budget)
-        diagonals = [layer.lora_E[self.name] for layer in self.layers.values()]
-        masks = self._split(torch.cat(list(self.alive.values())).to(diagonals[0].device, diagonals[0].dtype))
-        torch._foreach_mul_(diagonals, [mask.to(e.device) for mask, e in zip(masks, diagonals, strict=True)])
-        self.refresh()
+        if not self.cut:
+            budget = self.budget_at(step)
+            if step <= (1 - self.config.settle) * max(self.steps or 0, 1) or self._living() > budget:
+                self._watch()
+                if budget < self.start and (step % self.config.every == 0 or self._living() > budget):
+                    self._share_out(budget)
+            else:
+                self._take_out(optimizer)
+        dead = [path for path, mask in self.alive.items() if not mask.all()] if self.cut else list(self.alive)
+        if dead:
+            diagonals = [self.layers[path].lora_E[self.name] for path in dead]
+            masks = torch.cat([self.alive[path] for path in dead]).to(diagonals[0].device, diagonals[0].dtype)
+            parts = masks.split([len(self.alive[path]) for path in dead])
+            torch._foreach_mul_(diagonals, [mask.to(e.device) for mask, e in zip(parts, diagonals, strict=True)])
 
-    def settled(self) -> bool:
-        """Whether no rank goes or comes back any more."""
-        step, last = int(self.done), self.steps or 0
-        return step > (1 - self.config.settle) * last and self._living() <= self.budget_at(step)
+    def _take_out(self, optimizer: torch.optim.Optimizer) -> None:
+        """Cut the parameters, their gradients and what the optimizer keeps of each to the ranks that live.
 
-    def refresh(self) -> None:
-        """After a step, or when a checkpoint was put back: once all is settled, dead ranks are left out of the products."""
-        settled = self.steps is not None and self.settled()
-        if not settled and not any(self.name in layer.kept for layer in self.layers.values()):
+        Left as they are, with E zero, where that is not known to be safe: other processes hold the same parameters, or
+        the optimizer keeps something of another shape than theirs.
+        """
+        held = [
+            [p, *(x for x in optimizer.state[p].values() if isinstance(x, Tensor) and x.dim())] for p in self.parameters
+        ]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             return
-        for path, layer in self.layers.items():
-            if not settled:
-                layer.kept.pop(self.name, None)
-            elif self.name not in layer.kept and not bool(self.alive[path].all()):
-                living = self.alive[path].nonzero().flatten()
-                layer.kept[self.name] = (living if len(living) else torch.tensor([0])).to(layer.weight.device)
+        if any(x.shape != p.shape for p, *others in held for x in others):
+            return
+        for mask, three in zip(self.alive.values(), zip(*[iter(self.parameters)] * 3, strict=True), strict=True):
+            living = self._places(mask)
+            for p, dim in zip(three, (0, 0, 1), strict=True):
+                take = partial(torch.index_select, dim=dim, index=living.to(p.device))
+                state = optimizer.state[p]
+                state |= {key: take(x) for key, x in state.items() if isinstance(x, Tensor) and x.dim()}
+                gradient = p.grad
+                _put(p, take(p.data))
+                p.grad = None if gradient is None else take(gradient)
+        self.alive = {path: mask[self._places(mask)] for path, mask in self.alive.items()}
+        self.sensitivity, self.uncertainty, self.worth = [], [], []
+
+    @staticmethod
+    def _places(mask: Tensor) -> Tensor:
+        """Of the living ranks; a layer without one keeps its first, whose E is zero."""
+        return mask.nonzero().flatten() if mask.any() else torch.tensor([0])
+
+    @torch.no_grad()
+    def make_room(self, saved: dict[str, Tensor]) -> None:
+        """Take on as many ranks as a checkpoint has, whose `buffers` these are: before, or after, they were taken out.
+
+        The values are to be put in. Nothing happens where they are not a state of this allocator.
+        """
+        masks = {path: saved.get(f"alive/{path}") for path in self.layers}
+        sizes = {path: len(mask) for path, mask in masks.items() if mask is not None and mask.dim() == 1 and len(mask)}
+        if sizes.keys() != masks.keys() or sum(sizes.values()) > self.start:
+            return
+        for path, three in zip(self.layers, zip(*[iter(self.parameters)] * 3, strict=True), strict=True):
+            for p, dim in zip(three, (0, 0, 1), strict=True):
+                if p.shape[dim] != sizes[path]:
+                    shape = [*p.shape]
+                    shape[dim] = sizes[path]
+                    _put(p, p.new_zeros(shape))
+        self.alive = {path: torch.ones(size, dtype=torch.bool) for path, size in sizes.items()}
+        whole = any(key.startswith("sensitivity/") for key in saved)
+        self.sensitivity, self.uncertainty = (
+            [torch.zeros_like(p) for p in self.parameters] if whole else [] for _ in range(2)
+        )
 
     def _living(self) -> int:
         return int(torch.cat(list(self.alive.values())).sum())
@@ -156,8 +203,6 @@ class Allocator:
         """A and B of a layer as plain LoRA with its living ranks only: diag(E) Q and P."""
         layer = self.layers[path]
         alive = self.alive[path].to(layer.weight.device)
-        if self.name in layer.kept:
-            alive = alive[layer.kept[self.name]]
         return layer.a(self.name).detach()[alive], layer.b(self.name).detach()[:, alive]
 
     def held_by(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -174,6 +219,17 @@ class Allocator:
                 hint="use one optimizer, with parameter groups where rates differ",
             )
         return there > 0
+
+
+def _put(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter a value of another shape. Its gradient is gone then.
+
+    Where an old graph is still alive (a loss that was kept) autograd goes on with its idea of the shape; it forgets that
+    only when the type changes, so for a moment it does.
+    """
+    parameter.grad = None
+    parameter.data = parameter.data.to(torch.float64 if parameter.dtype != torch.float64 else torch.float32)
+    parameter.data = value
 
 
 def start(layer: LoraLayer, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,4 +259,4 @@ def _before(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 def _after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     for allocator in list(_allocators):
         if allocator.held_by(optimizer):
-            allocator.after_step()
+            allocator.after_step(optimizer)

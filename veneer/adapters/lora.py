@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -110,7 +111,6 @@ class LoraLayer(nn.Module):
         self.lora_E = nn.ParameterDict()  # AdaLoRA's diagonal (r,)
         self.magnitude = nn.ParameterDict()  # DoRA's m, shaped to multiply the weight
         self.lora_bias = nn.ParameterDict()  # of B (out,): y + scaling * bias
-        self.kept: dict[str, Tensor] = {}  # AdaLoRA's ranks that live, once that is settled; left out: all take part
         self.scaling: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.active: str | None = None
@@ -168,7 +168,7 @@ class LoraLayer(nn.Module):
     def remove(self, name: str) -> None:
         if self.active == name:
             self.use(None)
-        for factors in (*self.factors(), self.kept, self.scaling, self.dropout, self.began, self.bases):
+        for factors in (*self.factors(), self.scaling, self.dropout, self.began, self.bases):
             if name in factors:
                 del factors[name]  # type: ignore[attr-defined]
 
@@ -205,22 +205,25 @@ class LoraLayer(nn.Module):
     def rank_of(self, a: Tensor) -> int:
         return int(a.shape[0])
 
-    def a(self, name: str) -> Tensor:
-        """A as it is multiplied, in fp32: AdaLoRA's rows are scaled by its diagonal, which is counted in units of sqrt(out / 3).
+    @property
+    def unit(self) -> float:
+        """What AdaLoRA's diagonal is counted in: sqrt(out / 3).
 
         Adam moves every number alike. LoRA's update grows by rate x sqrt(out) x the length of a row of A, 1/sqrt(3); a
         singular value by the rate alone: in these units both learn at the same rate (docs/numerics.md has the figures).
         """
+        return math.sqrt(self.out_features / 3)
+
+    def a(self, name: str) -> Tensor:
+        """A as it is multiplied, in fp32: AdaLoRA's rows are scaled by its diagonal."""
         a = self.lora_A[name].float()
         if name not in self.lora_E:
             return a
-        a = ScaledRows.apply(a, self.lora_E[name], math.sqrt(self.out_features / 3))
-        return a if name not in self.kept else a.index_select(0, self.kept[name])
+        return ScaledRows.apply(a, self.lora_E[name], self.unit)  # type: ignore[no-any-return]
 
     def b(self, name: str) -> Tensor:
         """B as it is multiplied, in fp32."""
-        b = self.lora_B[name].float()
-        return b if name not in self.kept else b.index_select(1, self.kept[name])
+        return self.lora_B[name].float()
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters by the end of their names in PEFT's files."""
@@ -351,25 +354,16 @@ class LoraLinear(LoraLayer):
     def _over_rows(self, magnitude: Tensor) -> Tensor:
         return magnitude[None] if isinstance(self.base_layer, Conv1D) else magnitude[:, None]
 
-    def row_scale(self, name: str, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """No dense update is made (`ops.row_norms`), and |W|^2 only once.
-
-        The rest is made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
-        """
-        a, b = factors or (self.a(name), self.b(name))
-        dtype = self.base_layer.compute_dtype if isinstance(self.base_layer, QuantizedLinear) else self.weight.dtype
-        with torch.no_grad():
-            weight = frozen_weight(self.base_layer, dtype)
-            norms = ops.row_norms(*weight, a, b, self.scaling[name], self._square_norms(), dtype)
-        return self.magnitude[name] / norms
+    def row_scale(self, name: str) -> Tensor:
+        """No dense update is made, and |W|^2 only once: `row_scales`."""
+        return row_scales([(self, name, self.a(name), self.b(name))])[0]
 
     def _square_norms(self) -> Tensor:
         """|W|^2 by row (out,), fp32, kept as long as the weight is the same."""
-        known = self.__dict__.get("_squares")
-        same = known is not None and known[0] is self.weight and known[1] == self.weight._version
-        if known is None or not same or known[2].device != self.weight.device:
+        known, weight = self.__dict__.get("_squares"), self.base_layer.weight
+        if known is None or known[0] is not weight or known[1] != weight._version or known[2].device != weight.device:
             squares = self._row_norms(self.dense()).reshape(-1).square()
-            known = self.__dict__["_squares"] = (self.weight, self.weight._version, squares)
+            known = self.__dict__["_squares"] = (weight, weight._version, squares)
         return known[2]  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -387,23 +381,8 @@ class LoraLinear(LoraLayer):
             y = self.base_layer(x) + scaling * ((low @ a.to(x.dtype).T) @ b.to(x.dtype).T)
             y = y if later is None else y - later.to(x.dtype)
         if dora:
-            y = y * self.row_scale(name, (a, b)).to(x.dtype)
+            y = y * self.row_scale(name).to(x.dtype)
         return self._with_bias(y if later is None else y + later.to(x.dtype))
-
-    def frozen(self) -> AdaptedLinear:
-        """This layer as the fused halves of a transformer layer take it; with dropout at work, with a mask of its own.
-
-        The mask's seed is drawn from torch's generator: `torch.manual_seed` decides it.
-        """
-        name, base = self.active, self.base_layer
-        if name is None:
-            return plain_linear(base)
-        a, b = self.a(name), self.b(name)
-        scale = self.row_scale(name, (a, b)) if name in self.magnitude else None
-        dropout = self.dropout[name] if self.training else 0.0
-        seed = int(torch.randint(2**32, (), device="cpu")) if dropout else 0
-        weight = frozen_weight(base, torch.bfloat16)[0]
-        return AdaptedLinear(weight, base.bias, a, b, self.scaling[name], dropout=dropout, seed=seed, scale=scale)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr()}"
@@ -512,9 +491,49 @@ def lora_layer(base: nn.Module) -> LoraLayer | None:
     return LoraEmbedding(base) if isinstance(base, nn.Embedding) else None
 
 
-def plain_linear(layer: Linear) -> AdaptedLinear:
-    """A layer without an adapter, as the fused halves take it."""
-    return AdaptedLinear(frozen_weight(layer, torch.bfloat16)[0], layer.bias)
+def row_scales(layers: Sequence[tuple[LoraLinear, str, Tensor, Tensor]]) -> list[Tensor]:
+    """m / |W + scaling B A| (out,) fp32 of DoRA layers of one model: the layer, its adapter, A and B.
+
+    Made anew for every pass, as optimizers exist that change parameters unseen by torch's version counters.
+    """
+    bases = [layer.base_layer for layer, *_ in layers]
+    dtype = bases[0].compute_dtype if isinstance(bases[0], QuantizedLinear) else bases[0].weight.dtype
+    with torch.no_grad():
+        norms = ops.row_norms(
+            [frozen_weight(base, dtype) for base in bases],
+            [(a, b) for *_, a, b in layers],
+            [layer.scaling[name] for layer, name, *_ in layers],
+            [layer._square_norms() for layer, *_ in layers],
+            dtype,
+        )
+    return [layer.magnitude[name] / norm for (layer, name, *_), norm in zip(layers, norms, strict=True)]
+
+
+def adapted_linears(layers: Sequence[Any]) -> list[AdaptedLinear]:
+    """Linears, with or without adapters, as the fused halves of a transformer layer take them.
+
+    With dropout at work each has a mask of its own, whose seed is drawn from torch's generator: `torch.manual_seed` decides it.
+    """
+    found, dora = [], []
+    for layer in layers:
+        base, name = (layer.base_layer, layer.active) if isinstance(layer, LoraLinear) else (layer, None)
+        if name is None:  # in full fine-tuning its weight is trained
+            weight = base.weight if base.weight.requires_grad else frozen_weight(base, torch.bfloat16)[0]
+            found.append(AdaptedLinear(weight, base.bias))
+            continue
+        weight = frozen_weight(base, torch.bfloat16)[0]
+        a, b, scaling = layer.lora_A[name].float(), layer.lora_B[name].float(), layer.scaling[name]
+        diagonal = layer.lora_E.get(name)
+        if diagonal is not None:
+            scaling *= layer.unit
+        dropout = layer.dropout[name] if layer.training else 0.0
+        seed = int(torch.randint(2**32, (), device="cpu")) if dropout else 0
+        if name in layer.magnitude:
+            dora.append((len(found), layer, name, a, b))
+        found.append(AdaptedLinear(weight, base.bias, a, b, scaling, dropout, seed, diagonal=diagonal))
+    for (at, *_), scale in zip(dora, row_scales([x[1:] for x in dora]) if dora else [], strict=True):
+        found[at] = found[at]._replace(scale=scale)
+    return found
 
 
 def initial_factor(shape: tuple[int, ...], r: int, init: str, generator: torch.Generator | None = None) -> Tensor:

@@ -237,6 +237,40 @@ EXPORT(column_dots)
   }
 }
 
+// Rows of x (rows, n) times a factor each, to `wide` in fp32 (it may be x), or to `half` in bf16; with `other` (rows,
+// n) first dots (rows) = the sums of x other, times `unit`.
+EXPORT(scale_rows)
+(const float* x, int64_t rows, int64_t n, const float* factors, float unit, float* wide, uint16_t* half,
+ const float* other, float* dots, int threads) {
+  (void)threads;  // a few rows: one thread is faster
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* from = x + r * n;
+    const float factor = factors[r] * unit;
+    if (other != nullptr) {
+      Vec total = Vec{};
+      float left = 0.f;
+      int64_t i = 0;
+      for (; i + kWidth <= n; i += kWidth) total = Fma(Load(from + i), Load(other + r * n + i), total);
+      for (; i < n; ++i) left += from[i] * other[r * n + i];
+      dots[r] = (Sum(total) + left) * unit;
+    }
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) {
+      const Vec scaled = Load(from + i) * Set(factor);
+      if (half != nullptr)
+        StoreBFloat16(half + r * n + i, scaled);
+      else
+        Store(wide + r * n + i, scaled);
+    }
+    for (; i < n; ++i) {
+      if (half != nullptr)
+        half[r * n + i] = ToBFloat16(from[i] * factor);
+      else
+        wide[r * n + i] = from[i] * factor;
+    }
+  }
+}
+
 // A matrix (rows, columns) that AdaLoRA watches, its gradient, and what `watch` keeps of both.
 struct Watched {
   const float *weight, *gradient;  // no gradient: none this time

@@ -532,72 +532,120 @@ void TallProduct(const Slice& left, int64_t tall, const uint32_t* right, float* 
 
 }  // namespace
 
-// norms (rows) = (squares + 2 s <w a^T, b> + s^2 <b, b a a^T>)^1/2 by row, at least `least`: the lengths of the rows of
-// W + s B A. weight: by row (rows, depth), its a is not used; a (r, depth), b (rows, r) fp32. The weight is read once
-// as the left side of the product; a, packed as bf16, is the right one.
-EXPORT(row_norms)
-(const Term* weight, int64_t rows, const float* a, const float* b, int64_t r, const float* squares, float s,
- float least, float* norms, int threads) {
-  constexpr int64_t kTall = 2 * kTile;
-  const int64_t depth = weight->depth, ranks = (r + kTile - 1) / kTile * kTile, room = ranks + kTile;
-  const int64_t padded = (depth + 2 * kTile - 1) / (2 * kTile) * 2 * kTile, pairs = padded / 2;
-  scratch.Reserve(ranks * pairs * 4 + room * padded * 2 + room * ranks * 4 + 4096);
-  uint32_t* packed = scratch.Take<uint32_t>(ranks * pairs);  // by 16 ranks: (pairs, 16)
-  uint16_t* half = scratch.Take<uint16_t>(room * padded);    // a in bf16, filled up with zeros
-  float* gram = scratch.Take<float>(room * ranks);
-  std::memset(half, 0, room * padded * 2);
-  for (int64_t i = 0; i < r; ++i) {
-    int64_t d = 0;
-    for (; d + kWidth <= depth; d += kWidth) StoreBFloat16(half + i * padded + d, Load(a + i * depth + d));
-    for (; d < depth; ++d) half[i * padded + d] = ToBFloat16(a[i * depth + d]);
-  }
-  const uint32_t* half_pairs = reinterpret_cast<const uint32_t*>(half);
-  for (int64_t k = 0; k < ranks; k += kTile)
-    TurnAll(half_pairs + k * pairs, pairs, kTile, pairs, packed + k * pairs, kTile);
-#pragma omp parallel num_threads(threads) if (rows * depth > 65536)
-  {
-    Tiles tiles;
-    decoded.Reserve(kTall * padded * 2 + kTall * ranks * 4 + ranks * 4 + 4096);
-    uint16_t* left = decoded.Take<uint16_t>(kTall * padded);
-    float* part = decoded.Take<float>(kTall * ranks);
-    float* low = decoded.Take<float>(ranks);
-    std::memset(left, 0, kTall * padded * 2);
-    std::memset(low, 0, ranks * 4);
-#pragma omp for schedule(static)
+// Of one weight: norms (rows) = (squares + 2 s <w a^T, b> + s^2 <b, b a a^T>)^1/2 by row, at least `least`: the lengths
+// of the rows of W + s B A. weight: by row (rows, depth), its a is not used; a (r, depth), b (rows, r) fp32.
+struct RowNorms {
+  Term weight;
+  int64_t rows, r;
+  const float *a, *b, *squares;
+  float* norms;
+  float s;
+};
+
+namespace {
+
+// a of one of them, as the right side of a product with the weight, and a a^T.
+struct PackedFactor {
+  int64_t ranks, padded, pairs;
+  uint32_t* packed;  // by 16 ranks: (pairs, 16)
+  uint16_t* half;    // a in bf16, filled up with zeros
+  float* gram;
+
+  explicit PackedFactor(const RowNorms& one)
+      : ranks((one.r + kTile - 1) / kTile * kTile),
+        padded((one.weight.depth + 2 * kTile - 1) / (2 * kTile) * 2 * kTile),
+        pairs(padded / 2) {}
+  int64_t Bytes() const { return ranks * pairs * 4 + (ranks + kTile) * (padded * 2 + ranks * 4) + 4096; }
+  void Fill(const RowNorms& one, float* part) {
+    const int64_t depth = one.weight.depth;
+    std::memset(half, 0, (ranks + kTile) * padded * 2);
+    for (int64_t i = 0; i < one.r; ++i) {
+      int64_t d = 0;
+      for (; d + kWidth <= depth; d += kWidth) StoreBFloat16(half + i * padded + d, Load(one.a + i * depth + d));
+      for (; d < depth; ++d) half[i * padded + d] = ToBFloat16(one.a[i * depth + d]);
+    }
+    const uint32_t* half_pairs = reinterpret_cast<const uint32_t*>(half);
+    for (int64_t k = 0; k < ranks; k += kTile)
+      TurnAll(half_pairs + k * pairs, pairs, kTile, pairs, packed + k * pairs, kTile);
     for (int64_t i = 0; i < ranks; i += kTile)
       for (int64_t k = 0; k < ranks; k += kTile) {
-        TallProduct({half_pairs + i * pairs, pairs, pairs}, kTall, packed + k * pairs, part, ranks);
-        for (int64_t j = 0; j < kTile; ++j) std::memcpy(gram + (i + j) * ranks + k, part + j * ranks, kTile * 4);
+        TallProduct({half_pairs + i * pairs, pairs, pairs}, 2 * kTile, packed + k * pairs, part, kTile);
+        for (int64_t j = 0; j < kTile; ++j) std::memcpy(gram + (i + j) * ranks + k, part + j * kTile, kTile * 4);
       }
+  }
+};
+
+}  // namespace
+
+// Each weight is read once as the left side of the product; a, packed as bf16, is the right one.
+EXPORT(row_norms)
+(const RowNorms* all, int64_t count, float least, int threads) {
+  constexpr int64_t kTall = 2 * kTile;
+  int64_t bytes = count * sizeof(PackedFactor) + 4096, blocks = 0, work = 0, padded = 0, ranks = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const PackedFactor factor(all[k]);
+    bytes += factor.Bytes();
+    blocks += (all[k].rows + kTall - 1) / kTall;
+    work += all[k].rows * all[k].weight.depth;
+    padded = factor.padded > padded ? factor.padded : padded;
+    ranks = factor.ranks > ranks ? factor.ranks : ranks;
+  }
+  scratch.Reserve(bytes);
+  PackedFactor* factors = reinterpret_cast<PackedFactor*>(scratch.Take<char>(count * sizeof(PackedFactor)));
+  for (int64_t k = 0; k < count; ++k) {
+    PackedFactor factor(all[k]);
+    factor.packed = scratch.Take<uint32_t>(factor.ranks * factor.pairs);
+    factor.half = scratch.Take<uint16_t>((factor.ranks + kTile) * factor.padded);
+    factor.gram = scratch.Take<float>((factor.ranks + kTile) * factor.ranks);
+    std::memcpy(factors + k, &factor, sizeof factor);
+  }
+#pragma omp parallel num_threads(threads) if (work > 65536)
+  {
+    Tiles tiles;
+    decoded.Reserve(kTall * padded * 2 + kTall * ranks * 4 + kTall * kTile * 4 + ranks * 4 + 4096);
+    uint16_t* left = decoded.Take<uint16_t>(kTall * padded);
+    float* part = decoded.Take<float>(kTall * ranks);
+    float* square = decoded.Take<float>(kTall * kTile);
+    float* low = decoded.Take<float>(ranks);
+#pragma omp for schedule(dynamic)
+    for (int64_t k = 0; k < count; ++k) factors[k].Fill(all[k], square);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; row += kTall) {
-      const int64_t tall = rows - row < kTall ? rows - row : kTall;
+    for (int64_t block = 0; block < blocks; ++block) {
+      int64_t at = block, k = 0;
+      for (; at >= (all[k].rows + kTall - 1) / kTall; ++k) at -= (all[k].rows + kTall - 1) / kTall;
+      const RowNorms& one = all[k];
+      const PackedFactor& factor = factors[k];
+      const int64_t row = at * kTall, tall = one.rows - row < kTall ? one.rows - row : kTall;
+      const int64_t depth = one.weight.depth, pairs = factor.pairs, wide = factor.ranks;
       Slice slice{reinterpret_cast<const uint32_t*>(left), pairs, pairs};
-      if (weight->kind == kByRow && depth == padded && tall == kTall && weight->ldw % 2 == 0) {
-        slice.a = reinterpret_cast<const uint32_t*>(weight->weight + row * weight->ldw);
-        slice.lda = weight->ldw / 2;
-        for (int64_t i = kTall; i < 2 * kTall && row + i < rows; ++i)  // the next rows, on their way meanwhile
+      if (one.weight.kind == kByRow && depth == factor.padded && tall == kTall && one.weight.ldw % 2 == 0) {
+        slice.a = reinterpret_cast<const uint32_t*>(one.weight.weight + row * one.weight.ldw);
+        slice.lda = one.weight.ldw / 2;
+        for (int64_t i = kTall; i < 2 * kTall && row + i < one.rows; ++i)  // the next rows, on their way meanwhile
           for (int64_t d = 0; d < depth; d += 32)
-            __builtin_prefetch(weight->weight + (row + i) * weight->ldw + d, 0, 2);
+            __builtin_prefetch(one.weight.weight + (row + i) * one.weight.ldw + d, 0, 2);
       } else {
+        if (depth != factor.padded || tall < kTall) std::memset(left, 0, kTall * factor.padded * 2);
         for (int64_t i = 0; i < tall; ++i) {
-          if (weight->kind == kByRow)
-            std::memcpy(left + i * padded, weight->weight + (row + i) * weight->ldw, depth * 2);
+          if (one.weight.kind == kByRow)
+            std::memcpy(left + i * factor.padded, one.weight.weight + (row + i) * one.weight.ldw, depth * 2);
           else
-            weight->DecodeRow(row + i, 0, depth, left + i * padded);
+            one.weight.DecodeRow(row + i, 0, depth, left + i * factor.padded);
         }
       }
-      for (int64_t k = 0; k < ranks; k += kTile) TallProduct(slice, tall, packed + k * pairs, part + k, ranks);
+      for (int64_t n = 0; n < wide; n += kTile) TallProduct(slice, tall, factor.packed + n * pairs, part + n, wide);
+      std::memset(low, 0, wide * 4);
       for (int64_t i = 0; i < tall; ++i) {
-        std::memcpy(low, b + (row + i) * r, r * 4);
+        std::memcpy(low, one.b + (row + i) * one.r, one.r * 4);
         Vec total = Vec{};
-        for (int64_t k = 0; k < ranks; k += kWidth) {
+        for (int64_t n = 0; n < wide; n += kWidth) {
           Vec through = Vec{};
-          for (int64_t l = 0; l < r; ++l) through = Fma(Set(low[l]), Load(gram + l * ranks + k), through);
-          total = Fma(Load(low + k), Set(2.f) * Load(part + i * ranks + k) + Set(s) * through, total);
+          for (int64_t l = 0; l < one.r; ++l) through = Fma(Set(low[l]), Load(factor.gram + l * wide + n), through);
+          total = Fma(Load(low + n), Set(2.f) * Load(part + i * wide + n) + Set(one.s) * through, total);
         }
-        const float all = squares[row + i] + s * Sum(total), norm = std::sqrt(all < 0.f ? 0.f : all);  // NaN stays
-        norms[row + i] = norm < least ? least : norm;
+        const float square_norm = one.squares[row + i] + one.s * Sum(total);
+        const float norm = std::sqrt(square_norm < 0.f ? 0.f : square_norm);  // NaN stays
+        one.norms[row + i] = norm < least ? least : norm;
       }
     }
   }

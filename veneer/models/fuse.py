@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from veneer import ops
-from veneer.adapters.lora import LoraLinear, plain_linear
+from veneer.adapters.lora import LoraLinear, adapted_linears
 from veneer.adapters.tokens import changed_rows
 from veneer.config import IGNORED
 from veneer.ops import dry_run, native
@@ -166,10 +166,9 @@ def _norm_forward(self: Any, x: Tensor) -> Tensor:
 
 def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
     """The layers of these names as the fused halves take them; None when one of them is not such a layer now."""
-    found = []
-    for name in names:
-        layer: Any = getattr(parent, name)
-        base = layer.base_layer if isinstance(layer, LoraLinear) else layer
+    layers = [getattr(parent, name) for name in names]
+    for layer in layers:
+        base: Any = layer.base_layer if isinstance(layer, LoraLinear) else layer
         if isinstance(base, nn.Linear):
             if type(base) is not nn.Linear or base.weight.dtype != torch.bfloat16:
                 return None
@@ -183,11 +182,7 @@ def _linears(parent: nn.Module, *names: str) -> list[AdaptedLinear] | None:
             return None
         if isinstance(layer, LoraLinear) and layer.active in layer.lora_bias:
             return None
-        if base.weight.requires_grad:  # full fine-tuning
-            found.append(AdaptedLinear(base.weight, base.bias))
-        else:
-            found.append(layer.frozen() if isinstance(layer, LoraLinear) else plain_linear(layer))
-    return found
+    return adapted_linears(layers)
 
 
 def _layer_forward(
@@ -270,9 +265,8 @@ def _attention_half(
         return None
     width = attn.head_dim
     fused = hasattr(attn, "qkv_proj")
-    qkv = _linears(attn, "qkv_proj") if fused else _linears(attn, "q_proj", "k_proj", "v_proj")
-    out = _linears(attn, "o_proj")
-    if qkv is None or out is None or width % 16 or width > native.MAX_WIDTH:
+    linears = _linears(attn, *(["qkv_proj"] if fused else ["q_proj", "k_proj", "v_proj"]), "o_proj")
+    if linears is None or width % 16 or width > native.MAX_WIDTH:
         return None
     if layer.training and getattr(attn, "attention_dropout", 0.0):
         return None
@@ -284,7 +278,7 @@ def _attention_half(
     if not getattr(attn, "use_rope", True):
         cos = sin = None
     return Attention(
-        norm, qkv, out[0], heads, kv_heads, width, attn.scaling, cos, sin, starts, q_norm, k_norm,
+        norm, linears[:-1], linears[-1], heads, kv_heads, width, attn.scaling, cos, sin, starts, q_norm, k_norm,
         _recompute(layer),
     )  # fmt: skip
 
@@ -294,12 +288,11 @@ def _mlp_half(layer: Any) -> Mlp | None:
     if norm is None or not native.takes(norm.weight):
         return None
     fused = hasattr(mlp, "gate_up_proj")
-    gate_up = _linears(mlp, "gate_up_proj") if fused else _linears(mlp, "gate_proj", "up_proj")
-    down = _linears(mlp, "down_proj")
-    if gate_up is None or down is None:
+    linears = _linears(mlp, *(["gate_up_proj"] if fused else ["gate_proj", "up_proj"]), "down_proj")
+    if linears is None:
         return None
     activation = ACTIVATIONS[type(mlp.activation_fn if fused else mlp.act_fn).__name__]
-    return Mlp(norm, gate_up, down[0], activation, _recompute(layer))
+    return Mlp(norm, linears[:-1], linears[-1], activation, _recompute(layer))
 
 
 _last: tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]] | None = None

@@ -161,15 +161,17 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
 
 
 def row_norms(
-    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """|W + scaling B A| of each row (out,) fp32, at least `reference.TINY`. No gradient flows.
+    weights: Sequence[tuple[Any, bool]], factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float],
+    squares: Sequence[Tensor], dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    """Of each weight |W + scaling B A| of its rows (out,) fp32, at least `reference.TINY`. No gradient flows.
 
-    weight: a tensor or a quantised one, (out, in), or (in, out) if not `by_row`; a (r, in), b (out, r) fp32; squares
-    (out,) fp32: |W|^2 by row. The others than the definition go from |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>: no
-    dense update is made, and W A^T is multiplied in `dtype`.
+    weights: a tensor or a quantised one and `by_row`: (out, in), or (in, out) if not; factors: a (r, in) and b (out, r)
+    fp32; squares (out,) fp32: |W|^2 by row. The others than the definition go from |W|^2 + 2 s <W A^T, B> + s^2 <B A A^T, B>:
+    no dense update is made, and W A^T is multiplied in `dtype`.
     """
-    return choose("row_norms", a.device, dtype)[0](weight, by_row, a, b, scaling, squares, dtype)  # type: ignore[no-any-return]
+    form = choose("row_norms", squares[0].device, dtype)[0]
+    return form(weights, factors, scalings, squares, dtype)  # type: ignore[no-any-return]
 
 
 def watch(

@@ -40,9 +40,9 @@ _TELLING = 1e-20  # far below what a factor can be in earnest, far above bf16's 
 
 
 class AdaptedLinear(NamedTuple):
-    """y = scale (x W^T + scaling (dropout(x) A^T) B^T) + bias. weight (out, in): bf16, or quantised (`veneer.quant`), frozen.
+    """y = scale (x W^T + scaling (dropout(x) A^T diag(diagonal)) B^T) + bias. weight (out, in): bf16, or quantised, frozen.
 
-    a (r, in) and b (out, r) fp32, or None both. Each linear drops its own copy of x, as PEFT's modules do; the mask is
+    a (r, in) and b (out, r) fp32, or None both; diagonal (r,) fp32, AdaLoRA's, or None: 1. Each linear drops its own copy of x, as PEFT's modules do; the mask is
     a function of `seed` (`reference.kept`), so the backward pass makes it again. scale (out,) fp32, or None: 1.
     """
 
@@ -54,6 +54,7 @@ class AdaptedLinear(NamedTuple):
     dropout: float = 0.0
     seed: int = 0
     scale: Tensor | None = None
+    diagonal: Tensor | None = None
 
 
 class Norm(NamedTuple):
@@ -119,12 +120,15 @@ def rms_norm(x: Tensor, norm: Norm, rest: Tensor | None = None) -> Tensor:
 
 
 def _factors(group: Sequence[AdaptedLinear]) -> list[Tensor | None]:
-    """What may be trained, five to a linear: what autograd has to see."""
+    """What may be trained, six to a linear: what autograd has to see."""
     return [
         x
         for linear in group
-        for x in (linear.a, linear.b, _trained(linear), _if_trained(linear.bias), _if_trained(linear.scale))
-    ]
+        for x in (
+            linear.a, linear.b, _trained(linear), _if_trained(linear.bias), _if_trained(linear.scale),
+            _if_trained(linear.diagonal),
+        )
+    ]  # fmt: skip
 
 
 def _trained(part: AdaptedLinear | Norm | None) -> Tensor | None:
@@ -160,7 +164,10 @@ class _Group:
             return None
         (out, r), rows = linear.b.shape, self.a[place]
         b = torch.empty((out, rows.shape[0]), dtype=torch.bfloat16)
-        torch.mul(linear.a.detach(), _scaling(linear), out=rows[:r])
+        if linear.diagonal is None:
+            torch.mul(linear.a.detach(), _scaling(linear), out=rows[:r])
+        else:
+            native.scale_rows(linear.a.detach(), linear.diagonal.detach(), _scaling(linear), out=rows[:r])
         b[:, :r] = linear.b.detach()
         if r % 2:
             rows[r:].zero_()
@@ -246,10 +253,11 @@ class _Group:
         dh: Tensor | None,
         d_scales: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """The gradients of a, b, weight, bias and scale of each linear, in the order of `_factors`."""
+        """The gradients of a, b, weight, bias, scale and diagonal of each linear, in the order of `_factors`."""
         gradients: list[Tensor | None] = []
         da = None if dh is None or self.drops else native.outer_sum(dh, x)
         for linear, d, place, scale, d_scale in zip(self.group, dy, self.places, self.scales, d_scales, strict=True):
+            d_diagonal = None
             if linear.a is None or dh is None or h is None:
                 gradients += [None, None]
             else:
@@ -258,10 +266,16 @@ class _Group:
                 db = native.outer_sum(h[:, place], d, transposed=True)
                 if scale is not None:
                     db.mul_(scale[:, None])
-                gradients += [own[:r] * _scaling(linear), db[:, :r].contiguous() if r % 2 else db]
+                own = own[:r]
+                if linear.diagonal is None:  # in place: a gradient that holds the others' memory too, they stay as long
+                    own.mul_(_scaling(linear))
+                else:
+                    a, diagonal = linear.a.detach(), linear.diagonal.detach()
+                    d_diagonal = native.scale_rows(own, diagonal, _scaling(linear), other=a)
+                gradients += [own, db[:, :r].contiguous() if r % 2 else db]
             gradients.append(None if _trained(linear) is None else _weight_gradient(d, x, scale))
             gradients.append(None if _if_trained(linear.bias) is None else d.sum(0, dtype=torch.float32).to(d.dtype))
-            gradients.append(d_scale)
+            gradients += [d_scale, d_diagonal]
         return gradients
 
 

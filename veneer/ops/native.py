@@ -66,7 +66,8 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "column_dots": [c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int],
     "watch": [c_void_p, c_int64, c_float, c_int],
     "orthogonal": [c_void_p, c_int64, c_float, c_int],
-    "row_norms": [c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_float, c_void_p, c_int],
+    "row_norms": [c_void_p, c_int64, c_float, c_int],
+    "scale_rows": [c_void_p, c_int64, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_void_p, c_void_p, c_int],
     "masked": [c_void_p, c_void_p, c_int64, c_int64, c_uint32, c_int, c_void_p, c_int],
     "add_update": [c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int],
     "sparse_sum": [c_void_p, c_int, c_int64, c_int64, c_int, c_float, c_int, c_void_p, c_int],
@@ -91,6 +92,13 @@ class _Term(ctypes.Structure):
         ("a", c_void_p), ("lda", c_int64), ("depth", c_int64), ("weight", c_void_p), ("ldw", c_int64),
         ("four_bit", ctypes.POINTER(_FourBit)), ("int8", ctypes.POINTER(_Int8)), ("kind", c_int64),
         ("row_scale", c_void_p),
+    ]  # fmt: skip
+
+
+class _RowNorms(ctypes.Structure):
+    _fields_ = [
+        ("weight", _Term), ("rows", c_int64), ("r", c_int64), ("a", c_void_p), ("b", c_void_p), ("squares", c_void_p),
+        ("norms", c_void_p), ("s", c_float),
     ]  # fmt: skip
 
 
@@ -368,26 +376,47 @@ def _matrix(x: Tensor, dim: int) -> tuple[int, int, int]:
 
 
 def row_norms(
-    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
-) -> Tensor:
-    if not by_row or a.shape[1] % 2:
-        return products.row_norms(weight, by_row, a, b, scaling, squares, dtype)
-    (out, r), inner = b.shape, a.shape[1]
-    a, b, norms = a.contiguous(), b.contiguous(), torch.empty(out, dtype=torch.float32)
-    assert a.shape == (r, inner) and weight.shape == (out, inner) and _is_vector(squares, out)
-    assert a.dtype == b.dtype == torch.float32
-    term = _Term(depth=inner, ldw=inner, kind=0)
-    if isinstance(weight, Tensor):
-        weight = _rows(weight)
-        term.weight, term.ldw = weight.data_ptr(), weight.stride(0)
-    else:
-        setattr(term, "int8" if weight.kind == "int8" else "four_bit", _view(weight))
-        term.kind = 2
-    _run(
-        "row_norms", ctypes.addressof(term), out, a.data_ptr(), b.data_ptr(), r, squares.data_ptr(), scaling, TINY,
-        norms.data_ptr(),
-    )  # fmt: skip
+    weights: Sequence[tuple[Any, bool]], factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float],
+    squares: Sequence[Tensor], dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    if not all(by_row for _, by_row in weights) or any(a.shape[1] % 2 for a, _ in factors):
+        return products.row_norms(weights, factors, scalings, squares, dtype)
+    norms = list(torch.empty(sum(map(len, squares))).split(list(map(len, squares))))
+    held: list[Any] = []  # what the pointers point to
+    all_ = (_RowNorms * len(norms))()
+    for one, (weight, _), (a, b), s, square, norm in zip(all_, weights, factors, scalings, squares, norms, strict=True):
+        (out, r), inner = b.shape, a.shape[1]
+        a, b = a.contiguous(), b.contiguous()
+        assert a.shape == (r, inner) and weight.shape == (out, inner) and _is_vector(square, out)
+        assert a.dtype == b.dtype == torch.float32
+        term = one.weight
+        term.depth = term.ldw = inner
+        if isinstance(weight, Tensor):
+            weight = _rows(weight)
+            term.weight, term.ldw, term.kind = weight.data_ptr(), weight.stride(0), 0
+        else:
+            setattr(term, "int8" if weight.kind == "int8" else "four_bit", _view(weight))
+            term.kind = 2
+        one.rows, one.r, one.s = out, r, s
+        one.a, one.b, one.squares, one.norms = a.data_ptr(), b.data_ptr(), square.data_ptr(), norm.data_ptr()
+        held += (weight, a, b)
+    _run("row_norms", ctypes.addressof(all_), len(norms), TINY)
     return norms
+
+
+def scale_rows(
+    x: Tensor, factors: Tensor, unit: float, *, out: Tensor | None = None, other: Tensor | None = None
+) -> Tensor | None:
+    """x (r, n) fp32 <- unit * diag(factors) x; with `out` (r, n) bf16 that goes there and x stays as it is.
+
+    With `other` (r, n) fp32 returns, of x as it was, unit * its sums of products with it by row (r,).
+    """
+    dots = None if other is None else torch.empty(len(factors), dtype=torch.float32)
+    assert out is None or (out.shape == x.shape and out.dtype == torch.bfloat16 and out.is_contiguous())
+    wide, half = (x, None) if out is None else (None, out)
+    x_, factors_, wide_, other_, dots_ = _fp32([x, factors, wide, other, dots])
+    _run("scale_rows", x_, *x.shape, factors_, unit, wide_, 0 if half is None else half.data_ptr(), other_, dots_)
+    return dots
 
 
 def attention_forward(

@@ -32,11 +32,15 @@ def product(
 
 
 def row_norms(
-    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
-) -> Tensor:
-    wa = product([(a.to(dtype), weight, by_row)]).float()
-    cross = 2 * scaling * (wa.T * b).sum(1) + scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
-    return (squares + cross).clamp_(min=0).sqrt_().clamp_(min=TINY)
+    weights: Sequence[tuple[Any, bool]], factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float],
+    squares: Sequence[Tensor], dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
+    found = []
+    for weight, (a, b), s, square in zip(weights, factors, scalings, squares, strict=True):
+        wa = product([(a.to(dtype), *weight)]).float()
+        cross = 2 * s * (wa.T * b).sum(1) + s**2 * ((b @ (a @ a.T)) * b).sum(1)
+        found.append((square + cross).clamp_(min=0).sqrt_().clamp_(min=TINY))
+    return found
 
 
 def watch(

@@ -215,11 +215,15 @@ def outer_sum(left: Tensor, right: Tensor, *, transposed: bool = False) -> Tenso
 
 
 def row_norms(
-    weight: Any, by_row: bool, a: Tensor, b: Tensor, scaling: float, squares: Tensor, dtype: torch.dtype
-) -> Tensor:
+    weights: Sequence[tuple[Any, bool]], factors: Sequence[tuple[Tensor, Tensor]], scalings: Sequence[float],
+    squares: Sequence[Tensor], dtype: torch.dtype,
+) -> list[Tensor]:  # fmt: skip
     """|W + scaling B A| of each row (out,) fp32, at least TINY; W (out, in), or (in, out) if not `by_row`."""
-    dense = _dense(weight) if by_row else _dense(weight).T
-    return torch.linalg.vector_norm(dense + scaling * b @ a, dim=1).clamp_(min=TINY)
+    found = []
+    for (weight, by_row), (a, b), scaling in zip(weights, factors, scalings, strict=True):
+        dense = _dense(weight).float() if by_row else _dense(weight).float().T
+        found.append(torch.linalg.vector_norm(dense + scaling * b @ a, dim=1).clamp_(min=TINY))
+    return found
 
 
 def watch(
@@ -355,11 +359,12 @@ def attention(
 
 
 def linear(x: Tensor, layer: Any) -> Tensor:
-    """scale (x W^T + scaling (dropout(x) A^T) B^T) + bias of an `AdaptedLinear`."""
+    """scale (x W^T + scaling (dropout(x) A^T diag(diagonal)) B^T) + bias of an `AdaptedLinear`."""
     y = x @ _dense(layer.weight).to(x.dtype).T
     if layer.a is not None:
         low = masked(x, layer.dropout, layer.seed) * drop_scale(layer.dropout) if layer.dropout else x
-        y = y + layer.scaling * (low @ layer.a.to(x.dtype).T) @ layer.b.to(x.dtype).T
+        a = layer.a if layer.diagonal is None else layer.a * layer.diagonal[:, None]
+        y = y + layer.scaling * (low @ a.to(x.dtype).T) @ layer.b.to(x.dtype).T
     y = y if layer.scale is None else y * layer.scale.to(x.dtype)
     return y if layer.bias is None else y + layer.bias.to(x.dtype)
 

@@ -93,8 +93,9 @@ def restore(tensors: dict[str, Tensor], weights: Masters, optimizer: torch.optim
     """Put a checkpoint's tensors back: what is trained, moments, step counts, the method's buffers, random states.
 
     Raises:
-        VeneerError: the checkpoint is of other layers or ranks; nothing is changed then.
+        VeneerError: the checkpoint is of other layers or ranks; no value is changed then.
     """
+    weights.make_room({key.removeprefix("buffer/"): x for key, x in tensors.items() if key.startswith("buffer/")})
     here = {f"parameter/{name}": p for name, p in weights.parameters.items()}
     here |= {f"buffer/{name}": buffer for name, buffer in weights.buffers().items()}
     saved = {name: tensor for name, tensor in tensors.items() if name.startswith(("parameter/", "buffer/"))}

@@ -71,6 +71,9 @@ class Masters:
         """What a checkpoint holds besides the parameters."""
         return {}
 
+    def make_room(self, saved: dict[str, Tensor]) -> None:
+        """Take on the shapes of a checkpoint with these `buffers`, where they change in training."""
+
     @torch.no_grad()
     def changed(self) -> None:
         """After a step, or after a checkpoint was put back: the weights follow."""
@@ -115,10 +118,9 @@ class AdapterWeights(Masters):
             )
         allocator.steps = steps
 
-    def changed(self) -> None:
-        super().changed()
+    def make_room(self, saved: dict[str, Tensor]) -> None:
         if (allocator := self._allocator) is not None:
-            allocator.refresh()
+            allocator.make_room({key.removeprefix("adalora/"): value for key, value in saved.items()})
 
     def buffers(self) -> dict[str, Tensor]:
         allocator = self._allocator

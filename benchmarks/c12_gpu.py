@@ -121,11 +121,20 @@ def main() -> None:
     host = current_bytes()
     device = torch.device("cuda")
     free, total = torch.cuda.mem_get_info()  # makes the context
-    (torch.ones(8, 8, device=device, dtype=torch.bfloat16) @ torch.ones(8, 8, device=device, dtype=torch.bfloat16)).sum().item()
+    (
+        torch.ones(8, 8, device=device, dtype=torch.bfloat16) @ torch.ones(8, 8, device=device, dtype=torch.bfloat16)
+    ).sum().item()
     context = total - torch.cuda.mem_get_info()[0] - torch.cuda.memory_reserved()
-    print(f"{torch.cuda.get_device_name()}, {total / 2**30:.2f} GiB, torch {torch.__version__}; used before: {(total - free) / 1e6:,.0f} MB")
-    print(f"context: {context / 1e6:,.0f} MB (taken: {CONTEXT / 1e6:,.0f}), of cuBLAS in torch: {torch.cuda.memory_allocated() / 1e6:,.0f} MB")
-    print(f"main memory: {(current_bytes() - host) / 1e6:,.0f} MB more with the GPU (taken: {HOST_LIBRARIES / 1e6:,.0f})", flush=True)
+    print(
+        f"{torch.cuda.get_device_name()}, {total / 2**30:.2f} GiB, torch {torch.__version__}; used before: {(total - free) / 1e6:,.0f} MB"
+    )
+    print(
+        f"context: {context / 1e6:,.0f} MB (taken: {CONTEXT / 1e6:,.0f}), of cuBLAS in torch: {torch.cuda.memory_allocated() / 1e6:,.0f} MB"
+    )
+    print(
+        f"main memory: {(current_bytes() - host) / 1e6:,.0f} MB more with the GPU (taken: {HOST_LIBRARIES / 1e6:,.0f})",
+        flush=True,
+    )
     rows, wrong = [], []
     print(f"{'run':66} {'allocated':>10} {'planned':>8}        {'reserved':>9} {'planned':>8}", flush=True)
     for model, run in CELLS:
@@ -150,7 +159,9 @@ def main() -> None:
             flush=True,
         )
         if options.out is not None:
-            options.out.write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "context": context, "rows": rows}, indent=1))
+            options.out.write_text(
+                json.dumps({"gpu": torch.cuda.get_device_name(), "context": context, "rows": rows}, indent=1)
+            )
     ratios = [row["planned_reserved"] / row["reserved"] for row in rows]
     if ratios:
         near = sum(0.98 <= ratio <= 1.05 for ratio in ratios)

@@ -457,7 +457,8 @@ def plan(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL|RECIPE]", help="As elsewhere (its config is enough), a known one: llama3-8b, ..., or a .yaml recipe."
+            metavar="[MODEL|RECIPE]",
+            help="As elsewhere (its config is enough), a known one: llama3-8b, ..., or a .yaml recipe.",
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "qlora",
@@ -475,7 +476,9 @@ def plan(
     shape: Annotated[
         str | None, typer.Option(help="A Llama of these sizes: layers=32,hidden=4096,heads=32,kv_heads=8,...")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: what the budget's machine or this one has.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: what the budget's machine or this one has.")
+    ] = "auto",
     budget: Annotated[
         str | None, typer.Option(help="24GB, 24GiB, or a machine: rtx-4090, pc-16gb, ...; left out: what is free here.")
     ] = None,
@@ -498,7 +501,11 @@ def plan(
     if sum((model is not None, shape is not None, matrix)) != 1:
         raise VeneerError("expected a MODEL, a recipe, --shape or --matrix, one of them")
     recipe = model is not None and model.endswith((".yaml", ".yml"))
-    allowed = {"model", "budget", "time", "plot", "as_json"} if recipe else {"matrix", "as_json", "seq_len", "batch_size", "rank"}
+    allowed = (
+        {"model", "budget", "time", "plot", "as_json"}
+        if recipe
+        else {"matrix", "as_json", "seq_len", "batch_size", "rank"}
+    )
     if (recipe or matrix) and (idle := sorted(given - allowed)):
         options = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise VeneerError(f"{options}: of no use with {'a recipe, which says so itself' if recipe else '--matrix'}")

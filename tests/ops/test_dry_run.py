@@ -118,7 +118,7 @@ def test_a_gpu_keeps_what_transformers_code_saves_and_recompute_does_not():
 
     plain, again, cpu = step(device="cuda"), step(device="cuda", recompute="full"), step()
     hidden = 256 * SIZES["hidden_size"] * 2
-    assert plain.activations > 2 * cpu.activations
+    assert plain.activations > 1.5 * cpu.activations
     assert 4 * hidden <= again.activations < plain.activations / 4
     assert plain.loaded >= sum(p.nbytes for p in skeleton_of("llama", **SIZES).to(torch.bfloat16).parameters())
     assert plain.fragments[0] >= 0 and again.peak < plain.peak

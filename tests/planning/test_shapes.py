@@ -59,9 +59,11 @@ def config(tmp_path, tokenizer):
 def test_an_unknown_architecture_is_planned_as_a_llama_and_that_is_said(config, capsys, monkeypatch):
     known = veneer.plan(config(), seq_len=64, rank=2)
     unknown = veneer.plan(config(model_type="who_knows"), seq_len=64, rank=2)
-    assert unknown["peak_bytes"] == known["peak_bytes"] and known["notes"] == []
+    assert unknown["parts"] == known["parts"] and known["notes"] == []
     assert "'who_knows' is not known" in unknown["notes"][0] and "as a Llama" in unknown["notes"][0]
-    monkeypatch.setattr(sys, "argv", ["veneer", "plan", config(model_type="who_knows"), "--seq-len", "64", "--rank", "2"])
+    monkeypatch.setattr(
+        sys, "argv", ["veneer", "plan", config(model_type="who_knows"), "--seq-len", "64", "--rank", "2"]
+    )
     with pytest.raises(SystemExit):
         cli.main()
     assert "as a Llama" in capsys.readouterr().out
@@ -69,7 +71,9 @@ def test_an_unknown_architecture_is_planned_as_a_llama_and_that_is_said(config, 
 
 def test_other_names_of_sizes(config):
     there = veneer.plan(config(), seq_len=64, rank=2)
-    folder = config(model_type="who_knows", hidden_size=None, n_embd=there_hidden(config()), num_hidden_layers=None, n_layer=2)
+    folder = config(
+        model_type="who_knows", hidden_size=None, n_embd=there_hidden(config()), num_hidden_layers=None, n_layer=2
+    )
     assert veneer.plan(folder, seq_len=64, rank=2)["architecture"] == "LlamaForCausalLM"
 
 

@@ -83,7 +83,11 @@ def test_the_time_of_a_run_is_of_all_its_rows(recipe, monkeypatch):
 def test_the_bar_is_as_long_as_what_is_there(recipe):
     found = plan_recipe(recipe())
     room = 2 * (found["process_bytes"] + found["phases"]["train"])
-    bar = next(line for line in describe({**found, "budget_bytes": room}).splitlines() if line.endswith("there") and "|" in line)
+    bar = next(
+        line
+        for line in describe({**found, "budget_bytes": room}).splitlines()
+        if line.endswith("there") and "|" in line
+    )
     assert bar.index("|") == WIDTH and abs(bar.count("·") - WIDTH // 2) <= 1
     tight = describe({**found, "budget_bytes": room // 4, "fits": False})
     bar = next(line for line in tight.splitlines() if line.endswith("there") and "|" in line)

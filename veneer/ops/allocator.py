@@ -30,7 +30,10 @@ class Blocks:
 
     def __init__(self) -> None:
         self.allocated = self.most = self.lately = self.reserved = 0
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # (size, start), small ones and large ones
+        self._free: dict[bool, list[tuple[int, int]]] = {
+            True: [],
+            False: [],
+        }  # (size, start), small ones and large ones
         self._at: dict[int, Block] = {}
         self._returned: list[Block] = []
 

@@ -68,11 +68,11 @@ class DryRun(TorchDispatchMode):
         if func.overloadpacket in FACTORIES:
             kwargs = {**kwargs, "device": self._device}
         out = func(*args, **kwargs)
-        if func.overloadpacket in AS_LARGE_INSIDE:
-            self._see(torch.empty_like(args[0]), args[0].nbytes)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf, leaf.untyped_storage().nbytes())
+        if func.overloadpacket in AS_LARGE_INSIDE:
+            self._see(torch.empty_like(args[0]), args[0].nbytes)
         return out
 
     def _see(self, tensor: Tensor, size: int) -> None:
@@ -137,7 +137,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
         q, k, v = ctx.saved_tensors[:3]
         made = tuple(x.new_empty(x.shape) for x in (q, k, v))
-        if arena.dry is None:  # a GPU's kernel: the sum of dq in fp32, and dk, dv of every head before those of a group are added
+        if (
+            arena.dry is None
+        ):  # a GPU's kernel: the sum of dq in fp32, and dk, dv of every head before those of a group are added
             q.new_empty(q.shape, dtype=torch.float32), [q.new_empty(q.shape) for x in (k, v) if x.shape != q.shape]
         return made
 

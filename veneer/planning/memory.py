@@ -311,7 +311,12 @@ def _inputs(run: Run, rows: list[int], packs: bool) -> dict[str, Any]:
         batch["attention_mask"] = torch.empty((1, 1, side, side), dtype=torch.bool, device="meta")
     if as_one:
         starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-        batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(rows), "max_length_k": max(rows)}
+        batch |= {
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": max(rows),
+            "max_length_k": max(rows),
+        }
     return batch
 
 
@@ -348,7 +353,13 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         return Estimate(_of(run, phases), parts, about, _of(run, {**_host(weights, run), "merge": merge}))
     if step.evaluated != step.tokens:  # the forward pass's kernels for matrices of other shapes
         evaluate += A_TOKEN // 2 * min(step.evaluated, TOKENS)
-    phases = {"load": _load(weights, run), "train": train, "evaluate": evaluate, "save": between + step.kept, "merge": merge}
+    phases = {
+        "load": _load(weights, run),
+        "train": train,
+        "evaluate": evaluate,
+        "save": between + step.kept,
+        "merge": merge,
+    }
     return Estimate(_of(run, phases), parts, about, {})
 
 
@@ -368,7 +379,9 @@ def _load(weights: Weights, run: Run) -> int:
         load = mapped + dense + LOADED
     else:
         load = weights.base + largest + LOADED_QUANTIZED  # one after the other is read from the file
-    if run.method == "lora" and run.lora.init in OF_WEIGHTS:  # the 16-bit weights of a quantised base are looked at again
+    if (
+        run.method == "lora" and run.lora.init in OF_WEIGHTS
+    ):  # the 16-bit weights of a quantised base are looked at again
         again = dense if run.quantize is not None else 0
         start = weights.base + weights.second_base + again + mapped + SVD * FP32 * weights.largest + LOADED
         return max(load, start)

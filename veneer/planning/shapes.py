@@ -45,7 +45,8 @@ def skeleton_maker(model: str | Mapping[str, int]) -> tuple[Callable[[], Any], l
     kind = raw.get("model_type")
     text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
     if isinstance(kind, str) and kind in CONFIG_MAPPING:
-        return skeletons(model), _require_sizes(CONFIG_MAPPING[kind], {**raw, **text}, file)
+        notes = _require_sizes(CONFIG_MAPPING[kind], {**raw, **text}, file)
+        return skeletons(model), notes
     found = {name: text[key] for name in NAMES if (key := _key(name, text)) is not None}
     sizes = _llama(found, text, str(file))
     note = f"{file}: model_type {kind!r} is not known to transformers: planned as a Llama of its sizes"
@@ -62,7 +63,9 @@ def shape_of(text: str) -> dict[str, int]:
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or name not in NAMES:
-            problems.append(f"shape: found {part.strip()!r}, expected {', '.join(NAMES)} as name=number; {nearest(name, list(NAMES))}")
+            problems.append(
+                f"shape: found {part.strip()!r}, expected {', '.join(NAMES)} as name=number; {nearest(name, list(NAMES))}"
+            )
         elif not value.removeprefix("-").isdecimal():
             problems.append(f"shape: {name}: found {value!r}, expected a whole number")
         else:
@@ -78,7 +81,9 @@ def shape_text(sizes: Mapping[str, int]) -> str:
 
 def _llama(found: dict[str, Any], raw: dict[str, Any], where: str) -> dict[str, Any]:
     """Llama's settings of sizes by our names."""
-    problems = [f"{where}: {_called(name)} is missing" for name in NAMES if found.get(name) is None and name not in OPTIONAL]
+    problems = [
+        f"{where}: {_called(name)} is missing" for name in NAMES if found.get(name) is None and name not in OPTIONAL
+    ]
     problems += [f"{where}: found {name}, expected {', '.join(NAMES)}" for name in found.keys() - NAMES.keys()]
     problems += [
         f"{where}: {_called(name)}: {problem}"
@@ -92,7 +97,9 @@ def _llama(found: dict[str, Any], raw: dict[str, Any], where: str) -> dict[str, 
         if heads % kv_heads:
             problems.append(f"{where}: kv_heads: found {kv_heads}, expected a divisor of heads ({heads})")
     if problems:
-        raise VeneerError(problems, hint="for example layers=32,hidden=4096,heads=32,kv_heads=8,intermediate=14336,vocab=128256")
+        raise VeneerError(
+            problems, hint="for example layers=32,hidden=4096,heads=32,kv_heads=8,intermediate=14336,vocab=128256"
+        )
     sizes = {NAMES[name][0]: value for name, value in found.items() if value is not None}
     sizes.setdefault("num_key_value_heads", found["heads"])
     return {**sizes, "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False))}

@@ -20,7 +20,10 @@ from veneer.models.fuse import batch_loss
 from veneer.ops import arena
 from veneer.planning.memory import Optimizer, Run, prepared, rounded, rows_of
 
-WEIGHTS, LAYERS = 64 << 20, 6  # bytes of layers that are enough to be read from memory and not from caches, and layers at most
+WEIGHTS, LAYERS = (
+    64 << 20,
+    6,
+)  # bytes of layers that are enough to be read from memory and not from caches, and layers at most
 VOCABULARY = 32_768  # rows of the head that are measured at most
 STEPS, LEAST, SECONDS = 9, 3, 4.0  # steps at most; at least; and no further one is begun after so long
 DROPPED = 1  # the first: kernels are made, memory is taken
@@ -181,5 +184,10 @@ def _batch(model: Any, run: Run, supervised: float, device: torch.device) -> dic
     batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": places.reshape(shape)}
     if as_one:
         starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-        batch |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(rows), "max_length_k": max(rows)}
+        batch |= {
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": max(rows),
+            "max_length_k": max(rows),
+        }
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -177,7 +177,9 @@ def plot(plan: dict[str, Any], path: str | Path) -> Path:
         if value > 0:
             axis.bar(["train"], [value / 1e9], bottom=bottom, label=f"{name}: {size(value)}")
             bottom += value / 1e9
-    axis.axhline(plan["budget_bytes"] / 1e9, color="black", linestyle="--", label=f"there: {size(plan['budget_bytes'])}")
+    axis.axhline(
+        plan["budget_bytes"] / 1e9, color="black", linestyle="--", label=f"there: {size(plan['budget_bytes'])}"
+    )
     axis.set_ylabel("GB on the GPU" if plan["device"] == "cuda" else "GB of memory")
     axis.set_title(f"{plan['model']}: {plan['method']}, {plan['batch_size']} x {plan['seq_len']:,} tokens", fontsize=10)
     figure.legend(loc="outside right upper", fontsize=8)

@@ -30,7 +30,9 @@ def matrix(batch_size: int = 1, seq_len: int = 2048, rank: int = 16) -> dict[str
             asked: dict[str, Any] = {
                 "method": method, "batch_size": batch_size, "seq_len": seq_len, "rank": rank, "evaluate": False,
             }  # fmt: skip
-            kept, again = (plan(model, device="cuda", budget="h200", recompute=how, **asked) for how in ("none", "full"))
+            kept, again = (
+                plan(model, device="cuda", budget="h200", recompute=how, **asked) for how in ("none", "full")
+            )
             parts = kept["parts"]
             rows.append({
                 "size": name, "model": model, "method": method, "parameters": kept["parameters"],

@@ -511,8 +511,9 @@ def plan(
         raise VeneerError(f"{options}: of no use with {'a recipe, which says so itself' if recipe else '--matrix'}")
     if matrix:
         from veneer.report import plan_matrix
+        from veneer.training.progress import counter
 
-        table = plan_matrix.matrix(batch_size, seq_len, rank)
+        table = plan_matrix.matrix(batch_size, seq_len, rank, counter("ways planned"))
         print(json.dumps(table) if as_json else plan_matrix.describe(table))
         return
     if recipe:

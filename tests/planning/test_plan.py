@@ -84,7 +84,9 @@ def mini(monkeypatch):
 
 def test_more_takes_more(mini):
     def peak(**settings):
-        return veneer.plan(mini, **{"method": "lora", "seq_len": 512, "packing": False, "evaluate": False, **settings})["peak_bytes"]
+        return veneer.plan(mini, **{"method": "lora", "seq_len": 512, "packing": False, "evaluate": False, **settings})[
+            "peak_bytes"
+        ]
 
     base = peak()
     assert base < peak(batch_size=2) < peak(batch_size=4) and base < peak(seq_len=1024) and base < peak(rank=64)
@@ -241,22 +243,30 @@ def test_files_of_another_type_are_in_memory_twice_while_they_are_loaded(tmp_pat
     assert wide - same == 6 * count
 
 
-def test_a_run_on_a_gpu():
-    found = veneer.plan("llama-7b", method="lora", seq_len=256, recompute="full", budget="rtx-4090")
+def test_a_run_on_a_gpu(mini):
+    asked = {"method": "lora", "seq_len": 256, "recompute": "full"}
+    found = veneer.plan(mini, **asked, budget="rtx-4090")
     assert found["device"] == "cuda" and found["fits"] and found["budget_bytes"] == int(23.5 * (1 << 30))
     phases = found["phases"]
     assert sum(found["parts"].values()) == phases["train"] > phases["load"]
     assert phases["save"] == phases["evaluate"] >= phases["train"]  # segments stay
     assert found["parts"]["weights"] == 2 * found["parameters"]
     assert found["host"]["phases"]["load"] > found["parts"]["weights"] and found["host"]["budget_bytes"] is None
-    assert not veneer.plan("llama-7b", method="lora", seq_len=256, recompute="full", budget="rtx-3060")["fits"]
+    assert not veneer.plan(mini, **asked, device="cuda", budget=found["peak_bytes"])["fits"]  # the context is not in it
     with pytest.raises(veneer.VeneerError, match="no memory for device cpu"):
-        veneer.plan("llama-7b", device="cpu", budget="t4")
+        veneer.plan(mini, device="cpu", budget="t4")
     if not torch.cuda.is_available():
         with pytest.raises(veneer.VeneerError, match=r"no GPU(.|\n)*rtx-4090"):
-            veneer.plan("llama-7b", device="cuda")
-        with pytest.raises(veneer.VeneerError, match="time: .*no GPU"):
-            veneer.plan("llama-7b", seq_len=64, budget="t4", time=True)
+            veneer.plan(mini, device="cuda")
+        with pytest.raises(veneer.VeneerError, match=r"time: .*no GPU"):
+            veneer.plan(mini, seq_len=64, budget="t4", time=True)
+
+
+def test_on_a_gpu_full_fine_tuning_has_masters_sums_and_moments_and_a_moment_more_in_the_step(mini):
+    found = veneer.plan(mini, method="full", seq_len=64, device="cuda", budget="t4", evaluate=False)["parts"]
+    count = found["weights"] // 2
+    assert found["masters"] == found["gradients"] == 4 * count and found["optimizer"] == 8 * count
+    assert sum(found[part] for part in ("activations", "logits", "scratch")) >= 4 * count
 
 
 def test_recompute_on_a_gpu_is_of_whole_layers(mini):

@@ -70,16 +70,12 @@ def test_an_unknown_architecture_is_planned_as_a_llama_and_that_is_said(config, 
 
 
 def test_other_names_of_sizes(config):
-    there = veneer.plan(config(), seq_len=64, rank=2)
-    folder = config(
-        model_type="who_knows", hidden_size=None, n_embd=there_hidden(config()), num_hidden_layers=None, n_layer=2
-    )
-    assert veneer.plan(folder, seq_len=64, rank=2)["architecture"] == "LlamaForCausalLM"
-
-
-def there_hidden(folder):
+    known = veneer.plan(folder := config(), seq_len=64, rank=2)
     with open(f"{folder}/config.json") as file:
-        return json.load(file)["hidden_size"]
+        raw = json.load(file)
+    named = {"n_embd": raw["hidden_size"], "n_layer": raw["num_hidden_layers"], "n_head": raw["num_attention_heads"]}
+    other = config(model_type="mine", hidden_size=None, num_hidden_layers=None, num_attention_heads=None, **named)
+    assert veneer.plan(other, seq_len=64, rank=2)["parts"] == known["parts"]
 
 
 def test_fields_that_an_unknown_architecture_lacks_are_listed(config):

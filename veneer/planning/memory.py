@@ -8,6 +8,7 @@ Sizes are bytes over those of a process that has imported the library.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
@@ -95,7 +96,7 @@ def _most(phases: dict[str, int]) -> int:
 class Weights(NamedTuple):
     """Bytes of a model as training has it: dense weights, 4- and 8-bit codes and their constants, the adapter, what PiSSA or
     LoftQ keep beside the base; how many numbers are trained, and of these are in 16 bits; are in the base, and in its largest
-    tensor."""
+    tensor and in its largest that is adapted."""
 
     dense: int
     codes: int
@@ -104,8 +105,9 @@ class Weights(NamedTuple):
     second_base: int
     trained: int
     rounded: int
-    count: int
+    parameters: int
     largest: int
+    adapted: int
 
     @property
     def base(self) -> int:
@@ -163,7 +165,8 @@ def weights_of(model: Any, run: Run) -> Weights:
     count -= sum(p.numel() for p in trained) if run.method == "lora" else 0
     second = _second_base(model, run) + adapter if _has_second_base(run) else 0  # and the factors as they began
     numbers, small = (sum(p.numel() for p in some) for some in (trained, rounded(trained)))
-    return Weights(dense, codes, constants, adapter, second, numbers, small, count, max(matrices, default=0))
+    adapted = max((math.prod(layer.sides) for layer in lora_layers(model).values()), default=0)
+    return Weights(dense, codes, constants, adapter, second, numbers, small, count, max(matrices, default=0), adapted)
 
 
 def rounded(parameters: Iterable[Any]) -> list[Any]:
@@ -216,13 +219,14 @@ def dry_step(model: Any, run: Run) -> Step:
             if optimizer is not None:
                 torch.autograd.backward(forward(rows))
                 optimizer.step()
+                optimizer.adam.zero_grad()
                 there = books.live
             hooks.append(model.get_decoder().register_forward_hook(decoded))
             for _ in range(min(passes, 2)):  # of the second on, gradients are there from the start
                 torch.autograd.backward(forward(rows))
             gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
             if optimizer is not None:
-                optimizer.step(keep=True)
+                optimizer.step()
             peak, segments = books.peak, books.blocks.reserved
             books.restart()
             held_out = _evaluated(run, packs) if run.evaluate else rows
@@ -253,28 +257,29 @@ class Optimizer:
         trained = [p for p in parameters if p.requires_grad]
         self.masters = {p: p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float()) for p in trained}
         self.adam = torch.optim.AdamW(self.masters.values(), foreach=foreach, fused=None if foreach else True)
+        self.sums: dict[Any, Tensor] = {}
 
     def add(self, weight: Tensor) -> None:
-        """A gradient goes to its master, whose memory for it is kept."""
+        """A gradient goes to its master, whose memory for the sum is kept."""
         master = self.masters[weight]
-        if master.grad is None:
-            master.grad = torch.zeros_like(master)
-        master.grad.add_(weight.grad)
+        if master.grad is not None:
+            master.grad.add_(weight.grad)
+        else:
+            if master not in self.sums:
+                self.sums[master] = torch.empty_like(master)
+            master.grad = self.sums[master].copy_(weight.grad)
         weight.grad = None
 
-    def step(self, *, keep: bool = False) -> None:
-        """keep: the gradients are still there, as between steps."""
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        torch.nn.utils.clip_grads_with_norm_(self.masters.values(), 1.0, norm)
+    def step(self) -> None:
+        """The step itself; the gradients are still there."""
+        masters = [master for master in self.masters.values() if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm([master.grad for master in masters])
+        torch.nn.utils.clip_grads_with_norm_(masters, 1.0, norm)
         self.adam.step()
         with torch.no_grad():
             for weight, master in self.masters.items():
                 if weight is not master:
                     weight.copy_(master)
-                    master.grad.zero_()
-                elif not keep:
-                    master.grad = None
 
 
 def rows_of(run: Run, packs: bool) -> tuple[list[int], int]:
@@ -343,7 +348,7 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         "fragmentation": step.fragments[0],
         "libraries": LIBRARIES + A_TOKEN * min(step.tokens, TOKENS) if run.device == "cpu" else WORKSPACES,
     }
-    about = {"architecture": architecture, "parameters": weights.count, "trainable_parameters": weights.trained}
+    about = {"architecture": architecture, "parameters": weights.parameters, "trainable_parameters": weights.trained}
     train = sum(parts.values())
     between = train - inside - step.fragments[0] - step.gradients  # what is there between steps
     evaluate = between + step.evaluation + step.fragments[1]
@@ -371,7 +376,7 @@ def _of(run: Run, phases: dict[str, int]) -> dict[str, int]:
 
 def _load(weights: Weights, run: Run) -> int:
     """Main memory at the worst moment of loading, and of making a start that looks at the weights."""
-    dense, largest = weights.count * run.dtype.itemsize, weights.largest * run.dtype.itemsize
+    dense, largest = weights.parameters * run.dtype.itemsize, weights.largest * run.dtype.itemsize
     mapped = 0 if run.stored in (None, run.dtype) else dense // run.dtype.itemsize * run.stored.itemsize
     if run.quantize is None:  # mapped: read when they are used; of another type: read, and made anew
         load = LOADED if not mapped else mapped + dense + LOADED
@@ -382,8 +387,8 @@ def _load(weights: Weights, run: Run) -> int:
     if (
         run.method == "lora" and run.lora.init in OF_WEIGHTS
     ):  # the 16-bit weights of a quantised base are looked at again
-        again = dense if run.quantize is not None else 0
-        start = weights.base + weights.second_base + again + mapped + SVD * FP32 * weights.largest + LOADED
+        again = mapped if run.quantize is None else dense + mapped + LOADED_QUANTIZED
+        start = weights.base + weights.second_base + again + SVD * FP32 * weights.adapted + LOADED
         return max(load, start)
     return load
 
@@ -392,7 +397,7 @@ def _merge(model: Any, run: Run, weights: Weights) -> int:
     """Main memory of `veneer merge`: the model before and after, one after the other, and their logits. An adapter that
     was trained on a quantised base is also merged onto the 16-bit one, in memory, to see which is nearer."""
     logits = COMPARED * model.get_output_embeddings().weight.shape[0] * FP32
-    dense = weights.count * run.dtype.itemsize
+    dense = weights.parameters * run.dtype.itemsize
     return LOADED + 3 * logits + (dense if run.quantize is None else 2 * dense + weights.base)
 
 

@@ -227,7 +227,7 @@ def _smaller(run: Run) -> Iterator[Change]:
             "batch", f"batch_size {half}, grad_accumulation {more}", "the same steps, a little slower", changed
         )
     levels = get_args(Recompute)
-    slower = (("mlp", "about 5% slower"), ("full", "about 10% slower"))
+    slower: tuple[tuple[str, str], ...] = (("mlp", "about 5% slower"), ("full", "about 10% slower"))
     if run.device == "cuda":  # whole layers are made again there, whichever is asked for
         slower = (("full", "about a third slower"),)
     for how, cost in slower:

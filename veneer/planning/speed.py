@@ -154,6 +154,7 @@ def _timed(model: Any, run: Run, supervised: float) -> _Parts:
     began = time.perf_counter()
     while len(found) < DROPPED + STEPS and (len(found) < DROPPED + LEAST or time.perf_counter() - began < SECONDS):
         clock.times.clear()
+        optimizer.adam.zero_grad()
         clock.mark("start")
         torch.autograd.backward(batch_loss(model, batch, 1000))
         clock.mark("end")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from veneer.planning.machines import GIB, MACHINES
@@ -22,9 +23,15 @@ GIVEN = {
 WEIGHTS = {"7B": (28, 14, 7, 3.5), "13B": (52, 26, 13, 6.5), "70B": (280, 140, 70, 35)}
 
 
-def matrix(batch_size: int = 1, seq_len: int = 2048, rank: int = 16) -> dict[str, Any]:
-    """Plans of all sizes and methods on a GPU, with and without recompute; and the bytes of their weights."""
-    rows = []
+def matrix(
+    batch_size: int = 1, seq_len: int = 2048, rank: int = 16, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Plans of all sizes and methods on a GPU, with and without recompute; and the bytes of their weights.
+
+    Args:
+        progress: called with how many are done, of how many.
+    """
+    rows: list[dict[str, Any]] = []
     for name, model in SIZES.items():
         for method in METHODS:
             asked: dict[str, Any] = {
@@ -41,6 +48,8 @@ def matrix(batch_size: int = 1, seq_len: int = 2048, rank: int = 16) -> dict[str
                 "peak_bytes": kept["peak_bytes"] + CONTEXT, "recompute_bytes": again["peak_bytes"] + CONTEXT,
                 "fits": _smallest(again["peak_bytes"] + CONTEXT), "given_gb": GIVEN.get((name, method)),
             })  # fmt: skip
+            if progress is not None:
+                progress(len(rows), len(SIZES) * len(METHODS))
     return {"batch_size": batch_size, "seq_len": seq_len, "rank": rank, "rows": rows, "weights": _weights(rows)}
 
 
@@ -93,7 +102,7 @@ def _why(table: dict[str, Any]) -> list[str]:
     """A sentence for each kind of difference, with the 7B model's figures."""
     row = {r["method"]: r for r in table["rows"] if r["size"] == "7B"}
     count = row["full"]["parameters"]
-    full, lora, qlora = row["full"], row["lora"], row["qlora"]
+    lora, qlora = row["lora"], row["qlora"]
     activations = (lora["peak_bytes"] - lora["weights"] - lora["trained"] - CONTEXT) / 1e9
     half = count / 2e9
     return [

@@ -59,7 +59,7 @@ def train(
     import veneer
     from veneer.adapters.peft_format import base_quantization
     from veneer.report.check import load_for, require_sound
-    from veneer.report.plan import plan_recipe
+    from veneer.report.plan import plan_recipe, while_training
     from veneer.training.loop import require_new_run
     from veneer.training.rows import require_readable
 
@@ -68,7 +68,7 @@ def train(
     train_files = [plan.data.train] if isinstance(plan.data.train, str) else plan.data.train
     for file in [*train_files, *([plan.data.eval] if isinstance(plan.data.eval, str) else [])]:
         require_readable(Path(file))
-    planned, why_not = plan_recipe(plan, force=force)
+    planned = plan_recipe(plan, force=force)
     model, tokenizer = load_for(plan)
     if check and not resume:  # a run that goes on was looked at when it began
         require_sound(plan, model, tokenizer, lambda text: print(f"warning: {printable(text)}", file=sys.stderr))
@@ -76,9 +76,7 @@ def train(
         model, tokenizer, None, plan.train, method=plan.method, data_config=plan.data, recipe=write_recipe(plan),
         resume=resume,
     )  # fmt: skip
-    result["planned_bytes"] = planned and planned["phases"]["train"] + planned["process_bytes"]
-    if why_not is not None:
-        result["notes"].append(why_not)
+    result["planned_bytes"] = while_training(planned)
     if as_json:
         _print_json(result)
         return
@@ -86,7 +84,7 @@ def train(
     print(
         f"{result['steps']} steps in {result['seconds']:.0f} s ({result['tokens_per_second']:,.0f} tokens/s), "
         f"loss {result['train_loss']:.4f}{held}, peak memory {result['peak_bytes'] / 1e9:.2f} GB"
-        + (f" (planned: {result['planned_bytes'] / 1e9:.2f} GB)" if planned else f" ({why_not})")
+        f" (planned: {result['planned_bytes'] / 1e9:.2f} GB)"
     )
     full = result["model"] is not None
     chat = ["veneer", "chat", *([result["model"]] if full else [plan.model, "--adapter", result["adapter"]])]
@@ -475,9 +473,14 @@ def ranks(
 
 @app.command()
 def plan(
+    context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="As elsewhere (its config is enough), or a known one: llama3-8b, ...")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="[MODEL|RECIPE]",
+            help="As elsewhere (its config is enough), a known one: llama3-8b, ..., or a .yaml recipe.",
+        ),
+    ] = None,
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "qlora",
     batch_size: Annotated[int, typer.Option(help="Rows in one forward and backward.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens of the longest row.")] = 2048,
@@ -489,22 +492,64 @@ def plan(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: of what is not quantised.")] = "bfloat16",
     recompute: Annotated[str, typer.Option(help="none, mlp or full.")] = "none",
     accumulate: Annotated[int, typer.Option(help="Batches in one optimizer step.")] = 1,
-    budget: Annotated[str | None, typer.Option(help="As 24GB or 24GiB; left out: what is free here now.")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Rows are held out and looked at between the steps.")] = True,
+    shape: Annotated[
+        str | None, typer.Option(help="A Llama of these sizes: layers=32,hidden=4096,heads=32,kv_heads=8,...")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, or auto: what the budget's machine or this one has.")
+    ] = "auto",
+    budget: Annotated[
+        str | None, typer.Option(help="24GB, 24GiB, or a machine: rtx-4090, pc-16gb, ...; left out: what is free here.")
+    ] = None,
     largest: Annotated[
         str | None, typer.Option(help="Also look for the largest batch, length or rank that fits.")
     ] = None,
+    time: Annotated[bool, typer.Option("--time", help="Measure how long a step takes here: some seconds.")] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="Known models from 7B to 70B, each way, beside figures in circulation.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: a .png or .svg file.")] = None,
     as_json: Json = False,
 ) -> None:
     """What a fine-tune would take of memory, and what to change if it does not fit. Loads and downloads nothing."""
     from veneer.planning import plan as planning
+    from veneer.planning.shapes import shape_of
     from veneer.report import plan as report
 
-    wanted: Any = targets.split(",") if "," in targets else targets
-    found = planning.plan(
-        model, method=cast(Any, method), batch_size=batch_size, seq_len=seq_len, rank=rank, targets=wanted,
-        quantize=cast(Any, quantize), dtype=cast(Any, dtype), recompute=cast(Any, recompute), grad_accumulation=accumulate,
-        budget=budget, largest=largest,
-    )  # fmt: skip
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
+    if sum((model is not None, shape is not None, matrix)) != 1:
+        raise VeneerError("expected a MODEL, a recipe, --shape or --matrix, one of them")
+    recipe = model is not None and model.endswith((".yaml", ".yml"))
+    allowed = (
+        {"model", "budget", "time", "plot", "as_json"}
+        if recipe
+        else {"matrix", "as_json", "seq_len", "batch_size", "rank"}
+    )
+    if (recipe or matrix) and (idle := sorted(given - allowed)):
+        options = ", ".join("--" + name.replace("_", "-") for name in idle)
+        raise VeneerError(f"{options}: of no use with {'a recipe, which says so itself' if recipe else '--matrix'}")
+    if matrix:
+        from veneer.report import plan_matrix
+        from veneer.training.progress import counter
+
+        table = plan_matrix.matrix(batch_size, seq_len, rank, counter("ways planned"))
+        print(json.dumps(table) if as_json else plan_matrix.describe(table))
+        return
+    if recipe:
+        from veneer.config import read_recipe
+
+        found = report.plan_recipe(read_recipe(str(model), []), force=True, time=time, budget=budget)
+    else:
+        wanted: Any = targets.split(",") if "," in targets else targets
+        found = planning.plan(
+            shape_of(shape) if shape is not None else str(model), method=cast(Any, method), batch_size=batch_size,
+            seq_len=seq_len, rank=rank, targets=wanted, quantize=cast(Any, quantize), dtype=cast(Any, dtype),
+            recompute=cast(Any, recompute), grad_accumulation=accumulate, evaluate=evaluate, device=cast(Any, device),
+            budget=budget, largest=largest, time=time,
+        )  # fmt: skip
+    if plot is not None:
+        found["plot"] = str(report.plot(found, plot))
     if as_json:
         _print_json(found)
     else:

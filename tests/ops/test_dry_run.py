@@ -93,3 +93,32 @@ def test_what_lives_beside_the_arena_is_counted_while_it_lives():
         del big
         assert books.live == 0 and books.peak == (2 << 20) + 800_000
     assert arena.dry is None and not arena.empty((1 << 10, 1 << 10), torch.bfloat16).is_meta
+
+
+def test_a_gpus_tensors_are_counted_in_its_blocks_from_the_start():
+    there = torch.empty(3 << 20, dtype=torch.uint8, device="meta")
+    with DryRun([there], cpu=False) as books:
+        assert books.live == 3 << 20 and books.blocks.reserved == 20 << 20
+        x = torch.ones((512, 1024))
+        assert books.live == 5 << 20
+        books.restart()
+        x.logsumexp(1)  # its kernel makes a tensor of the input's size
+        assert books.lately == (7 << 20) + 2048 and books.live == 5 << 20
+        del x
+        assert books.live == 3 << 20 and books.peak == (7 << 20) + 2048 and arena.dry is None
+
+
+def test_a_gpu_keeps_what_transformers_code_saves_and_recompute_does_not():
+    """The same step on a GPU: no fused halves, so more is kept; recomputed whole layers keep a tensor each."""
+    from veneer.planning.memory import Run, dry_step, prepared
+
+    def step(**changes):
+        run = Run(lora=veneer.LoraConfig(r=4), batch_size=2, seq_len=128, evaluate=False, **changes)
+        return dry_step(prepared(skeleton_of("llama", **SIZES), run), run)
+
+    plain, again, cpu = step(device="cuda"), step(device="cuda", recompute="full"), step()
+    hidden = 256 * SIZES["hidden_size"] * 2
+    assert plain.activations > 1.5 * cpu.activations
+    assert 4 * hidden <= again.activations < plain.activations / 4
+    assert plain.loaded >= sum(p.nbytes for p in skeleton_of("llama", **SIZES).to(torch.bfloat16).parameters())
+    assert plain.fragments[0] >= 0 and again.peak < plain.peak

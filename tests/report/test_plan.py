@@ -9,7 +9,7 @@ import veneer
 from veneer.config import parse_recipe
 from veneer.errors import RefusedError
 from veneer.planning import plan as planning
-from veneer.report.plan import describe, plan_recipe
+from veneer.report.plan import WIDTH, describe, plan_recipe, plot
 from veneer.training.loop import largest_pass
 
 
@@ -47,22 +47,60 @@ def test_the_largest_pass_is_of_the_runs_own_rows(recipe):
 
 
 def test_a_recipe_is_planned_before_its_model_is_loaded(recipe, monkeypatch):
-    found, why_not = plan_recipe(recipe())
-    assert why_not is None and found["fits"] and found["batch_size"] == 8 and found["rank"] == 4
+    found = plan_recipe(recipe())
+    assert found["fits"] and found["batch_size"] == 8 and found["rank"] == 4
     assert "it fits" in describe(found)
-    more, _ = plan_recipe(recipe(train={"batch_size": 33, "grad_accumulation": 4}))
+    more = plan_recipe(recipe(train={"batch_size": 33, "grad_accumulation": 4}))
     assert more["peak_bytes"] > found["peak_bytes"]
     monkeypatch.setattr(planning, "available_bytes", lambda: 10**6)
     with pytest.raises(RefusedError, match=r"does not fit into memory: found .* free, expected(.|\n)*--force"):
         plan_recipe(recipe())
-    forced, _ = plan_recipe(recipe(), force=True)
+    forced = plan_recipe(recipe(), force=True)
     assert not forced["fits"] and "does NOT fit" in describe(forced)
 
 
-def test_what_is_not_planned_says_why(recipe):
-    assert plan_recipe(recipe(lora={"r": 4, "init": "pissa"})) == (
-        None, "memory is not planned with init pissa, which keeps a second base",
-    )  # fmt: skip
+def test_a_start_of_the_weights_is_planned(recipe):
+    found, plain = plan_recipe(recipe(lora={"r": 4, "init": "pissa"})), plan_recipe(recipe())
+    assert found["parts"]["second base"] > 0 and found["peak_bytes"] > plain["peak_bytes"]
+
+
+def test_evaluation_is_planned_where_rows_are_held_out(recipe):
+    assert "evaluate" not in plan_recipe(recipe())["phases"]
+    assert "evaluate" in plan_recipe(recipe(data={"eval": 0.2}))["phases"]
+
+
+def test_the_time_of_a_run_is_of_all_its_rows(recipe, monkeypatch):
+    monkeypatch.setattr("veneer.planning.speed.SECONDS", 0.2)
+    once, thrice = (plan_recipe(recipe(train={"batch_size": 8, "epochs": n}), time=True) for n in (1, 3))
+    assert (once["steps"], thrice["steps"]) == (5, 15)
+    whole = sum(40 + 8 * (n % 11) + 1 for n in range(33))  # tokens: a byte is one, and one ends a row
+    assert once["seconds"] == pytest.approx(whole / once["tokens_per_second"], rel=0.03)
+    few = plan_recipe(recipe(train={"batch_size": 8, "max_steps": 1}), time=True)
+    assert few["steps"] == 1 and few["seconds"] < once["seconds"]
+    assert "5 steps" in describe(once) and "tokens/s" in describe(once)
+
+
+def test_the_bar_is_as_long_as_what_is_there(recipe):
+    found = plan_recipe(recipe())
+    room = 2 * (found["process_bytes"] + found["phases"]["train"])
+    bar = next(
+        line
+        for line in describe({**found, "budget_bytes": room}).splitlines()
+        if line.endswith("there") and "|" in line
+    )
+    assert bar.index("|") == WIDTH and abs(bar.count("·") - WIDTH // 2) <= 1
+    tight = describe({**found, "budget_bytes": room // 4, "fits": False})
+    bar = next(line for line in tight.splitlines() if line.endswith("there") and "|" in line)
+    assert abs(bar.index("|") - WIDTH // 2) <= 1 and "·" not in bar
+
+
+@pytest.mark.parametrize("name", ["p.png", "p.svg"])
+def test_the_plot(recipe, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    start = {"p.png": b"\x89PNG", "p.svg": b"<?xml"}[name]
+    assert plot(plan_recipe(recipe()), tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(veneer.VeneerError, match=r"\.png or \.svg"):
+        plot(plan_recipe(recipe()), tmp_path / "p.pdf")
 
 
 @pytest.mark.parametrize(
@@ -76,8 +114,8 @@ def test_what_is_not_planned_says_why(recipe):
     ],
 )
 def test_all_kinds_of_adapters_are_planned(recipe, lora):
-    found, why_not = plan_recipe(recipe(lora={"r": 4, **lora}))
-    assert why_not is None and found["peak_bytes"] > 0
+    found = plan_recipe(recipe(lora={"r": 4, **lora}))
+    assert found["peak_bytes"] > 0
 
 
 def test_what_the_adapter_asks_wrongly_is_said_before_loading(recipe):
@@ -88,7 +126,7 @@ def test_what_the_adapter_asks_wrongly_is_said_before_loading(recipe):
 def test_a_base_that_is_stored_in_4_bits_is_planned_so(recipe, tmp_path):
     model, tokenizer = veneer.load(tmp_path / "model", quantize="nf4")
     veneer.save_model(model, tokenizer, tmp_path / "four")
-    stored, _ = plan_recipe(recipe(model=str(tmp_path / "four")))
-    made, _ = plan_recipe(recipe(quantize="nf4"))
-    dense, _ = plan_recipe(recipe())
+    stored = plan_recipe(recipe(model=str(tmp_path / "four")))
+    made = plan_recipe(recipe(quantize="nf4"))
+    dense = plan_recipe(recipe())
     assert stored["parts"]["weights"] == made["parts"]["weights"] < dense["parts"]["weights"]

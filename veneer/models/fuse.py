@@ -328,21 +328,21 @@ def packed_attention(
     window = kwargs.get("sliding_window")
     if window and window < kwargs.get("max_length_q", query.shape[2]):
         unusual = True
-    if query.is_meta and (cu_seqlens is None or not whole or unusual or not native.takes(query)):
-        return dry_run.attention(query, key, value), None
+    if query.is_meta and (cu_seqlens is None or not whole or unusual):
+        return dry_run.attention(query, key, value).transpose(1, 2), None
     if cu_seqlens is None or not whole or unusual:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     if native.takes(query, key, value) and query.shape[-1] % 16 == 0 and query.shape[-1] == value.shape[-1]:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         return ops.attention(q, k, v, None, None, cu_seqlens, scale)[None], None
+    attend = functools.partial(
+        F.scaled_dot_product_attention, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
     rows = [
-        F.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, start:end], value[:, :, start:end], is_causal=True, scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        (dry_run.attention if query.is_meta else attend)(*(x[:, :, start:end] for x in (query, key, value)))
         for start, end in itertools.pairwise(_starts(cu_seqlens))
-    ]  # fmt: skip
+    ]
     return torch.cat(rows, 2).transpose(1, 2), None
 
 

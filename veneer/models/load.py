@@ -264,7 +264,7 @@ def skeletons(name: str) -> Callable[[], Any]:
     gguf = embedded_gguf() if name == EMBEDDED else Path(name)
     folder = None
     if gguf.suffix != ".gguf":
-        folder = _config_folder(name)
+        folder = config_folder(name)
     else:
         with contextlib.suppress(VeneerError):  # it was read before: faster
             folder = resolve(name, convert=False)
@@ -282,7 +282,7 @@ def skeletons(name: str) -> Callable[[], Any]:
     return lambda: build_skeleton(copy.deepcopy(config), gguf.parent)
 
 
-def _config_folder(name: str) -> Path:
+def config_folder(name: str) -> Path:
     """Where the config.json of a model lies; of a hub id that is not cached that file alone is fetched."""
     try:
         return resolve(name, download=False)

@@ -18,28 +18,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from veneer.ops import arena
+from veneer.ops.allocator import Blocks
 
 _aten = torch.ops.aten
 FACTORIES = {_aten.empty, _aten.empty_strided, _aten.zeros, _aten.ones, _aten.full, _aten.arange, _aten.scalar_tensor}
+AS_LARGE_INSIDE = {_aten.logsumexp}  # torch's kernel makes one more tensor of the input's size
 
 
 class DryRun(TorchDispatchMode):
     """A context. Bytes: `places.high` of the arena, `beside` of all other tensors that live now, `most` they were at once.
 
     Args:
-        there: tensors that are there before, and not counted.
-        cpu: False: the tensors stand for a GPU's, which has neither native kernels nor an arena.
+        there: tensors that are there before; the CPU's are not counted.
+        cpu: False: the tensors stand for a GPU's, which has neither native kernels nor an arena; all are counted, in the
+            `blocks` that torch's allocator would give them.
     """
 
     def __init__(self, there: Iterable[Tensor] = (), *, cpu: bool = True) -> None:
         super().__init__()
-        self.cpu = cpu
+        self.cpu, self.blocks = cpu, Blocks()
         self.places = arena.Places(1 << 62)
-        self.beside = self.most = 0
+        self.beside = self.most = self._lately = 0
         self._known: dict[int, Any] = {}  # storages that were seen, by their address
         self._device = torch.device("meta")
         for tensor in there:
-            self._see(tensor, 0)
+            self._see(tensor, 0 if cpu else tensor.untyped_storage().nbytes())
 
     def __enter__(self) -> DryRun:
         assert arena.dry is None, "one dry run at a time"
@@ -68,24 +71,45 @@ class DryRun(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf, leaf.untyped_storage().nbytes())
+        if func.overloadpacket in AS_LARGE_INSIDE:
+            self._see(torch.empty_like(args[0]), args[0].nbytes)
         return out
 
     def _see(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
         if (key := storage._cdata) in self._known:
             return
-        self._known[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
-        self.beside += size
-        self.most = max(self.most, self.beside)
+        if self.cpu:
+            gone = functools.partial(self._gone, key, size)
+            self.beside += size
+            self.most, self._lately = max(self.most, self.beside), max(self._lately, self.beside)
+        elif size and tensor.is_meta:
+            gone = functools.partial(self._given_back, key, self.blocks.take(size))
+        else:
+            return
+        self._known[key] = weakref.ref(storage, gone)
 
     @property
     def peak(self) -> int:
-        """What the step has taken so far: the arena's pages stay, malloc's go back."""
-        return self.places.high + self.most
+        """What the step has taken so far: the arena's pages stay, malloc's go back. Of a GPU what tensors were at once."""
+        return self.places.high + self.most if self.cpu else self.blocks.most
+
+    def restart(self) -> None:
+        """Count `lately` from here on."""
+        self.blocks.collect()
+        self._lately, self.blocks.lately = self.beside, self.blocks.allocated
+
+    @property
+    def lately(self) -> int:
+        """As `peak`, since `restart`."""
+        return self.places.high + self._lately if self.cpu else self.blocks.lately
 
     @property
     def live(self) -> int:
         """What tensors take now."""
+        if not self.cpu:
+            self.blocks.collect()
+            return self.blocks.allocated
         self.places.collect()
         high = self.places.high
         free = sum(min(end, high) - start for start, end in self.places.free if start < high)
@@ -94,6 +118,10 @@ class DryRun(TorchDispatchMode):
     def _gone(self, key: int, size: int, _: Any) -> None:
         del self._known[key]
         self.beside -= size
+
+    def _given_back(self, key: int, block: Any, _: Any) -> None:
+        del self._known[key]
+        self.blocks.give_back(block)
 
 
 class _Attention(torch.autograd.Function):
@@ -107,12 +135,19 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.new_empty(x.shape) for x in ctx.saved_tensors[:3])
+        q, k, v = ctx.saved_tensors[:3]
+        made = tuple(x.new_empty(x.shape) for x in (q, k, v))
+        if (
+            arena.dry is None
+        ):  # a GPU's kernel: the sum of dq in fp32, and dk, dv of every head before those of a group are added
+            q.new_empty(q.shape, dtype=torch.float32), [q.new_empty(q.shape) for x in (k, v) if x.shape != q.shape]
+        return made
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What torch's own attention that never makes all scores takes: q (B, H, T, D), k and v (B, G, S, D) -> (B, T, H, D).
+    """What torch's own attention that never makes all scores takes: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), as
+    its kernel lays it out: (B, T, H, D) turned.
 
     On the meta device torch would take the way that does make them.
     """
-    return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
+    return _Attention.apply(query, key, value).transpose(1, 2)  # type: ignore[no-any-return]

@@ -12,10 +12,16 @@ import torch
 from veneer.config import Dtype, LoraConfig, Quantization, Recipe
 from veneer.errors import VeneerError
 from veneer.machine import available_bytes, current_bytes
-from veneer.models.load import skeletons, stored_quantization
+from veneer.models.load import stored_dtype, stored_quantization, uses_gpu
 from veneer.ops.blocks import Recompute
+from veneer.planning.machines import MACHINES
 from veneer.planning.memory import Run, estimate
+from veneer.planning.shapes import shape_text, skeleton_maker
+from veneer.planning.speed import measure
 
+Device = Literal["auto", "cpu", "cuda"]
+CONTEXT = 600_000_000  # of a GPU's memory: its context and torch's kernels. Taken; more on newer GPUs
+HOST_LIBRARIES = 1_000_000_000  # of main memory, which CUDA's libraries take in a process that uses a GPU. Taken
 Kind = Literal["full", "lora", "qlora"]
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -26,7 +32,7 @@ LARGEST = {"batch": "batch_size", "length": "seq_len", "rank": "rank"}
 
 
 def plan(
-    model: str,
+    model: str | dict[str, int],
     *,
     method: Kind = "qlora",
     batch_size: int = 1,
@@ -40,21 +46,31 @@ def plan(
     grad_accumulation: int = 1,
     recompute: Recompute = "none",
     packing: bool = True,
+    evaluate: bool = True,
+    guard: bool = True,
+    device: Device = "auto",
     budget: str | int | None = None,
     largest: str | None = None,
+    time: bool = False,
 ) -> dict[str, Any]:
-    """What a fine-tune of `model` on this machine's CPU takes of memory, and whether it fits. Only a config is read.
+    """What a fine-tune of `model` takes of memory, and whether it fits. Only a config is read.
 
     Args:
-        model: as `load` takes it. method: "full", "lora", or "qlora": on a base in `quantize`.
+        model: as `load` takes it, or sizes of a Llama as `planning.shapes.NAMES` has them: {"layers": 32, ...}. method: "full", "lora", or "qlora": on a base in `quantize`.
         seq_len: tokens of the longest row. lora: all of the adapter's settings, in place of rank and targets.
-        budget: bytes, or a text as "24GB" (10^9) or "24GiB" (2^30); left out: what is free on this machine now.
+        evaluate: whether rows are held out and looked at between the steps. guard: whether a copy of the adapter and its
+            optimizer is kept to go back to, as `train.guard` says.
+        device: "cpu", "cuda", which need not be here, or "auto": what `budget` names has, else this machine.
+        budget: bytes, a text as "24GB" (10^9) or "24GiB" (2^30), or one of `planning.machines`, as "rtx-4090"; left out: what
+            is free on this machine now.
         largest: "batch", "length" or "rank": the largest that fits is looked for, the rest being as it is.
+        time: also measure some layers of the model's shapes on this machine, some seconds long.
 
     Returns:
-        peak_bytes: the most in any phase, over a process that has imported the library; phases; parts of the peak in training;
-        process_bytes, what such a process takes itself; budget_bytes, fits; changes, what would make it fit, the cheapest
-        first, each with its cost and its peak; largest; and what was asked.
+        peak_bytes: the most in any phase of the run, over a process that has imported the library, on a GPU of its memory;
+        phases, of which merge is no part of the run; parts of the peak in training; process_bytes, what such a process takes
+        itself; budget_bytes, fits; notes, on what a guess was made; changes, what would make it fit, the cheapest first, each with its cost and its peak;
+        largest; host: the same of main memory, for a GPU; seconds_per_step and tokens_per_second; and what was asked.
 
     Raises:
         VeneerError: no such model, or settings that cannot be; all at once.
@@ -64,22 +80,45 @@ def plan(
     config = lora or LoraConfig(r=rank, alpha=2 * rank, targets=targets)
     run = Run(
         "full" if method == "full" else "lora", quantize if method == "qlora" else None, double_quant,
-        getattr(torch, dtype), config, batch_size, seq_len, grad_accumulation, recompute, packing,
+        getattr(torch, dtype), config, batch_size, seq_len, grad_accumulation, recompute, packing, evaluate,
+        device=_device(device, budget), guard=guard,
     )  # fmt: skip
-    return planned(model, run, budget, largest)
+    found = planned(model, run, budget, largest)
+    return {**found, **timed(model, run, found["trainable_parameters"])} if time else found
 
 
-def planned(model: str, run: Run, budget: str | int | None = None, largest: str | None = None) -> dict[str, Any]:
-    """`plan` of a `Run`."""
-    make = skeletons(model)
-    if run.method == "lora" and run.quantize is None and Path(model).is_dir():  # its files may be quantised
-        run = run._replace(quantize=cast(Any, stored_quantization(model)))
-    own = current_bytes()
-    room = available_bytes() + own if budget is None else bytes_of(budget)
+def timed(model: str | dict[str, int], run: Run, trained: int, supervised: float = 1.0) -> dict[str, Any]:
+    """Seconds of a step and tokens a second, measured here; of a forward pass the seconds of a token.
+
+    Raises:
+        VeneerError: it is planned for a GPU, and there is none here.
+    """
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise VeneerError("time: is measured, and this machine has no GPU", hint="plan the memory alone")
+    speed = measure(skeleton_maker(model)[0](), run, trained, supervised)
+    return {
+        "seconds_per_step": speed.seconds, "tokens_per_second": speed.tokens / speed.seconds,
+        "forward_seconds_per_token": speed.forward,
+    }  # fmt: skip
+
+
+def planned(
+    model: str | dict[str, int], run: Run, budget: str | int | None = None, largest: str | None = None
+) -> dict[str, Any]:
+    """`plan` of a `Run`, without its time."""
+    make, notes = skeleton_maker(model)
+    if isinstance(model, str) and not notes and Path(model).is_dir():
+        stored = stored_quantization(model)
+        if stored is not None:
+            run = run._replace(quantize=cast(Any, stored)) if run.method == "lora" else run
+        else:
+            run = run._replace(stored=getattr(torch, stored_dtype(model)))
+    own = current_bytes() if run.device == "cpu" else CONTEXT
+    room, host = _room(run.device, budget)
     found = estimate(make(), run)
     fits = found.peak + own <= room
-    return {
-        "model": model,
+    result = {
+        "model": model if isinstance(model, str) else shape_text(model),
         **found.about,
         **run.asked(),
         "peak_bytes": found.peak,
@@ -88,9 +127,49 @@ def planned(model: str, run: Run, budget: str | int | None = None, largest: str 
         "process_bytes": own,
         "budget_bytes": room,
         "fits": fits,
+        "notes": notes,
         "changes": [] if fits else changes(make, run, room - own),
         **({} if largest is None else {"largest": {largest: find_largest(make, run, LARGEST[largest], room - own)}}),
     }
+    if run.device == "cuda":
+        process = current_bytes() + HOST_LIBRARIES
+        enough = host is None or found.host_peak + process <= host
+        result["host"] = {
+            "peak_bytes": found.host_peak, "phases": found.host, "process_bytes": process, "budget_bytes": host, "fits": enough,
+        }  # fmt: skip
+        result["fits"] = fits and enough
+    return result
+
+
+def _device(device: Device, budget: str | int | None) -> Literal["cpu", "cuda"]:
+    """Where a run is planned for.
+
+    Raises:
+        VeneerError: the budget is of a machine that has no such device.
+    """
+    named = MACHINES.get(str(budget).lower())
+    if device == "auto":
+        return "cuda" if (named.vram if named else uses_gpu("auto")) else "cpu"
+    if named is not None and bool(named.vram) != (device == "cuda"):
+        raise VeneerError(f"budget: found {budget}, which has no memory for device {device}")
+    return device
+
+
+def _room(device: str, budget: str | int | None) -> tuple[int, int | None]:
+    """Bytes for a run on a device, and on a GPU those of main memory, where they are known."""
+    named = MACHINES.get(str(budget).lower())
+    if device == "cpu":
+        return (available_bytes() + current_bytes() if budget is None else bytes_of(budget)), None
+    if named is not None:
+        return named.vram, None
+    if budget is not None:
+        return bytes_of(budget), None
+    if not torch.cuda.is_available():
+        raise VeneerError(
+            "budget: this machine has no GPU whose memory could be looked at",
+            hint=f"give a size, or one of {', '.join(name for name, machine in MACHINES.items() if machine.vram)}",
+        )
+    return torch.cuda.mem_get_info()[0] + CONTEXT, available_bytes() + current_bytes()
 
 
 def run_of(recipe: Recipe, rows: tuple[int, ...], passes: int) -> Run:
@@ -98,7 +177,8 @@ def run_of(recipe: Recipe, rows: tuple[int, ...], passes: int) -> Run:
     train = recipe.train
     return Run(
         recipe.method, recipe.quantize, recipe.double_quant, getattr(torch, recipe.dtype), recipe.lora,
-        train.batch_size, max(rows), passes, train.recompute, recipe.data.packing, rows,
+        train.batch_size, max(rows), passes, train.recompute, recipe.data.packing, recipe.data.eval is not None, rows,
+        "cuda" if uses_gpu(recipe.device) else "cpu", guard=train.guard,
     )  # fmt: skip
 
 
@@ -149,7 +229,10 @@ def _smaller(run: Run) -> Iterator[Change]:
             "batch", f"batch_size {half}, grad_accumulation {more}", "the same steps, a little slower", changed
         )
     levels = get_args(Recompute)
-    for how, cost in (("mlp", "about 5% slower"), ("full", "about 10% slower")):
+    slower: tuple[tuple[str, str], ...] = (("mlp", "about 5% slower"), ("full", "about 10% slower"))
+    if run.device == "cuda":  # whole layers are made again there, whichever is asked for
+        slower = (("full", "about a third slower"),)
+    for how, cost in slower:
         if levels.index(how) > levels.index(run.recompute):
             yield Change("recompute", f"recompute {how}", cost, run._replace(recompute=how))  # type: ignore[arg-type]
     if run.method == "lora" and run.quantize is None:
@@ -200,10 +283,15 @@ def find_largest(make: Callable[[], Any], run: Run, what: str, room: int) -> int
 
 
 def bytes_of(budget: str | int) -> int:
-    """\"24GB\" is 24 x 10^9, \"24GiB\" 24 x 2^30; a number is bytes."""
+    """\"24GB\" is 24 x 10^9, \"24GiB\" 24 x 2^30; a number is bytes; a machine's name what its GPU has, or else the machine."""
+    if (named := MACHINES.get(str(budget).lower())) is not None:
+        return named.vram or named.ram
     found = _SIZE.fullmatch(str(budget))
     if isinstance(budget, bool) or found is None or float(found[1]) <= 0:
-        raise VeneerError(f"budget: found {budget!r}, expected a size like 24GB, 24GiB or 24000000000")
+        raise VeneerError(
+            f"budget: found {budget!r}, expected a size like 24GB, 24GiB or 24000000000, or a machine",
+            hint=f"machines: {', '.join(MACHINES)}",
+        )
     base = 1024 if found[3] else 1000
     return int(float(found[1]) * base ** _POWERS[found[2].lower()])
 
@@ -212,7 +300,7 @@ def _problems(given: dict[str, Any]) -> list[str]:
     problems = []
     for name, kinds in (
         ("method", get_args(Kind)), ("recompute", get_args(Recompute)), ("quantize", get_args(Quantization)),
-        ("dtype", get_args(Dtype)),
+        ("dtype", get_args(Dtype)), ("device", get_args(Device)),
     ):  # fmt: skip
         if given[name] not in kinds:
             problems.append(f"{name}: found {given[name]!r}, expected {', '.join(kinds)}")

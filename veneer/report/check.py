@@ -11,7 +11,7 @@ from veneer.config import Recipe
 from veneer.errors import VeneerError, printable
 from veneer.models.load import load, resolve
 from veneer.models.merging import REPORT_FILE
-from veneer.report.plan import plan_recipe, size
+from veneer.report.plan import duration, plan_recipe, size
 from veneer.training.advice import Finding, errors_first
 from veneer.training.loop import LOOKED_AT, start_batches
 from veneer.training.preflight import Preflight, preflight
@@ -26,10 +26,10 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
 
     What `train` would refuse as bad input is a finding `bad-input` here; nothing that needs it is looked at then.
     """
-    report, plan, why_not = Preflight(), None, None
+    report, plan = Preflight(), None
     try:
-        plan, why_not = plan_recipe(recipe, force=True)
-        if plan is not None and not plan["fits"]:
+        plan = plan_recipe(recipe, force=True, time=True)
+        if not plan["fits"]:
             report.findings.append(_too_large(plan))
         model, tokenizer = load_for(recipe)
         found = preflight(
@@ -48,7 +48,6 @@ def check_recipe(recipe: Recipe) -> dict[str, Any]:
         "findings": [finding.to_dict() for finding in findings],
         "facts": report.facts,
         "plan": plan,
-        "not_planned": why_not,
     }
 
 
@@ -126,9 +125,10 @@ def describe(report: dict[str, Any], *, colours: bool = False) -> str:
         lines += [*_batch(facts["batch"], facts["batch_seconds"])]
     if (plan := report["plan"]) is not None:
         needed = plan["peak_bytes"] + plan["process_bytes"]
-        lines.append(f"planned memory: {size(needed)}, of {size(plan['budget_bytes'])} free")
-    elif report["not_planned"]:
-        lines.append(report["not_planned"])
+        lines.append(
+            f"planned memory: {size(needed)}, of {size(plan['budget_bytes'])} free; time: {duration(plan['seconds'])}, "
+            f"{plan['seconds_per_step']:.2f} s a step"
+        )
     if facts:
         advised = facts["recommended"]
         said = [

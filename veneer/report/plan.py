@@ -2,90 +2,198 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from pathlib import Path
 from typing import Any
 
 from veneer.config import Recipe
 from veneer.errors import RefusedError
 from veneer.models.fuse import fuse
-from veneer.models.load import load_tokenizer, resolve, skeleton, uses_gpu
-from veneer.planning.memory import SECOND_BASE
-from veneer.planning.plan import planned, run_of
+from veneer.models.load import load_tokenizer, resolve, skeleton
+from veneer.planning.memory import Run
+from veneer.planning.plan import planned, run_of, timed
+from veneer.report.adapter import figure_of
+from veneer.storage import atomic_file
+from veneer.training.data import prepare_data
 from veneer.training.loop import largest_pass
+from veneer.training.packing import Order
 
-WIDTH = 40  # characters of the longest bar
+WIDTH = 60  # characters of the bar
+FILLS = "█▓▒░▞▚▙▟▤▦▨"  # of the parts, one after the other
 
 
-def plan_recipe(recipe: Recipe, *, force: bool = False) -> tuple[dict[str, Any] | None, str | None]:
-    """The plan of a run on its own data, before its model is loaded; or None, and why there is none.
+def plan_recipe(
+    recipe: Recipe, *, force: bool = False, time: bool = False, budget: str | None = None
+) -> dict[str, Any]:
+    """The plan of a run on its own data, before its model is loaded.
 
     Args:
-        force: a run that does not fit is planned all the same.
+        force: a run that does not fit is planned all the same. time: also measure how long it takes, some seconds long.
 
     Raises:
         RefusedError: it does not fit into what is free here.
         VeneerError: what the model's config, the adapter's settings or the data have wrong.
     """
-    if uses_gpu(recipe.device):
-        return None, "memory on a GPU is not planned"
-    if recipe.method == "lora" and recipe.lora.init in SECOND_BASE:
-        return None, f"memory is not planned with init {recipe.lora.init}, which keeps a second base"
     folder = resolve(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(folder)
     packs = "attention" in fuse(skeleton(str(folder)))
     rows, passes = largest_pass(tokenizer, recipe.data, recipe.train, packs)
-    found = {**planned(str(folder), run_of(recipe, rows, passes)), "model": recipe.model}
+    run = run_of(recipe, rows, passes)
+    found = {**planned(str(folder), run, budget), "model": recipe.model}
     if not found["fits"] and not force:
-        needed = found["peak_bytes"] + found["process_bytes"]
-        ways = "; or ".join(f"{x['change']} ({x['cost']})" for x in found["changes"][:3])
-        raise RefusedError(
-            f"this run does not fit into memory: found {size(found['budget_bytes'])} free, expected {size(needed)}",
-            hint=f"{'change ' + ways + ', or ' if ways else ''}start it all the same with --force",
-        )
-    return found, None
+        raise _refused(found)
+    return {**found, **_time(recipe, str(folder), run, found["trainable_parameters"], tokenizer)} if time else found
+
+
+def while_training(plan: dict[str, Any]) -> int:
+    """The planned part of what `train` measures as its `peak_bytes`: this process, or tensors on the GPU."""
+    peak = max(value for phase, value in plan["phases"].items() if phase not in ("load", "merge"))
+    if plan["device"] == "cpu":
+        return int(peak + plan["process_bytes"])
+    return int(plan["phases"]["train"] - plan["parts"]["fragmentation"])
+
+
+def _refused(plan: dict[str, Any]) -> RefusedError:
+    ways = "; or ".join(f"{x['change']} ({x['cost']})" for x in plan["changes"][:3])
+    where, on = plan, "on the GPU" if plan["device"] == "cuda" else "free"
+    if plan["device"] == "cuda" and plan["peak_bytes"] + plan["process_bytes"] <= plan["budget_bytes"]:
+        where, on = plan["host"], "free in main memory"
+    return RefusedError(
+        f"this run does not fit into memory: found {size(where['budget_bytes'])} {on}, expected "
+        f"{size(where['peak_bytes'] + where['process_bytes'])}",
+        hint=f"{'change ' + ways + ', or ' if ways else ''}start it all the same with --force",
+    )
+
+
+def _time(recipe: Recipe, folder: str, run: Run, trained: int, tokenizer: Any) -> dict[str, Any]:
+    """How long the run takes: its tokens at the speed that is measured, and the evaluations."""
+    train, held_out, _ = prepare_data(None, recipe.data, tokenizer, recipe.train.seed)
+    samples = train.samples
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    learned = sum(sample.supervised for sample in samples) / tokens
+    speed = timed(folder, run, trained, learned)
+    per_step = recipe.train.batch_size * recipe.train.grad_accumulation
+    order = Order(len(samples), per_step, recipe.train.seed)
+    steps, _ = order.steps(recipe.train)
+    seconds = steps * tokens / order.steps_per_epoch / speed["tokens_per_second"]
+    if held_out is not None:
+        times = math.ceil(steps / (recipe.train.eval_every or order.steps_per_epoch))
+        read = sum(len(sample.input_ids) for sample in held_out.samples)
+        seconds += times * read * speed["forward_seconds_per_token"]
+    return {**speed, "steps": steps, "seconds": seconds}
 
 
 def describe(plan: dict[str, Any]) -> str:
     """What it takes by phase and by part, whether it fits, and what would make it fit."""
     adapter = "" if plan["rank"] is None else f", rank {plan['rank']} on {plan['targets']}"
     packed = " packed" if plan["packing"] else ""
+    gpu = plan["device"] == "cuda"
+    full = plan["method"] == "full"
     lines = [
-        f"{plan['model']}: {plan['architecture']}, {plan['parameters']:,} parameters, of which "
-        f"{plan['trainable_parameters']:,} are trained" if plan["method"] == "full" else
-        f"{plan['model']}: {plan['architecture']}, {plan['parameters']:,} parameters; {plan['trainable_parameters']:,} trained",
+        f"{plan['model']}: {plan['architecture']}, {plan['parameters']:,} parameters"
+        + (", all trained" if full else f"; {plan['trainable_parameters']:,} trained"),
         f"{plan['method']}{adapter}, {plan['batch_size']} rows of {plan['seq_len']:,} tokens{packed}, "
-        f"{plan['dtype']}, recompute {plan['recompute']}",
+        f"{plan['dtype']}, recompute {plan['recompute']}, on {'a GPU' if gpu else 'the CPU'}",
+        *(f"note: {note}" for note in plan["notes"]),
         "",
-        *_bars("phase", plan["phases"], plan["peak_bytes"]),
+        *_phases(plan),
         "",
-        *_bars("part of training", plan["parts"], sum(plan["parts"].values())),
+        *_bar(plan),
         "",
-    ]  # fmt: skip
+        *_verdict(plan),
+    ]
+    lines += [f"the largest {what} that fits: {value:,}" for what, value in plan.get("largest", {}).items()]
+    if "seconds_per_step" in plan:
+        whole = f"; {plan['steps']:,} steps: {duration(plan['seconds'])}" if "seconds" in plan else ""
+        lines.append(
+            f"time, measured here: {plan['seconds_per_step']:.2f} s a step, {plan['tokens_per_second']:,.0f} tokens/s{whole}"
+        )
+    return "\n".join(lines)
+
+
+def _phases(plan: dict[str, Any]) -> list[str]:
+    """A line a phase: of the GPU's memory, and of main memory."""
+    columns = {"memory": plan["phases"]}
+    if "host" in plan:
+        columns = {"GPU": plan["phases"], "memory": plan["host"]["phases"]}
+    lines = [f"{'phase':24}" + "".join(f" {name:>10}" for name in columns)]
+    for phase in dict.fromkeys(phase for sizes in columns.values() for phase in sizes):
+        told = "".join(f" {size(sizes[phase]) if phase in sizes else '':>10}" for sizes in columns.values())
+        lines.append(f"{phase:24}{told}" + ("   afterwards, veneer merge" if phase == "merge" else ""))
+    return lines
+
+
+def _bar(plan: dict[str, Any]) -> list[str]:
+    """All of training in one bar as long as what is needed or there, and a line a part."""
+    parts = {"the program itself": plan["process_bytes"], **plan["parts"]}
+    parts = {name: value for name, value in parts.items() if value > 0}
+    needed, room = sum(parts.values()), plan["budget_bytes"]
+    scale, bar, done = WIDTH / max(needed, room), "", 0
+    lines = []
+    for fill, (name, value) in zip(itertools.cycle(FILLS), parts.items(), strict=False):
+        done += value
+        bar += fill * (round(scale * done) - len(bar))
+        lines.append(f"{fill} {name:22} {size(value):>10} {100 * value / needed:5.1f}%")
+    end = round(scale * room)
+    bar = f"{bar[:end]}|{bar[end:]}" if needed > room else f"{bar:·<{end}}|"
+    return [f"{'training':24} {size(needed):>10}", f"{bar} {size(room)} there", *lines]
+
+
+def _verdict(plan: dict[str, Any]) -> list[str]:
     needed = plan["peak_bytes"] + plan["process_bytes"]
-    verdict = "it fits" if plan["fits"] else "it does NOT fit"
-    lines.append(
-        f"{verdict}: {size(needed)} needed, {size(plan['process_bytes'])} of it by the program itself; "
-        f"{size(plan['budget_bytes'])} there"
-    )
+    lines = [
+        f"{'it fits' if plan['fits'] else 'it does NOT fit'}: {size(needed)} needed, {size(plan['process_bytes'])} of it by the "
+        f"program itself; {size(plan['budget_bytes'])} there"
+    ]
+    if (host := plan.get("host")) is not None:
+        there = "" if host["budget_bytes"] is None else f"; {size(host['budget_bytes'])} there"
+        lines.append(f"main memory: {size(host['peak_bytes'] + host['process_bytes'])} needed{there}")
     if not plan["fits"]:
         if plan["changes"]:
             lines.append("what would make it fit, the cheapest first:")
-        else:
+        elif needed > plan["budget_bytes"]:
             lines.append("no smaller batch, length, rank or base makes it fit")
         lines += [
             f"  {change['change']:42} {size(change['peak_bytes'] + plan['process_bytes']):>9}  ({change['cost']})"
             for change in plan["changes"]
         ]
-    lines += [f"the largest {what} that fits: {value:,}" for what, value in plan.get("largest", {}).items()]
-    return "\n".join(lines)
-
-
-def _bars(title: str, sizes: dict[str, int], whole: int) -> list[str]:
-    lines = [f"{title:24} {'memory':>9}"]
-    for name, value in sizes.items():
-        if value:
-            bar = "█" * max(1, round(WIDTH * value / whole)) if value > 0 else ""
-            lines.append(f"{name:24} {size(value):>9}  {bar}")
     return lines
+
+
+def plot(plan: dict[str, Any], path: str | Path) -> Path:
+    """Stacked bars, PNG or SVG by the file's name: training by part, the other phases beside it, and what is there.
+
+    Raises:
+        VeneerError: matplotlib is not installed, or another kind of file.
+    """
+    path, figure = figure_of(path, (9, 5))
+    axis = figure.subplots()
+    own = plan["process_bytes"]
+    phases = {phase: value + own for phase, value in plan["phases"].items() if phase not in ("train", "merge")}
+    axis.bar(list(phases), [value / 1e9 for value in phases.values()], color="lightgrey")
+    bottom = 0.0
+    for name, value in {"the program itself": own, **plan["parts"]}.items():
+        if value > 0:
+            axis.bar(["train"], [value / 1e9], bottom=bottom, label=f"{name}: {size(value)}")
+            bottom += value / 1e9
+    axis.axhline(
+        plan["budget_bytes"] / 1e9, color="black", linestyle="--", label=f"there: {size(plan['budget_bytes'])}"
+    )
+    axis.set_ylabel("GB on the GPU" if plan["device"] == "cuda" else "GB of memory")
+    axis.set_title(f"{plan['model']}: {plan['method']}, {plan['batch_size']} x {plan['seq_len']:,} tokens", fontsize=10)
+    figure.legend(loc="outside right upper", fontsize=8)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:], dpi=150)
+    return path
+
+
+def duration(seconds: float) -> str:
+    """90 -> 1 min 30 s."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def size(count: float) -> str:

@@ -301,29 +301,28 @@ def _tokens(run: Run, rows: list[int], packs: bool) -> int:
     return sum(rows) + (-sum(rows) % ROUND_TO if run.packing and packs else 0)
 
 
+def layout(run: Run, rows: list[int], packs: bool) -> tuple[list[int], tuple[int, int], dict[str, Any]]:
+    """How rows lie in a pass: all of them, one of padding among them, the shape of the ids, and where rows begin if it is one
+    sequence. Padded rows lie in the native kernels' memory as packed ones do."""
+    if run.packing and packs and (missing := -sum(rows) % ROUND_TO):
+        rows = [*rows, missing]
+    if not packs or not (run.packing or run.device == "cpu"):
+        return rows, (len(rows), max(rows)), {}
+    starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
+    ends = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(rows), "max_length_k": max(rows)}
+    return rows, (1, sum(rows)), ends
+
+
 def _inputs(run: Run, rows: list[int], packs: bool) -> dict[str, Any]:
     """A model's inputs of such rows: packed, or padded to the longest."""
-    packed = run.packing and packs
-    if packed and (missing := -sum(rows) % ROUND_TO):
-        rows = [*rows, missing]
-    as_one = packed or (packs and run.device == "cpu")  # padded rows lie in the kernels' memory as packed ones do
-    shape = (1, sum(rows)) if as_one else (len(rows), max(rows))
-    batch = {
-        key: torch.empty(shape, dtype=torch.long, device="meta") for key in ("input_ids", "labels", "position_ids")
-    }
+    rows, shape, ends = layout(run, rows, packs)
+    names = ("input_ids", "labels", "position_ids")
+    batch: dict[str, Any] = {key: torch.empty(shape, dtype=torch.long, device="meta") for key in names}
     if packs:
         # Of four dimensions: nobody looks into it. transformers makes it of several packed rows, with a place for each score.
-        side = sum(rows) if packed and len(rows) > 1 else 1
+        side = sum(rows) if run.packing and len(rows) > 1 else 1
         batch["attention_mask"] = torch.empty((1, 1, side, side), dtype=torch.bool, device="meta")
-    if as_one:
-        starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-        batch |= {
-            "cu_seq_lens_q": starts,
-            "cu_seq_lens_k": starts,
-            "max_length_q": max(rows),
-            "max_length_k": max(rows),
-        }
-    return batch
+    return batch | ends
 
 
 def estimate(skeleton: Any, run: Run) -> Estimate:

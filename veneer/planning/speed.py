@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from veneer.config import IGNORED, ROUND_TO
+from veneer.config import IGNORED
 from veneer.models.fuse import batch_loss
 from veneer.ops import arena
-from veneer.planning.memory import Optimizer, Run, prepared, rounded, rows_of
+from veneer.planning.memory import Optimizer, Run, layout, prepared, rounded, rows_of
 
 WEIGHTS, LAYERS = (
     64 << 20,
@@ -174,21 +174,9 @@ def _timed(model: Any, run: Run, supervised: float) -> _Parts:
 def _batch(model: Any, run: Run, supervised: float, device: torch.device) -> dict[str, Any]:
     """The inputs of a pass, as `training.packing` makes them, of random tokens."""
     packs = "attention" in model.veneer_parts
-    rows, _ = rows_of(run, packs)
-    as_one = packs and (run.packing or run.device == "cpu")
-    if as_one and (missing := -sum(rows) % ROUND_TO):
-        rows = [*rows, missing]
-    shape = (1, sum(rows)) if as_one else (len(rows), max(rows))
+    rows, shape, ends = layout(run, rows_of(run, packs)[0], packs)
     ids = torch.randint(model.get_output_embeddings().weight.shape[0], shape)
     labels = torch.where(torch.rand(shape) < supervised, ids, IGNORED)
-    places = torch.cat([torch.arange(row) for row in rows]) if as_one else torch.arange(max(rows)).expand(len(rows), -1)
-    batch: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": places.reshape(shape)}
-    if as_one:
-        starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-        batch |= {
-            "cu_seq_lens_q": starts,
-            "cu_seq_lens_k": starts,
-            "max_length_q": max(rows),
-            "max_length_k": max(rows),
-        }
+    places = torch.cat([torch.arange(row) for row in rows])  # without ends all rows are of a length
+    batch = {"input_ids": ids, "labels": labels, "position_ids": places.view(shape), **ends}
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

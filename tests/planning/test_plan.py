@@ -131,7 +131,8 @@ def test_what_would_make_it_fit(mini):
 @pytest.mark.parametrize("what", ["batch", "length", "rank"])
 def test_the_largest_that_fits(mini, what):
     name = {"batch": "batch_size", "length": "seq_len", "rank": "rank"}[what]
-    asked, room, spare = {"seq_len": 128, "rank": 8, "packing": False, "evaluate": False}, 2 * 10**8, 10**7
+    asked = {"seq_len": 128, "rank": 8, "packing": False, "evaluate": False, "guard": False}
+    room, spare = 2 * 10**8, 10**7
     value = veneer.plan(mini, **asked, budget=planning.current_bytes() + room, largest=what)["largest"][what]
     assert veneer.plan(mini, **{**asked, name: value})["peak_bytes"] <= room + spare
     if what == "rank":  # key and value are 192 wide
@@ -214,7 +215,7 @@ def test_a_known_model_needs_no_files(capsys, monkeypatch):
 
 
 def test_the_phases_of_a_run():
-    asked = {"method": "lora", "seq_len": 128}
+    asked = {"method": "lora", "seq_len": 128, "guard": False}
     found = veneer.plan("smollm2", **asked)
     assert found["phases"]["evaluate"] > found["phases"]["train"]  # 16 rows at once
     without = veneer.plan("smollm2", **asked, evaluate=False)

@@ -89,6 +89,7 @@ def measure(model: str, run: Run, device: torch.device) -> dict[str, Any]:
             norm = torch.nn.utils.get_total_norm(gradients)
             torch.nn.utils.clip_grads_with_norm_(weights.parameters.values(), 1.0, norm)
             optimizer.step()
+            del gradients  # as in the loop: the next step's pass does not find them there
             weights.changed()
             float(sum(parts))
             times.append(time.perf_counter() - began)

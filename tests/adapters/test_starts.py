@@ -283,10 +283,10 @@ def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, command
     train(whole, tmp_path / "whole")
     step = loop._Run._step
 
-    def dies(self):
+    def dies(self, stop):
         if self.done == 5:
             raise SystemExit
-        return step(self)
+        return step(self, stop)
 
     monkeypatch.setattr(loop._Run, "_step", dies)
     with pytest.raises(SystemExit):

@@ -70,7 +70,7 @@ def data_step(run):
 
 
 def seen(losses):
-    guard = Guard()
+    guard = Guard(100)
     for step, loss in enumerate(losses):
         guard.passed(step, loss)
     return guard
@@ -81,7 +81,7 @@ def seen(losses):
 def test_a_loss_of_twenty_times_is_a_jump_and_noise_is_not(spread, level):
     g = random.Random(0)
     losses = [level * math.exp(g.gauss(0, spread)) for _ in range(400)]
-    guard = Guard()
+    guard = Guard(100)
     for step, loss in enumerate(losses):
         assert guard.judge(loss, 1.0) is None, step
         guard.passed(step, loss)
@@ -92,7 +92,7 @@ def test_a_loss_of_twenty_times_is_a_jump_and_noise_is_not(spread, level):
 def test_wild_but_healthy_losses_are_no_jump():
     g = random.Random(1)
     for spread, trend in ((0.8, 0.0), (0.5, 0.01), (1.0, 0.005)):
-        guard = Guard()
+        guard = Guard(100)
         for step in range(1000):
             loss = 3 * math.exp(g.gauss(0, spread) - trend * step)
             assert guard.judge(loss, 1.0) is None
@@ -103,19 +103,19 @@ def test_wild_but_healthy_losses_are_no_jump():
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, 1.0)])
 def test_what_is_not_finite_never_passes(loss, norm):
-    assert Guard(on=False).judge(loss, norm) == "not-finite"
-    assert Guard(on=False).judge(1e9, 1.0) is None
+    assert Guard(100, on=False).judge(loss, norm) == "not-finite"
+    assert Guard(100, on=False).judge(1e9, 1.0) is None
 
 
-def test_left_out_batches_are_passed_over_and_the_rate_is_halved_the_second_time():
+def test_a_batch_that_is_left_out_has_another_in_its_place_and_the_rate_is_halved_the_second_time():
     guard = seen([1.0] * 30)
     first = guard.back("spike", 12, 10, 20.0, 1.0)
     assert "went back to step 10" in first["what"] and "learning rate" not in first["what"] and guard.scale == 1
-    assert [guard.data_step(step) for step in (11, 12, 13)] == [11, 13, 14]
+    assert [guard.data_step(step) for step in (11, 12, 13)] == [11, 100, 13]
     second = guard.back("spike", 12, 10, 20.0, 1.0)
     assert guard.scale == 0.5 and "0.5 of the learning rate" in second["what"]
-    assert [guard.data_step(step) for step in (11, 12, 13)] == [11, 14, 15]
-    again = Guard()
+    assert [guard.data_step(step) for step in (11, 12, 13)] == [11, 101, 13]
+    again = Guard(100)
     again.load(json.loads(json.dumps(guard.state())))
     assert again.state() == guard.state()
     for _ in range(TRIES - 2):
@@ -142,6 +142,20 @@ def test_a_jump_is_gone_back_from_and_the_run_ends_as_without_it(tmp_path, token
     event = next(row for row in rows if "event" in row)
     assert (event["code"], event["step"], event["found_at"], event["back_to"]) == ("spike", 30, 35, 30)
     assert rows[:30] == log(tmp_path / "plain")[:30]
+
+
+def test_the_run_after_a_jump_is_the_run_that_had_another_batch_there(tmp_path, tokenizer, commands, monkeypatch):
+    weights = []
+    for jumps in (True, False):
+        model = fresh(dropout=0.1)
+        with monkeypatch.context() as patched:
+            if jumps:
+                wrong_loss(patched, lambda run: data_step(run) == 34, 20.0)
+            else:
+                patched.setattr(Guard, "data_step", lambda self, step: 60 if step == 34 else step)
+            run(model, tokenizer, commands, tmp_path / str(jumps), epochs=6)
+        weights.append(adapter_parameters(model, "default"))
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_a_fault_that_stays_is_met_with_half_the_learning_rate(tmp_path, tokenizer, commands, monkeypatch):
@@ -281,8 +295,9 @@ def test_a_healthy_run_is_left_alone(tmp_path, tokenizer, commands, case):
 
 
 @pytest.mark.slow
-def test_a_jump_in_a_real_run_costs_less_than_one_per_cent(tmp_path, monkeypatch):
-    """SmolLM2 in NF4 on the demo's commands, the loss of one batch times 20."""
+def test_a_jump_in_a_real_run_costs_little(tmp_path, monkeypatch):
+    """SmolLM2 in NF4 on the demo's commands, the loss of one batch times 20. What is left of it is that another batch stands
+    in its place: 8 of 720 rows, which moves the held-out loss by 2 to 3% whether the loss jumped or not."""
     rows = build_demo_data(train_rows=800, test_rows=8).train
     results = []
     for bad in (None, 25):
@@ -297,7 +312,8 @@ def test_a_jump_in_a_real_run_costs_less_than_one_per_cent(tmp_path, monkeypatch
             )
     plain, jumped = results
     assert codes(plain) == [] and codes(jumped) == ["spike"] and jumped["steps"] == plain["steps"]
-    assert jumped["eval_loss"] == pytest.approx(plain["eval_loss"], rel=0.01)
+    assert jumped["train_loss"] == pytest.approx(plain["train_loss"], rel=0.01)
+    assert jumped["eval_loss"] == pytest.approx(plain["eval_loss"], rel=0.05)
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------

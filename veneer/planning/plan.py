@@ -20,8 +20,10 @@ from veneer.planning.shapes import shape_text, skeleton_maker
 from veneer.planning.speed import measure
 
 Device = Literal["auto", "cpu", "cuda"]
-CONTEXT = 600_000_000  # of a GPU's memory: its context and torch's kernels. Taken; more on newer GPUs
-HOST_LIBRARIES = 1_000_000_000  # of main memory, which CUDA's libraries take in a process that uses a GPU. Taken
+CONTEXT = 720_000_000  # of a GPU's memory: its context and torch's kernels, as measured on an H100 and an H200
+HOST_LIBRARIES = (
+    300_000_000  # of main memory, which CUDA's libraries take in a process that uses a GPU: measured there, 268 MB
+)
 Kind = Literal["full", "lora", "qlora"]
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}

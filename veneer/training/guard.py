@@ -58,13 +58,15 @@ class Guard:
     learning rate a run goes on.
 
     Args:
+        steps: of the run. A step whose batch is left out takes one that the run would not come to: all others stay as they are.
         on: whether jumps are looked for; what is not finite never passes.
     """
 
-    def __init__(self, on: bool = True) -> None:
+    def __init__(self, steps: int, on: bool = True) -> None:
         self.on = on
+        self.spare = steps  # the next step's worth of the data, as `Order` counts them, that no step takes
         self.losses: list[float] = []
-        self.left_out: list[int] = []  # steps' worth of the data, as `Order` counts them
+        self.instead: list[list[int]] = []  # a step, and which it takes in place of its own
         self.scale = 1.0
         self.events: list[dict[str, Any]] = []  # each time the run went back
         self.furthest = self.tries = 0  # the step that was not passed yet, and how often it was tried
@@ -77,10 +79,8 @@ class Guard:
         vars(self).update({key: value for key, value in state.items() if key in vars(self) and key != "on"})
 
     def data_step(self, step: int) -> int:
-        """Which step's worth of the data step `step` takes: those left out are passed over."""
-        for number in self.left_out:
-            step += number <= step
-        return step
+        """Which step's worth of the data step `step` takes."""
+        return next((other for left_out, other in self.instead if left_out == step), step)
 
     def judge(self, loss: float, norm: float) -> str | None:
         """What is wrong with a step before it is applied: "not-finite", "spike" or None.
@@ -121,7 +121,8 @@ class Guard:
                 hint=f"lower train.learning_rate (it was halved {-int(math.log2(self.scale))} times here), or look at the data",
             )
         again = bool(self.events) and step + 1 - self.events[-1]["step"] < AGAIN
-        self.left_out = sorted({*self.left_out, self.data_step(step)})
+        self.instead = [*(pair for pair in self.instead if pair[0] != step), [step, self.spare]]
+        self.spare += 1
         if again:
             self.scale /= 2
         what = f"loss {loss:.4g}" if kind == "spike" else f"loss {loss:g}, gradient {norm:g}"

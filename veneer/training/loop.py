@@ -140,7 +140,7 @@ class _Run:
         )
         self.done = 0
         self.losses: list[Tensor] = []  # of the batches of the step that is under way
-        self.guard = Guard(config.guard)
+        self.guard = Guard(self.steps, config.guard)
         self.good: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # state and tensors to go back to
         self.saved = 0  # the step of the newest checkpoint
         self.finished = False  # nothing more is to be saved

@@ -2,9 +2,10 @@
 
 python -m benchmarks.run c12 --rounds 1      wanted: within 5% in 95% of the cells, never more than 2% under; time within 15%
 
-Measured: the peak of the resident set over import, of loading the model and training on rows of the full length, and the
-median time of its largest steps; the planned time is measured after that, on a few layers. Models besides SmolLM2 are random
-weights in the shapes named. accelerate's estimate (`accelerate estimate-memory`, training with Adam, the type of the weights)
+Measured: the peak of the resident set over import, of loading the model and training on rows of the full length, some steps
+of shorter ones among them, and the median time of the largest steps after the first of them; the planned time, which is measured
+on a few layers, before that in another process and after it again, and the mean taken: machines drift. Models besides SmolLM2
+are random weights in the shapes named. accelerate's estimate (`accelerate estimate-memory`, training with Adam, the type of the weights)
 knows full fine-tuning only, and no activations.
 """
 
@@ -41,11 +42,12 @@ GRID: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[tuple[int, int, i
     ("smollm2", ("lora", "qlora"), ("none",), ((1, 128, 8), (1, 2048, 64), (8, 1024, 16), (1, 4096, 16))),
     ("smollm2", ("full",), ("none",), ((1, 128, 16), (1, 2048, 16))),
     ("llama 0.4B", METHODS, RECOMPUTE, ((2, 512, 16),)),
-    ("qwen2 0.5B", METHODS, RECOMPUTE, ((4, 256, 8),)),
+    ("qwen2 0.5B", METHODS, RECOMPUTE, ((2, 256, 8),)),
     ("qwen3 0.6B", ("lora", "qlora"), ("none", "full"), ((1, 1024, 32),)),
-    ("llama 1.2B", ("lora", "qlora"), RECOMPUTE, ((1, 1024, 16),)),
+    ("llama 1.2B", ("lora", "qlora"), RECOMPUTE, ((1, 512, 16),)),
 )
-STEPS = 4
+STEPS, LONG_STEPS = "sffffs", "sff"  # short rows or full ones
+LONG = 3e11  # weights times tokens of a step from which on a run is LONG_STEPS
 WITHIN, UNDER, SHARE = 0.05, 0.02, 0.95
 TIME_WITHIN = 0.15
 
@@ -101,14 +103,22 @@ def measure(options: Options, model: str, method: str, recompute: Any, batch: in
     from veneer.machine import current_bytes
     from veneer.planning.plan import plan
 
-    make = f"from benchmarks.c12_plan import *; folder_of(Options.from_json({options.to_json()!r}), {model!r})"
-    subprocess.run([sys.executable, "-c", make], check=True)
+    arguments = {
+        "method": method, "batch_size": batch, "seq_len": length, "rank": rank, "recompute": recompute, "evaluate": False,
+        "guard": False, "device": "cpu", "time": True,
+    }  # fmt: skip
+    before = subprocess.run(
+        [sys.executable, "-c", f"from benchmarks.c12_plan import *; told({options.to_json()!r}, {model!r}, {arguments!r})"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    before = json.loads(before.stdout.splitlines()[-1])
     folder, out = folder_of(options, model), Path(options.work) / "planned"
     imports("veneer")
     if model != "smollm2":
         __import__(f"transformers.models.{SHAPES[model][0]}.modeling_{SHAPES[model][0]}")
     shutil.rmtree(out, ignore_errors=True)
-    rows = _rows(options, batch * STEPS, length)
+    steps = LONG_STEPS if batch * length * before["weights"] > LONG else STEPS
+    rows = _rows(options, steps, batch, length)
     memory = Memory()
     found, tokenizer = veneer.load(folder, quantize="nf4" if method == "qlora" else None)
     loaded, held = memory.over_import(), current_bytes() - memory.base
@@ -125,38 +135,51 @@ def measure(options: Options, model: str, method: str, recompute: Any, batch: in
         [json.loads(line) for line in (out / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "speed.jsonl")
     )
-    steps = [{**one, **other} for one, other in zip(told, fast, strict=True)]
+    full = [batch * length / there["tokens_per_second"] for row, there in zip(told, fast, strict=True) if row["tokens"] == batch * length]
+    assert len(full) == steps.count("f"), [row["tokens"] for row in told]
     shutil.rmtree(out)
     del found
-    planned = plan(
-        folder, method=method, batch_size=batch, seq_len=length, rank=rank, recompute=recompute, evaluate=False, guard=False, device="cpu",  # type: ignore[arg-type]
-        time=True,
-    )  # fmt: skip
+    planned = plan(folder, **arguments)
     return {
         "loaded": loaded, "held": held, "trained": trained, "steps": result["steps"],
-        "seconds_per_step": _seconds(steps[1:]),
-        "planned_seconds_per_step": planned["seconds_per_step"],
+        "seconds_per_step": statistics.median(full[1:]),
+        "planned_seconds_per_step": (before["seconds"] + planned["seconds_per_step"]) / 2,
+        "planned_before_and_after": [before["seconds"], planned["seconds_per_step"]],
         "planned": planned["peak_bytes"], "phases": planned["phases"], "parts": planned["parts"],
         "accelerate": _accelerate(folder), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
-def _seconds(steps: list[dict[str, Any]]) -> float:
-    """Of a step of the largest batch, which is planned: the median of those nearly as large. Rows are cut, the last piece is shorter."""
-    most = max(row["tokens"] for row in steps)
-    large = [row["tokens_per_second"] for row in steps if row["tokens"] >= 0.9 * most]
-    return float(most / statistics.median(large))
+def told(options: str, model: str, arguments: dict[str, Any]) -> None:
+    """Print what the planner says of the time, in a process that does nothing else, and the model's parameters."""
+    import json
+
+    from veneer.planning.plan import plan
+
+    planned = plan(folder_of(Options.from_json(options), model), **arguments)
+    print(json.dumps({"seconds": planned["seconds_per_step"], "weights": planned["parameters"]}))
 
 
-def _rows(options: Options, count: int, length: int) -> list[dict[str, str]]:
-    """Rows longer than `length`, of all the vocabulary: of embeddings that are not the head's only what is used is read."""
+def _rows(options: Options, steps: str, batch: int, length: int) -> list[dict[str, str]]:
+    """Rows of `length` tokens with the end of text, or fewer, in the order in which training takes them; of many words: of
+    embeddings that are not the head's only what is used is read."""
     import random
 
     from veneer.models.load import load_tokenizer, resolve
+    from veneer.training.packing import Order
 
     tokenizer, pick = load_tokenizer(resolve(options.model)), random.Random(0)
-    ids = [[pick.randrange(1000, 49_000) for _ in range(2 * length)] for _ in range(count)]
-    return [{"text": tokenizer.decode(row)} for row in ids]
+    words = [text for text in map(tokenizer.decode, range(len(tokenizer))) if text[:1] == " " and text[1:].isalpha()]
+    rows: list[dict[str, str]] = [{}] * (batch * len(steps))
+    order = Order(len(rows), batch, seed=0)
+    for number, kind in enumerate(steps):
+        for i in order.step(number):
+            size = length if kind == "f" else pick.randrange(length // 8, length)
+            while not rows[i]:
+                text = "".join(pick.choice(words) for _ in range(size - 1))
+                if len(tokenizer(text)["input_ids"]) == size - 1:
+                    rows[i] = {"text": text}
+    return rows
 
 
 def _accelerate(folder: str) -> int:

@@ -100,6 +100,26 @@ def test_a_merge_that_is_told_to_stop_leaves_nothing(good, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_comes_in_a_destructor_is_not_lost(number, code):
+    """Python drops what is raised there: without more the verb would go on, here for a minute."""
+    held = f"""
+import os, sys, time, veneer.cli
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0.1)
+def verb():
+    Held()
+    time.sleep(60)
+veneer.cli.app = verb
+veneer.cli.main()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", held], stderr=subprocess.PIPE, text=True, env=environment, timeout=50)
+    assert done.returncode == code and "Traceback" not in done.stderr and "ignored" not in done.stderr
+
+
 @pytest.fixture
 def main(good, tmp_path, monkeypatch, capsys):
     """The command line in this process, in a folder with a fresh copy of the good files: exit code, stdout, stderr."""

@@ -615,13 +615,34 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
         print(f"{key:20} {', '.join(map(str, item)) if isinstance(item, list) else shown}")
 
 
+def _stop_by_signal() -> None:
+    """SIGTERM ends the program like Ctrl-C does: what is half written is taken away.
+
+    Either may come while a destructor or a weak reference's callback runs. Python drops what is raised there, and the
+    program would go on as if nothing had come: so it is sent once more.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    told = sys.unraisablehook
+
+    def again(dropped: sys.UnraisableHookArgs) -> None:
+        if isinstance(dropped.exc_value, (SystemExit, KeyboardInterrupt)):
+            number = signal.SIGINT if isinstance(dropped.exc_value, KeyboardInterrupt) else signal.SIGTERM
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # later: not into this callback again
+        else:
+            told(dropped)
+
+    sys.unraisablehook = again
+
+
 def main() -> None:
     """Run a verb; what a user caused becomes one plain message and exit code 2 or 3, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # what is half written is taken away
+    _stop_by_signal()
     try:
         app()
     except VeneerError as error:

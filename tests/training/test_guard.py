@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -14,7 +15,6 @@ from conftest import make_model
 
 import veneer
 from veneer.adapters.attach import adapter_parameters
-from veneer.demo_data import build_demo_data
 from veneer.training import loop, signals
 from veneer.training.guard import ENOUGH, TRIES, Guard, overfitting, update_share
 
@@ -296,16 +296,18 @@ def test_a_healthy_run_is_left_alone(tmp_path, tokenizer, commands, case):
 
 @pytest.mark.slow
 def test_a_jump_in_a_real_run_costs_little(tmp_path, monkeypatch):
-    """SmolLM2 in NF4 on the demo's commands, the loss of one batch times 20. What is left of it is that another batch stands
-    in its place: 8 of 720 rows, which moves the held-out loss by 2 to 3% whether the loss jumped or not."""
-    rows = build_demo_data(train_rows=800, test_rows=8).train
+    """SmolLM2 in NF4 on Python's own language reference, the loss of one batch times 20. What is left of it is that another
+    batch stands in its place: a run that jumped is, bit for bit, the run that had that one there (above)."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    rows = [{"text": text[at : at + 240]} for at in range(0, len(text) - 240, 240)]
+    rows = random.Random(0).sample(rows, 230)
     results = []
-    for bad in (None, 25):
+    for bad in (None, 15):
         model, tokenizer = veneer.load("smollm2", quantize="nf4")
         veneer.attach(model, veneer.LoraConfig(r=8), seed=0)
         with monkeypatch.context() as patched:
             if bad is not None:
-                wrong_loss(patched, lambda run: data_step(run) == 40, 20.0)
+                wrong_loss(patched, lambda run: data_step(run) == bad, 20.0)
             data = veneer.DataConfig(train="-", eval=0.1)
             results.append(
                 run(model, tokenizer, rows, tmp_path / str(bad), data_config=data, batch_size=8, learning_rate=1e-3)
@@ -313,7 +315,7 @@ def test_a_jump_in_a_real_run_costs_little(tmp_path, monkeypatch):
     plain, jumped = results
     assert codes(plain) == [] and codes(jumped) == ["spike"] and jumped["steps"] == plain["steps"]
     assert jumped["train_loss"] == pytest.approx(plain["train_loss"], rel=0.01)
-    assert jumped["eval_loss"] == pytest.approx(plain["eval_loss"], rel=0.05)
+    assert jumped["eval_loss"] == pytest.approx(plain["eval_loss"], rel=0.01)
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------

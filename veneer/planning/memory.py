@@ -20,7 +20,9 @@ from veneer.adapters.attach import attach, lora_layers
 from veneer.adapters.starts import OF_WEIGHTS
 from veneer.config import ROUND_TO, TOKEN_BUDGET, LoraConfig, Method, Quantization
 from veneer.models.fuse import batch_loss, fuse, set_recompute
+from veneer.ops import native
 from veneer.ops.blocks import Recompute
+from veneer.ops.cross_entropy import OURS
 from veneer.ops.dry_run import DryRun
 from veneer.quant.linear import QuantizedLinear, quantize_model, quantized_layers
 
@@ -31,12 +33,9 @@ SVD = 8  # tensors of a layer's size in fp32 that a start of weights (PiSSA, Lof
 WORKSPACES = 2 * (32 << 20)
 COMPARED = 300  # tokens of the texts that a merged model is compared on
 EVALUATED = 16  # rows of a pass of evaluation, as `training.loop.evaluation_loss` takes them
-# What libraries and malloc keep, over import; fitted to 21 runs of five models (C12), the same for all models and methods.
-LIBRARIES, A_TOKEN, TOKENS = (
-    50_000_000,
-    25_000,
-    2048,
-)  # in training: the first, and the second for each of so many tokens
+# What libraries and malloc keep, over import: in training at all, and for each of so many tokens. Fitted, with bf16 instructions
+# (an Intel processor) and without (an AMD one): the same for all models and methods (C12).
+LIBRARIES, A_TOKEN, TOKENS = {True: 50_000_000, False: 38_000_000}, {True: 25_000, False: 11_000}, 2048
 LOADED, LOADED_QUANTIZED = 82_000_000, 32_000_000  # after loading; a quantised base's loader gives free memory back
 
 
@@ -161,7 +160,7 @@ def weights_of(model: Any, run: Run) -> Weights:
     trained = [p for p in parameters if p.requires_grad]
     adapter = sum(p.nbytes for p in trained) if run.method == "lora" else 0
     dense = sum(p.nbytes for p in parameters) - adapter
-    matrices = [m.in_features * m.out_features for m in layers] + [p.numel() for p in parameters if not p.requires_grad]
+    matrices = [m.in_features * m.out_features for m in layers] + [p.numel() for p in parameters]
     count = sum(m.in_features * m.out_features for m in layers) + sum(p.numel() for p in parameters)
     count -= sum(p.numel() for p in trained) if run.method == "lora" else 0
     second = _second_base(model, run) + adapter if _has_second_base(run) else 0  # and the factors as they began
@@ -347,7 +346,7 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         "logits": logits,
         "scratch": inside - activations - logits,
         "fragmentation": step.fragments[0],
-        "libraries": LIBRARIES + A_TOKEN * min(step.tokens, TOKENS) if run.device == "cpu" else WORKSPACES,
+        "libraries": _libraries(weights, step, run) if run.device == "cpu" else WORKSPACES,
     }
     about = {"architecture": architecture, "parameters": weights.parameters, "trainable_parameters": weights.trained}
     train = sum(parts.values())
@@ -358,7 +357,7 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         phases = {"load": step.loaded, "train": train, "evaluate": evaluate, "save": evaluate}
         return Estimate(_of(run, phases), parts, about, _of(run, {**_host(weights, run), "merge": merge}))
     if step.evaluated != step.tokens:  # the forward pass's kernels for matrices of other shapes
-        evaluate += A_TOKEN // 2 * min(step.evaluated, TOKENS)
+        evaluate += A_TOKEN[_onednn()] // 2 * min(step.evaluated, TOKENS)
     phases = {
         "load": _load(weights, run),
         "train": train,
@@ -367,6 +366,17 @@ def estimate(skeleton: Any, run: Run) -> Estimate:
         "merge": merge,
     }
     return Estimate(_of(run, phases), parts, about, {})
+
+
+def _onednn() -> bool:
+    """Whether torch's bf16 products are used, of the head: oneDNN builds a kernel for every shape."""
+    return native.missing() is not None or native.isa() not in OURS
+
+
+def _libraries(weights: Weights, step: Step, run: Run) -> int:
+    """In full fine-tuning malloc keeps about the largest weight's gradient more: as fragments, between what stays."""
+    kept = weights.largest * run.dtype.itemsize if run.method == "full" else 0
+    return LIBRARIES[_onednn()] + A_TOKEN[_onednn()] * min(step.tokens, TOKENS) + kept
 
 
 def _of(run: Run, phases: dict[str, int]) -> dict[str, int]:

@@ -135,7 +135,11 @@ def measure(options: Options, model: str, method: str, recompute: Any, batch: in
         [json.loads(line) for line in (out / name).read_text().splitlines()]
         for name in ("metrics.jsonl", "speed.jsonl")
     )
-    full = [batch * length / there["tokens_per_second"] for row, there in zip(told, fast, strict=True) if row["tokens"] == batch * length]
+    full = [
+        batch * length / there["tokens_per_second"]
+        for row, there in zip(told, fast, strict=True)
+        if row["tokens"] == batch * length
+    ]
     assert len(full) == steps.count("f"), [row["tokens"] for row in told]
     shutil.rmtree(out)
     del found

@@ -335,6 +335,16 @@ def test_a_run_that_does_not_fit_is_refused_and_one_that_does_says_what_was_plan
     assert code == 0 and "(planned: " in out, err
 
 
+def test_a_long_run_says_beforehand_how_long_it_will_take(main, monkeypatch):
+    ROWS()
+    monkeypatch.setattr("veneer.report.plan.LONG_RUN", 2)
+    monkeypatch.setattr("veneer.planning.speed.SECONDS", 0.2)
+    code, out, err = main(*RUN, *SET, "train.max_steps=2")
+    assert code == 0 and " free, " in err and out.count("(planned: ") == 2, err
+    code, out, err = main(*RUN, *SET, "train.max_steps=1", *SET, "train.out=short", "--json")
+    assert code == 0 and " free, " not in err and json.loads(out)["planned_seconds"] is None, err
+
+
 def test_resuming_another_run_is_refused(main):
     ROWS()
     run = RUN

@@ -59,7 +59,7 @@ def train(
     import veneer
     from veneer.adapters.peft_format import base_quantization
     from veneer.report.check import load_for, require_sound
-    from veneer.report.plan import plan_recipe, while_training
+    from veneer.report.plan import LONG_RUN, duration, plan_recipe, size, while_training
     from veneer.training.loop import require_new_run
     from veneer.training.rows import require_readable
 
@@ -68,7 +68,10 @@ def train(
     train_files = [plan.data.train] if isinstance(plan.data.train, str) else plan.data.train
     for file in [*train_files, *([plan.data.eval] if isinstance(plan.data.eval, str) else [])]:
         require_readable(Path(file))
-    planned = plan_recipe(plan, force=force)
+    planned = plan_recipe(plan, force=force, time=LONG_RUN if check and not resume else False)
+    if "seconds" in planned:
+        needed, free = planned["peak_bytes"] + planned["process_bytes"], planned["budget_bytes"]
+        print(f"planned: {size(needed)} of {size(free)} free, {duration(planned['seconds'])}", file=sys.stderr)
     model, tokenizer = load_for(plan)
     if check and not resume:  # a run that goes on was looked at when it began
         require_sound(plan, model, tokenizer, lambda text: print(f"warning: {printable(text)}", file=sys.stderr))
@@ -76,13 +79,14 @@ def train(
         model, tokenizer, None, plan.train, method=plan.method, data_config=plan.data, recipe=write_recipe(plan),
         resume=resume,
     )  # fmt: skip
-    result["planned_bytes"] = while_training(planned)
+    result["planned_bytes"], result["planned_seconds"] = while_training(planned), planned.get("seconds")
     if as_json:
         _print_json(result)
         return
     held = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
+    hoped = "" if result["planned_seconds"] is None else f" (planned: {result['planned_seconds']:.0f} s)"
     print(
-        f"{result['steps']} steps in {result['seconds']:.0f} s ({result['tokens_per_second']:,.0f} tokens/s), "
+        f"{result['steps']} steps in {result['seconds']:.0f} s{hoped} ({result['tokens_per_second']:,.0f} tokens/s), "
         f"loss {result['train_loss']:.4f}{held}, peak memory {result['peak_bytes'] / 1e9:.2f} GB"
         f" (planned: {result['planned_bytes'] / 1e9:.2f} GB)"
     )

@@ -20,16 +20,18 @@ from veneer.training.loop import largest_pass
 from veneer.training.packing import Order
 
 WIDTH = 60  # characters of the bar
+LONG_RUN = 200  # steps from which on `train` spends some seconds to say how long they will take
 FILLS = "█▓▒░▞▚▙▟▤▦▨"  # of the parts, one after the other
 
 
 def plan_recipe(
-    recipe: Recipe, *, force: bool = False, time: bool = False, budget: str | None = None
+    recipe: Recipe, *, force: bool = False, time: bool | int = False, budget: str | None = None
 ) -> dict[str, Any]:
     """The plan of a run on its own data, before its model is loaded.
 
     Args:
-        force: a run that does not fit is planned all the same. time: also measure how long it takes, some seconds long.
+        force: a run that does not fit is planned all the same. time: also measure how long it takes, some seconds long; a number: if it
+            has at least so many steps.
 
     Raises:
         RefusedError: it does not fit into what is free here.
@@ -43,7 +45,9 @@ def plan_recipe(
     found = {**planned(str(folder), run, budget), "model": recipe.model}
     if not found["fits"] and not force:
         raise _refused(found)
-    return {**found, **_time(recipe, str(folder), run, found["trainable_parameters"], tokenizer)} if time else found
+    if time is not False:
+        found |= _time(recipe, str(folder), run, found["trainable_parameters"], tokenizer, least=int(time))
+    return found
 
 
 def while_training(plan: dict[str, Any]) -> int:
@@ -66,16 +70,18 @@ def _refused(plan: dict[str, Any]) -> RefusedError:
     )
 
 
-def _time(recipe: Recipe, folder: str, run: Run, trained: int, tokenizer: Any) -> dict[str, Any]:
+def _time(recipe: Recipe, folder: str, run: Run, trained: int, tokenizer: Any, least: int) -> dict[str, Any]:
     """How long the run takes: its tokens at the speed that is measured, and the evaluations."""
     train, held_out, _ = prepare_data(None, recipe.data, tokenizer, recipe.train.seed)
     samples = train.samples
-    tokens = sum(len(sample.input_ids) for sample in samples)
-    learned = sum(sample.supervised for sample in samples) / tokens
-    speed = timed(folder, run, trained, learned)
     per_step = recipe.train.batch_size * recipe.train.grad_accumulation
     order = Order(len(samples), per_step, recipe.train.seed)
     steps, _ = order.steps(recipe.train)
+    if steps < least:
+        return {}
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    learned = sum(sample.supervised for sample in samples) / tokens
+    speed = timed(folder, run, trained, learned)
     seconds = steps * tokens / order.steps_per_epoch / speed["tokens_per_second"]
     if held_out is not None:
         times = math.ceil(steps / (recipe.train.eval_every or order.steps_per_epoch))

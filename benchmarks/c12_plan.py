@@ -46,7 +46,7 @@ GRID: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[tuple[int, int, i
     ("qwen3 0.6B", ("lora", "qlora"), ("none", "full"), ((1, 1024, 32),)),
     ("llama 1.2B", ("lora", "qlora"), RECOMPUTE, ((1, 512, 16),)),
 )
-STEPS, LONG_STEPS = "sffffs", "sff"  # short rows or full ones
+STEPS, LONG_STEPS = "sfffs", "sff"  # short rows or full ones
 LONG = 3e11  # weights times tokens of a step from which on a run is LONG_STEPS
 WITHIN, UNDER, SHARE = 0.05, 0.02, 0.95
 TIME_WITHIN = 0.15

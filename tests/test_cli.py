@@ -104,7 +104,8 @@ def test_a_merge_that_is_told_to_stop_leaves_nothing(good, tmp_path):
 def test_a_signal_that_comes_in_a_destructor_is_not_lost(number, code):
     """Python drops what is raised there: without more the verb would go on, here for a minute."""
     held = f"""
-import os, sys, time, veneer.cli
+import os, signal, sys, time, veneer.cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which who starts the tests in the background turns off
 class Held:
     def __del__(self):
         os.kill(os.getpid(), {int(number)})
@@ -343,6 +344,21 @@ def test_a_long_run_says_beforehand_how_long_it_will_take(main, monkeypatch):
     assert code == 0 and " free, " in err and out.count("(planned: ") == 2, err
     code, out, err = main(*RUN, *SET, "train.max_steps=1", *SET, "train.out=short", "--json")
     assert code == 0 and " free, " not in err and json.loads(out)["planned_seconds"] is None, err
+
+
+def test_a_recipe_is_planned_with_its_settings_changed(main):
+    ROWS()
+    text("recipe.yaml", "model: model\ndata: {train: rows.jsonl}\n")()
+    ranks = []
+    for change in ((), (*SET, "lora.r=2", *SET, "method=lora")):
+        code, out, err = main("plan", "recipe.yaml", *change, "--json")
+        assert code == 0, err
+        ranks.append(json.loads(out)["rank"])
+    assert ranks[0] != 2 and ranks[1] == 2
+    code, _, err = main("plan", "model", *SET, "lora.r=2")
+    assert code == 2 and "none was given" in err
+    code, _, err = main("plan", "recipe.yaml", "--rank", "2")
+    assert code == 2 and "--rank: of no use" in err
 
 
 def test_resuming_another_run_is_refused(main):

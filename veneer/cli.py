@@ -485,6 +485,10 @@ def plan(
             help="As elsewhere (its config is enough), a known one: llama3-8b, ..., or a .yaml recipe.",
         ),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's setting, as with train; may be repeated."),
+    ] = None,
     method: Annotated[str, typer.Option(help="full, lora or qlora.")] = "qlora",
     batch_size: Annotated[int, typer.Option(help="Rows in one forward and backward.")] = 1,
     seq_len: Annotated[int, typer.Option(help="Tokens of the longest row.")] = 2048,
@@ -526,10 +530,12 @@ def plan(
         raise VeneerError("expected a MODEL, a recipe, --shape or --matrix, one of them")
     recipe = model is not None and model.endswith((".yaml", ".yml"))
     allowed = (
-        {"model", "budget", "time", "plot", "as_json"}
+        {"model", "set_", "budget", "time", "plot", "as_json"}
         if recipe
         else {"matrix", "as_json", "seq_len", "batch_size", "rank"}
     )
+    if set_ and not recipe:
+        raise VeneerError("--set: changes a recipe, and none was given", hint="name a .yaml file, or use the options")
     if (recipe or matrix) and (idle := sorted(given - allowed)):
         options = ", ".join("--" + name.replace("_", "-") for name in idle)
         raise VeneerError(f"{options}: of no use with {'a recipe, which says so itself' if recipe else '--matrix'}")
@@ -543,7 +549,7 @@ def plan(
     if recipe:
         from veneer.config import read_recipe
 
-        found = report.plan_recipe(read_recipe(str(model), []), force=True, time=time, budget=budget)
+        found = report.plan_recipe(read_recipe(str(model), set_ or []), force=True, time=time, budget=budget)
     else:
         wanted: Any = targets.split(",") if "," in targets else targets
         found = planning.plan(

@@ -41,7 +41,8 @@ def test_loss_and_gradients_are_those_of_a_weight_with_these_rows(tied, fused, s
     model = make_model(fused=fused, tie_word_embeddings=tied)
     before = model(input_ids=IDS).logits.detach()
     attached(model=model)
-    assert torch.equal(model(input_ids=IDS).logits, before)
+    # a product of three rows alone may add up in another order than in one of all rows: not bit for bit on every CPU
+    torch.testing.assert_close(model(input_ids=IDS).logits.detach(), before, rtol=1e-5, atol=1e-6)
     randomised(model)
     kwargs = {"skip_logits": True} if skip_logits and fused else {}
     loss = model(input_ids=IDS, labels=IDS, **kwargs).loss

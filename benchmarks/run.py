@@ -89,7 +89,10 @@ class Runner:
                 if result.problem or (result.cell.once and number > 1):
                     continue
                 began, before = time.monotonic(), _cpu_seconds()
-                record = self.process(result.cell)
+                try:
+                    record = self.process(result.cell)
+                except KeyboardInterrupt:
+                    return self._interrupted(results, limits, group)
                 elapsed = time.monotonic() - began
                 others = max(0.0, _cpu_seconds() - before) / elapsed / (os.cpu_count() or 1)
                 took = f"{elapsed:.1f} s, others took {others:.0%} of the machine"
@@ -103,6 +106,20 @@ class Runner:
                 raise SystemExit(f"the machine's limits could not be measured: {limits.problem}")
             if all(result.problem or result.cell.once for result in results.values()):
                 break
+        return results, limits
+
+    def _interrupted(self, results: dict[str, Result], limits: Result, group: str) -> tuple[dict[str, Result], Result]:
+        """What is there is kept: Ctrl-C ends a long run early, not in vain. A round that is not whole counts for nobody."""
+        if not limits.records:
+            raise KeyboardInterrupt
+        say(f"{group}: interrupted: what was measured is written")
+        counts = [len(result.records) for result in results.values() if not (result.problem or result.cell.once)]
+        whole = max(1, min(counts, default=1))
+        limits.records = limits.records[:whole]
+        for result in results.values():
+            result.records = result.records[:whole]
+            if not result.records and not result.problem:
+                result.problem = "not measured: interrupted"
         return results, limits
 
 

@@ -101,6 +101,27 @@ def test_what_is_not_installed_is_skipped():
     assert results[cell.key].problem == cell.missing()
 
 
+@pytest.mark.parametrize(("calls", "rounds"), [(2, [1, 0]), (5, [1, 1]), (6, [2, 2])])
+def test_ctrl_c_keeps_whole_rounds(monkeypatch, calls, rounds):
+    """Each round is the machine's limits, a and b; in the first one single contenders count too."""
+    cells, seen = [Cell("a", "x:a"), Cell("b", "x:b")], []
+
+    def process(self, cell):
+        if len(seen) == calls:
+            raise KeyboardInterrupt
+        seen.append(cell)
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(run.Runner, "process", process)
+    results, limits = run.Runner(Options(), 4, None, 1).measure(cells, "c0")
+    assert [len(results[cell.key].records) for cell in cells] == rounds and len(limits.records) == rounds[0]
+    assert (results[cells[1].key].problem == "not measured: interrupted") == (rounds[1] == 0)
+    seen.clear()
+    calls = 0
+    with pytest.raises(KeyboardInterrupt):
+        run.Runner(Options(), 4, None, 1).measure(cells, "c0")
+
+
 def test_inputs_are_the_rows_marked_usable(options, tmp_path):
     assert len((tmp_path / "work/train.jsonl").read_text().splitlines()) == 8
     assert len(data.chat(options, "train")) == 8 and len(data.chat(options, "validation")) == 4

@@ -9,6 +9,8 @@ import signal
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -625,26 +627,29 @@ def _show(value: dict[str, Any], as_json: bool) -> None:
         print(f"{key:20} {', '.join(map(str, item)) if isinstance(item, list) else shown}")
 
 
-def _stop_by_signal() -> None:
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
     """SIGTERM ends the program like Ctrl-C does: what is half written is taken away.
 
     Either may come while a destructor or a weak reference's callback runs. Python drops what is raised there, and the
     program would go on as if nothing had come: so it is sent once more.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
     told = sys.unraisablehook
 
     def again(dropped: sys.UnraisableHookArgs) -> None:
-        if isinstance(dropped.exc_value, (SystemExit, KeyboardInterrupt)):
-            number = signal.SIGINT if isinstance(dropped.exc_value, KeyboardInterrupt) else signal.SIGTERM
+        number = {SystemExit: signal.SIGTERM, KeyboardInterrupt: signal.SIGINT}.get(dropped.exc_type)
+        if number is not None:
             threading.Timer(0.05, os.kill, (os.getpid(), number)).start()  # later: not into this callback again
-        else:
+        elif issubclass(dropped.exc_type, Exception):  # a `StopNow` comes again by itself
             told(dropped)
 
     sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = told
 
 
 def main() -> None:
@@ -652,9 +657,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(str(message))}\n"
-    _stop_by_signal()
     try:
-        app()
+        with _ended_by_signals():
+            app()
     except VeneerError as error:
         print(f"veneer: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -46,8 +46,8 @@ GRID: tuple[tuple[str, tuple[str, ...], tuple[str, ...], tuple[tuple[int, int, i
     ("qwen3 0.6B", ("lora", "qlora"), ("none", "full"), ((1, 1024, 32),)),
     ("llama 1.2B", ("lora", "qlora"), RECOMPUTE, ((1, 512, 16),)),
 )
-STEPS, LONG_STEPS = "sfffs", "sff"  # short rows or full ones
-LONG = 3e11  # weights times tokens of a step from which on a run is LONG_STEPS
+SHORT_STEPS, STEPS, LONG_STEPS = "sfffffffs", "sfffs", "sff"  # short rows or full ones
+SHORT, LONG = 5e10, 3e11  # weights times tokens of a step: below, a run is SHORT_STEPS; above, LONG_STEPS
 WITHIN, UNDER, SHARE = 0.05, 0.02, 0.95
 TIME_WITHIN = 0.15
 
@@ -117,7 +117,8 @@ def measure(options: Options, model: str, method: str, recompute: Any, batch: in
     if model != "smollm2":
         __import__(f"transformers.models.{SHAPES[model][0]}.modeling_{SHAPES[model][0]}")
     shutil.rmtree(out, ignore_errors=True)
-    steps = LONG_STEPS if batch * length * before["weights"] > LONG else STEPS
+    work = batch * length * before["weights"]
+    steps = SHORT_STEPS if work < SHORT else LONG_STEPS if work > LONG else STEPS
     rows = _rows(options, steps, batch, length)
     memory = Memory()
     found, tokenizer = veneer.load(folder, quantize="nf4" if method == "qlora" else None)

@@ -24,8 +24,8 @@ from veneer.models.load import skeleton, skeleton_of
 from veneer.planning.memory import Estimate, Run, estimate, prepared
 from veneer.planning.plan import CONTEXT, HOST_LIBRARIES
 from veneer.planning.speed import filled
+from veneer.training.batches import batches
 from veneer.training.data import Sample
-from veneer.training.loop import batches
 from veneer.training.weights import trained_weights
 
 LLAMA_1B = ("llama", {

@@ -81,7 +81,7 @@ def by_trl(options: Options, settings: dict[str, Any]) -> Record:
     from benchmarks.measure import Memory
     from benchmarks.training import adapted_model, imports, model_folder
     from veneer.config import IGNORED
-    from veneer.training.loop import evaluation_loss
+    from veneer.training.batches import evaluation_loss
 
     imports("peft")
     memory = Memory()

@@ -91,7 +91,7 @@ def measure_run(options: Options, quantize: str | None, start: dict[str, Any]) -
     """3 * options.follow_steps steps of options.follow_batch rows: losses of the new sentences before, in between, after."""
     import veneer
     from veneer.demo_data import SYSTEM, build_demo_data, write_demo_data
-    from veneer.training.loop import start_batches
+    from veneer.training.batches import start_batches
 
     steps = 3 * options.follow_steps
     folder = Path(options.work) / f"starts-{quantize}-{'-'.join(map(str, start.values())) or 'kaiming'}"

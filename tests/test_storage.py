@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from veneer import storage
+from veneer import machine, storage
 from veneer.errors import VeneerError
 from veneer.machine import MappedFiles
 
@@ -146,3 +146,42 @@ def test_pages_of_a_mapped_file_are_let_go_of_and_can_be_read_again(tmp_path, ho
         MappedFiles([file]).release(x)
     assert before >= 4096 and resident() <= before - 4000
     assert float(x.sum()) == total and torch.equal(x[:3], torch.tensor([0.0, 1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        ("0::/job/step", {"job/memory.max": "1000", "job/memory.current": "400", "job/memory.stat": "anon 1\ninactive_file 50",
+                          "job/step/memory.max": "max", "job/step/memory.current": "100", "job/step/memory.stat": ""}, [650]),
+        ("0::/", {"memory.max": "1000", "memory.current": "2000", "memory.stat": "inactive_file 0"}, [0]),
+        ("4:cpu,memory:/docker/ab\n0::/", {"memory/memory.limit_in_bytes": "900", "memory/memory.usage_in_bytes": "100",
+                                           "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 20"}, [820]),
+        ("0::/", {}, []),
+    ],
+)  # fmt: skip
+def test_a_containers_limit_is_what_is_free(tmp_path, groups, files, left):
+    (tmp_path / "groups").write_text(groups + "\n")
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text + "\n")
+    assert machine._left_by_limits(tmp_path / "groups", tmp_path / "root") == left
+
+
+def test_what_is_free_is_not_more_than_there_is(monkeypatch):
+    free = machine.available_bytes()
+    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    monkeypatch.setattr(machine, "_left_by_limits", lambda *_: [free // 2, 10**15])
+    assert machine.available_bytes() == free // 2
+
+
+def test_free_pages_as_macos_tells_them():
+    said = "Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:      100.\nPages active:   900.\nPages inactive:  50.\n"
+    assert machine._free_pages(said) == 150 * 16384 and machine._free_pages("") == 0
+
+
+def test_a_folder_that_another_process_writes_into(tmp_path):
+    handle = storage.lock_folder(tmp_path)
+    with pytest.raises(VeneerError, match="another process writes into it"):
+        storage.lock_folder(tmp_path)
+    os.close(handle)
+    os.close(storage.lock_folder(tmp_path))

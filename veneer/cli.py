@@ -53,50 +53,61 @@ def train(
     """Train an adapter, or with `method: full` every weight, as a recipe says."""
     from veneer.config import read_recipe, write_recipe
 
-    plan = read_recipe(recipe, [*(set_ or []), *(["data.strict=true"] if strict else [])])
-    if plan.train.out is None:
+    settings = read_recipe(recipe, [*(set_ or []), *(["data.strict=true"] if strict else [])])
+    if settings.train.out is None:
         raise VeneerError(
             "train.out is missing: where should the result go?", hint="for example --set train.out=runs/first"
         )
     import veneer
     from veneer.adapters.peft_format import base_quantization
+    from veneer.planning.memory import CannotPlanError
     from veneer.report.check import load_for, require_sound
     from veneer.report.plan import LONG_RUN, duration, plan_recipe, size, while_training
     from veneer.training.loop import require_new_run
+    from veneer.training.progress import shown
     from veneer.training.rows import require_readable
 
     if not resume:
-        require_new_run(Path(plan.train.out))
-    train_files = [plan.data.train] if isinstance(plan.data.train, str) else plan.data.train
-    for file in [*train_files, *([plan.data.eval] if isinstance(plan.data.eval, str) else [])]:
+        require_new_run(Path(settings.train.out))
+    train_files = [settings.data.train] if isinstance(settings.data.train, str) else settings.data.train
+    for file in [*train_files, *([settings.data.eval] if isinstance(settings.data.eval, str) else [])]:
         require_readable(Path(file))
-    planned = plan_recipe(plan, force=force, time=LONG_RUN if check and not resume else False)
+    planned: dict[str, Any] = {}
+    try:
+        planned = plan_recipe(settings, force=force, time=LONG_RUN if check and not resume else False)
+    except CannotPlanError as error:
+        print(f"warning: {printable(error.problems[0])}", file=sys.stderr)
     if "seconds" in planned:
         needed, free = planned["peak_bytes"] + planned["process_bytes"], planned["budget_bytes"]
         print(f"planned: {size(needed)} of {size(free)} free, {duration(planned['seconds'])}", file=sys.stderr)
-    model, tokenizer = load_for(plan)
+    model, tokenizer = load_for(settings)
     if check and not resume:  # a run that goes on was looked at when it began
-        require_sound(plan, model, tokenizer, lambda text: print(f"warning: {printable(text)}", file=sys.stderr))
+        require_sound(settings, model, tokenizer, lambda text: print(f"warning: {printable(text)}", file=sys.stderr))
     result = veneer.train(
-        model, tokenizer, None, plan.train, method=plan.method, data_config=plan.data, recipe=write_recipe(plan),
+        model, tokenizer, None, settings.train, method=settings.method, data_config=settings.data, recipe=write_recipe(settings),
         resume=resume,
     )  # fmt: skip
-    result["planned_bytes"], result["planned_seconds"] = while_training(planned), planned.get("seconds")
+    result["planned_bytes"] = while_training(planned) if planned else None
+    result["planned_seconds"] = planned.get("seconds")
     if as_json:
         _print_json(result)
         return
-    held = "" if result["eval_loss"] is None else f", held-out loss {result['eval_loss']:.4f}"
+    held = "" if result["eval_loss"] is None else f", held-out loss {shown(result['eval_loss'])}"
     hoped = "" if result["planned_seconds"] is None else f" (planned: {result['planned_seconds']:.0f} s)"
     print(
         f"{result['steps']} steps in {result['seconds']:.0f} s{hoped} ({result['tokens_per_second']:,.0f} tokens/s), "
         f"loss {result['train_loss']:.4f}{held}, peak memory {result['peak_bytes'] / 1e9:.2f} GB"
-        f" (planned: {result['planned_bytes'] / 1e9:.2f} GB)"
+        + (f" (planned: {result['planned_bytes'] / 1e9:.2f} GB)" if planned else "")
     )
+    if (general := result["general_loss"]) is not None and result["steps"]:
+        print(f"loss on general text: {general['before']:.3f} before, {shown(general['after'])} after")
     full = result["model"] is not None
-    chat = ["veneer", "chat", *([result["model"]] if full else [plan.model, "--adapter", result["adapter"]])]
-    if plan.quantize and (full or base_quantization(result["adapter"])):  # else it is for the 16-bit base, as PiSSA's
-        chat += ["--quantize", plan.quantize]
-    chat += ["--system", plan.data.system] if plan.data.system else []
+    chat = ["veneer", "chat", *([result["model"]] if full else [settings.model, "--adapter", result["adapter"]])]
+    if settings.quantize and (
+        full or base_quantization(result["adapter"])
+    ):  # else it is for the 16-bit base, as PiSSA's
+        chat += ["--quantize", settings.quantize]
+    chat += ["--system", settings.data.system] if settings.data.system else []
     where = f"model: {result['model']}" if full else f"adapter: {result['adapter']}"
     print(f"{where}\ntry it:  {shlex.join(chat)}")
 
@@ -502,7 +513,10 @@ def plan(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32: of what is not quantised.")] = "bfloat16",
     recompute: Annotated[str, typer.Option(help="none, mlp or full.")] = "none",
     accumulate: Annotated[int, typer.Option(help="Batches in one optimizer step.")] = 1,
+    double_quant: Annotated[bool, typer.Option(help="The constants of quantised blocks are quantised too.")] = True,
+    packing: Annotated[bool, typer.Option(help="Rows are packed into sequences, where the model takes them.")] = True,
     evaluate: Annotated[bool, typer.Option(help="Rows are held out and looked at between the steps.")] = True,
+    guard: Annotated[bool, typer.Option(help="A copy of the adapter is kept to go back to.")] = True,
     shape: Annotated[
         str | None, typer.Option(help="A Llama of these sizes: layers=32,hidden=4096,heads=32,kv_heads=8,...")
     ] = None,
@@ -513,7 +527,7 @@ def plan(
         str | None, typer.Option(help="24GB, 24GiB, or a machine: rtx-4090, pc-16gb, ...; left out: what is free here.")
     ] = None,
     largest: Annotated[
-        str | None, typer.Option(help="Also look for the largest batch, length or rank that fits.")
+        str | None, typer.Option(help="Also look for the largest batch (in one padded pass), length or rank that fits.")
     ] = None,
     time: Annotated[bool, typer.Option("--time", help="Measure how long a step takes here: some seconds.")] = False,
     matrix: Annotated[
@@ -522,7 +536,8 @@ def plan(
     plot: Annotated[Path | None, typer.Option(help="Draw it: a .png or .svg file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What a fine-tune would take of memory, and what to change if it does not fit. Loads and downloads nothing."""
+    """What a fine-tune would take of memory, and what to change if it does not fit. From the config alone: no weight is
+    loaded or downloaded."""
     from veneer.planning import plan as planning
     from veneer.planning.shapes import shape_of
     from veneer.report import plan as report
@@ -557,8 +572,8 @@ def plan(
         found = planning.plan(
             shape_of(shape) if shape is not None else str(model), method=cast(Any, method), batch_size=batch_size,
             seq_len=seq_len, rank=rank, targets=wanted, quantize=cast(Any, quantize), dtype=cast(Any, dtype),
-            recompute=cast(Any, recompute), grad_accumulation=accumulate, evaluate=evaluate, device=cast(Any, device),
-            budget=budget, largest=largest, time=time,
+            recompute=cast(Any, recompute), grad_accumulation=accumulate, double_quant=double_quant, packing=packing,
+            evaluate=evaluate, guard=guard, device=cast(Any, device), budget=budget, largest=largest, time=time,
         )  # fmt: skip
     if plot is not None:
         found["plot"] = str(report.plot(found, plot))

@@ -22,6 +22,7 @@ TARGET_PRESETS = ("attention", "qv", "mlp", "all-linear")
 IGNORED = -100  # the label of a token that is not learned, as in transformers
 TOKEN_BUDGET = 2048  # tokens in one packed sequence: enough for full-speed products, little memory
 ROUND_TO = 64  # packed lengths: every new matrix shape makes torch compile and keep another kernel
+EVALUATED = 16  # rows of a forward pass of evaluation, where they are padded
 
 _NO_TARGET = "expected attention, qv, mlp, all-linear, a list of name suffixes, or a regex; found nothing"
 
@@ -29,6 +30,11 @@ Quantization = Literal["nf4", "fp4", "int8"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 DataFormat = Literal["prompt_completion", "alpaca", "messages", "text"]
 Method = Literal["lora", "full"]
+
+
+def pass_budget(max_length: int) -> int:
+    """Tokens of a packed sequence at most: a single row may be longer than the usual ones."""
+    return max(TOKEN_BUDGET, max_length)
 
 
 def _no_truth(value: Any) -> Any:
@@ -394,7 +400,11 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise VeneerError(f"{file}: found {found}, expected `key: value` lines (model, lora, data, train)")
     for override in overrides or []:
         _override(values, override)
-    return parse_recipe(values, str(file))
+    recipe = parse_recipe(values, str(file))
+    changed = {key for key in ("r", "alpha") if any(x.startswith(f"lora.{key}=") for x in overrides or [])}
+    if len(changed) == 1:  # the other one was left as it was: advice looks at what was set
+        recipe.lora.model_fields_set.difference_update({"r", "alpha"} - changed)
+    return recipe
 
 
 def write_recipe(recipe: Recipe) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from veneer.inference.generate import generate_greedy
+from veneer.training.batches import evaluation_loss
 from veneer.training.data import encode_prompt, encode_rows
-from veneer.training.loop import evaluation_loss
 from veneer.training.rows import Row
 
 

@@ -9,7 +9,9 @@ import contextlib
 import ctypes
 import mmap
 import os
+import re
 import resource
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,12 +47,54 @@ def current_bytes(device: torch.device | None = None) -> int:
 
 
 def available_bytes() -> int:
-    """The memory that the system could give to processes now without swapping, in bytes; where it does not say: all there is."""
+    """The memory that the system could give to processes now without swapping, in bytes, and a container's limit leaves; where
+    the system does not say: all there is."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+                free = int(line.split()[1]) * 1024
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+            free = _free_pages(subprocess.run(["vm_stat"], capture_output=True, text=True, timeout=5).stdout) or free
+    return min([free, *_left_by_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _free_pages(said: str) -> int:
+    """Bytes that macOS' vm_stat calls free, or could free at once."""
+    size = re.search(r"page size of (\d+) bytes", said)
+    pages = re.findall(r"Pages (?:free|inactive|speculative|purgeable): +(\d+)", said)
+    return int(size[1]) * sum(map(int, pages)) if size else 0
+
+
+def _left_by_limits(file: Path, root: Path) -> list[int]:
+    """What each control group that this process is in leaves of its limit (Linux: containers, Slurm); pages of files that it
+    could let go of do not count as taken.
+
+    Args:
+        file: says which groups (/proc/self/cgroup). root: where they are (/sys/fs/cgroup).
+    """
+    found = []
+    with contextlib.suppress(OSError):
+        for line in file.read_text().splitlines():
+            number, kinds, path = line.split(":", 2)
+            if number == "0":  # version 2: one tree
+                tree, names = root, ("memory.max", "memory.current", "inactive_file ")
+            elif "memory" in kinds.split(","):
+                tree, names = (
+                    root / "memory",
+                    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+                )
+            else:
+                continue
+            inside = Path(path.lstrip("/"))
+            for group in (inside, *inside.parents):  # in a container its own group is the root
+                with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+                    limit, taken = (int((tree / group / name).read_text()) for name in names[:2])
+                    told = (tree / group / "memory.stat").read_text().splitlines()
+                    files = sum(int(line.split()[1]) for line in told if line.startswith(names[2]))
+                    found.append(max(0, limit - taken + files))
+    return found
 
 
 def reset_peak(device: torch.device | None = None) -> None:

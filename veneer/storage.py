@@ -22,6 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -35,7 +40,8 @@ _TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.(tmp|old)")  # as `tempfile` names
 JSON_LIMIT = 64 << 20  # bytes; no config or index file of any known model is near it
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """What a file or folder holds is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -54,9 +60,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o644)  # mkstemp makes 0600; an adapter is an ordinary file
-        _fsync(temporary)
+        fsync(temporary)
         temporary.replace(path)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -81,7 +87,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
         temporary.chmod(0o755)
         inside = [Path(folder) / name for folder, _, names in os.walk(temporary) for name in (*names, ".")]
         with ThreadPoolExecutor(8) as pool:  # each waits for the disk, and the disk can do several at once
-            list(pool.map(_fsync, inside))
+            list(pool.map(fsync, inside))
         if not path.is_dir():
             temporary.replace(path)
         elif not _exchange(temporary, path):
@@ -90,7 +96,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             path.replace(old)
             temporary.replace(path)
             shutil.rmtree(old)
-        _fsync(path.parent)
+        fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -120,6 +126,28 @@ def remove_leftovers(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Keep other processes from writing into `folder` until the handle that comes back is closed; None where that cannot be.
+
+    Raises:
+        VeneerError: another one does.
+    """
+    if fcntl is None:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise VeneerError(
+            f"{folder}: another process writes into it", hint="wait until it has ended, or name another output folder"
+        ) from None
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
 
 
 def require_empty_folder(path: str | Path, *, instead: str = "") -> None:

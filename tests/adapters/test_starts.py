@@ -19,7 +19,8 @@ from veneer.cli import app
 from veneer.config import parse_recipe
 from veneer.errors import RefusedError, VeneerError
 from veneer.quant.linear import QuantizedLinear, quantize_model, quantized_layers
-from veneer.training import loop
+from veneer.training import batches, loop
+from veneer.training.batches import start_batches
 
 IDS = torch.arange(1, 41).view(2, 20)
 BATCH = {"input_ids": IDS, "labels": IDS}
@@ -272,7 +273,7 @@ def test_resume_is_the_run_that_was_not_interrupted(tmp_path, tokenizer, command
 
     def started():
         model = base(quantize, dtype=torch.bfloat16, hidden_size=64)
-        rows = loop.start_batches(model, tokenizer, data, 0) if init["init"] == "eva" else None
+        rows = start_batches(model, tokenizer, data, 0) if init["init"] == "eva" else None
         return veneer.attach(model, veneer.LoraConfig(r=4, **init), seed=0, data=rows)
 
     def train(model, out, resume=False):
@@ -314,13 +315,13 @@ def test_resume_on_another_start_is_refused(tmp_path, tokenizer, commands):
 def test_a_recipe_takes_its_own_rows_for_eva_and_none_that_are_held_out(tokenizer, commands, monkeypatch):
     data = veneer.DataConfig(train=str(commands), eval=0.5)
     train_set, held, _ = loop.prepare_data(None, data, tokenizer, 3)
-    found = loop.start_batches(base(), tokenizer, data, 3)
+    found = start_batches(base(), tokenizer, data, 3)
     tokens = torch.cat([batch["input_ids"].flatten() for batch in found]).tolist()
     text = tokenizer.decode(tokens)
     assert all(tokenizer.decode(sample.input_ids) in text for sample in train_set.samples)
     assert held is not None and not any(tokenizer.decode(sample.input_ids) in text for sample in held.samples)
-    monkeypatch.setattr(loop, "START_TOKENS", 100)
-    few = loop.start_batches(base(), tokenizer, data, 3)
+    monkeypatch.setattr(batches, "START_TOKENS", 100)
+    few = start_batches(base(), tokenizer, data, 3)
     assert sum(int((batch["labels"] != -100).sum()) for batch in few) < sum(
         int((batch["labels"] != -100).sum()) for batch in found
     )

@@ -9,8 +9,8 @@ from conftest import make_model
 import veneer
 from veneer.adapters.attach import adapter_parameters
 from veneer.models.fuse import batch_loss
+from veneer.training.batches import batches
 from veneer.training.data import prepare_data
-from veneer.training.loop import batches
 
 peft = pytest.importorskip("peft")
 

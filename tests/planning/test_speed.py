@@ -68,6 +68,37 @@ def test_the_time_is_about_that_of_the_whole_model(small, settings):
     assert 0.5 < predicted.seconds / min(times) < 2
 
 
+@pytest.mark.parametrize(
+    ("lora", "back"),
+    [
+        ({"layers": [10, 11]}, 2), ({"layers": [3]}, 9), ({"targets": r"model\.layers\.8\.mlp\.up_proj"}, 4),
+        ({"rank_pattern": {"layers.9.mlp.up_proj": 8}}, 12), ({"tokens": [2000]}, 12), ({"adalora": True}, 12), ({"dora": True}, 12),
+    ],
+)  # fmt: skip
+def test_an_adapter_on_some_layers_is_measured_on_these(small, monkeypatch, lora, back):
+    parts = speed._Parts(1.0, 2.0, 0.0, 0.0, 0.0)
+    real = speed._timed
+
+    def timed(*given):
+        real(*given)
+        return parts
+
+    monkeypatch.setattr(speed, "_timed", timed)
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+    monkeypatch.setattr(speed, "LAYERS", 3)
+    monkeypatch.setattr(speed, "VOCABULARY", 512)
+    skeleton = skeletons(small)()
+    found = speed.measure(skeleton, Run(lora=veneer.LoraConfig(r=4, **lora), seq_len=64), 10**6)
+    kept = len(skeleton.model.layers)
+    assert kept == min(3, back) and found.seconds == pytest.approx((12 * 1.0 + back * 2.0) / kept)
+
+
+def test_what_would_not_fit_is_not_measured(small, monkeypatch):
+    monkeypatch.setattr(speed, "available_bytes", lambda: 10**6)
+    found = veneer.plan(small, method="lora", rank=4, seq_len=64, device="cpu", budget="1GB", time=True)
+    assert found["fits"] and "seconds_per_step" not in found and "not measured: the layers" in found["notes"][-1]
+
+
 def test_time_of_a_plan(small):
     found = veneer.plan(small, method="lora", rank=4, seq_len=64, device="cpu", time=True)
     assert found["tokens_per_second"] == pytest.approx(64 / found["seconds_per_step"]) and found["seconds_per_step"] > 0

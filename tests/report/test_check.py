@@ -10,6 +10,8 @@ import veneer
 from veneer.config import parse_recipe
 from veneer.models.merging import REPORT_FILE
 from veneer.planning import plan as planning
+from veneer.planning.memory import CannotPlanError
+from veneer.report import check
 from veneer.report.check import check_recipe, describe, require_sound
 
 
@@ -54,7 +56,7 @@ def test_a_sound_recipe(recipe, changes):
         values = recipe().model_dump(exclude={"lora"})
         made = parse_recipe({**values, "method": "full"})
     found = check_recipe(made)
-    assert found["findings"] == [] and (found["errors"], found["warnings"]) == (0, 0)
+    assert codes(found, "note") == ["output"] and (found["errors"], found["warnings"]) == (0, 0)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["plan"]["seconds"] > 0
 
@@ -78,7 +80,59 @@ def test_what_does_not_fit_is_an_error(recipe, monkeypatch):
     monkeypatch.setattr(planning, "available_bytes", lambda: 10**6)
     found = check_recipe(recipe())
     assert codes(found, "error") == ["memory"] and found["errors"] == 1
-    assert "error  memory: the run does not fit" in describe(found)
+    assert "error  memory: this run does not fit" in describe(found) and "no batch was tried" in describe(found)
+
+
+def test_what_does_not_fit_is_not_loaded(recipe, monkeypatch):
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(planning, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(check, "load_for", never)
+    rows = [{"prompt": f"lamp {n}", "completion": f"lamp {n} is on"} for n in range(48)]
+    found = check_recipe(recipe(rows=[*rows, *rows], lora={"r": 32}, quantize="nf4"))
+    assert codes(found, "error") == ["memory"]
+    assert codes(found, "warning") == ["duplicates", "rank-without-alpha", "few-examples"]
+    assert found["facts"]["packing"]["on"] and not found["plan"]["fits"]
+
+
+def test_a_batch_that_does_not_fit_in_fact_is_an_error(recipe, monkeypatch):
+    def out(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(check, "preflight", out)
+    assert codes(check_recipe(recipe()), "error") == ["memory"]
+
+
+def test_a_model_that_cannot_be_planned_is_checked_all_the_same(recipe, monkeypatch):
+    def cannot(*_, **__):
+        raise CannotPlanError("its memory cannot be planned", hint="begin small")
+
+    monkeypatch.setattr(check, "plan_recipe", cannot)
+    found = check_recipe(recipe())
+    assert codes(found, "warning") == ["not-planned"] and found["facts"]["batch"]["gradients"]["none"] == 0
+
+
+def test_there_has_to_be_a_place_for_the_result(recipe, tmp_path, monkeypatch):
+    assert codes(check_recipe(recipe(train={"out": str(tmp_path / "new")})), "error", "note") == []
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/x").write_text("mine")
+    found = check_recipe(recipe(train={"out": str(tmp_path / "there")}))
+    assert codes(found, "error") == ["output"] and "not empty" in found["findings"][0]["found"]
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("U", (), {"free": 1000})())
+    found = check_recipe(recipe(train={"out": str(tmp_path / "new")}))
+    assert codes(found, "error") == ["bad-input"] and "disk too small" in found["findings"][0]["found"]
+
+
+def test_adalora_for_another_number_of_steps(recipe):
+    found = check_recipe(recipe(lora={"r": 4, "alpha": 8, "adalora": {"steps": 7}}))
+    assert codes(found, "error") == ["bad-input"] and "lora.adalora.steps" in found["findings"][0]["found"]
+
+
+def test_nothing_of_a_rows_columns_reaches_the_terminal(recipe):
+    rows = [{"prompt": f"lamp {n}", "completion": f"lamp {n} is on"} for n in range(48)]
+    found = check_recipe(recipe(rows=[{"\x1b[2J": 1}, *rows]))
+    assert "bad-rows" in codes(found, "warning") and "\x1b" not in describe(found)
 
 
 def test_a_merged_base_is_pointed_out(recipe, tmp_path):

@@ -17,7 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import torch
 from conftest import make_model, make_tokenizer
 
-import veneer
+import veneer.config
 from veneer.training import loop
 
 torch.set_num_threads(1)
@@ -40,7 +40,7 @@ def train(job):
     )  # fmt: skip
     data = veneer.DataConfig(train=job["data"], eval=0.1, packing=True, max_length=64)
     if job.get("budget"):
-        loop.TOKEN_BUDGET = job["budget"]
+        veneer.config.TOKEN_BUDGET = job["budget"]  # several packed sequences a batch
     if job.get("stop"):
         step, batches = job["stop"]
         loss, seen = loop.batch_loss, {}

@@ -138,6 +138,10 @@ def test_what_is_recommended():
         train = veneer.TrainConfig(learning_rate=found["learning_rate"])
         rows = 100 if found is few else 1000
         assert codes(TASK._replace(rows=rows), lora, train) == []  # what is recommended is not warned of
+    for rows in range(1, 128):
+        r = recommend(TASK._replace(rows=rows))["r"]
+        found = codes(TASK._replace(rows=rows, learned_tokens=rows), veneer.LoraConfig(r=r, alpha=2 * r))
+        assert "few-examples" not in found or r == 1
     full = recommend(TASK, "full")
     assert "r" not in full and full["learning_rate"] == default_learning_rate(576, "full")
 
@@ -148,3 +152,14 @@ def test_errors_come_first():
     )
     assert [f.severity for f in errors_first(found)] == ["warning", "warning", "note"]
     assert str(errors_first(found)[0]).startswith("rank-without-alpha: lora.r is 64 and lora.alpha was left at 32")
+
+
+def test_a_recipes_rank_that_is_changed_alone(tmp_path):
+    """The file sets both; who changes one of them on the command line may have forgotten the other."""
+    file = tmp_path / "r.yaml"
+    file.write_text("model: m\nlora: {r: 64, alpha: 128}\ndata: {train: rows.jsonl}\n")
+    for change, found in (
+        ([], []), (["lora.r=32"], ["rank-without-alpha"]), (["lora.alpha=64"], ["alpha-without-rank"]),
+        (["lora.r=32", "lora.alpha=64"], []), (["lora.r=32", "lora.rslora=true"], ["scaling"]),
+    ):  # fmt: skip
+        assert codes(lora=read_recipe(file, change).lora) == found

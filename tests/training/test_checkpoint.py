@@ -256,14 +256,33 @@ def test_so_many_that_are_whole_are_kept(tmp_path):
     assert [path.name[-1] for path in sorted(tmp_path.iterdir())] == ["2", "3", "4", "5"]
 
 
-def test_a_checkpoint_from_the_future(tmp_path):
+def test_a_checkpoint_from_the_future_or_the_past(tmp_path):
     save(tmp_path, 1)
     path = save(tmp_path, 2)
-    write_json(path / "state.json", read_json(path / "state.json") | {"format": checkpoint.FORMAT + 1})
-    digests = {name: storage.sha256(path / name) for name in ("state.safetensors", "state.json")}
-    (path / "manifest.json").write_text(checkpoint._manifest(path, digests))
+    for name in ("state.json", "manifest.json"):
+        write_json(path / name, read_json(path / name) | {"format": checkpoint.FORMAT + 1, "more": []})
     with pytest.raises(RefusedError, match="a newer version of Veneer wrote it\nupdate Veneer"):
         newest_checkpoint(tmp_path)
+    for name in ("state.json", "manifest.json"):
+        write_json(path / name, read_json(path / name) | {"format": 2})
+    with pytest.raises(RefusedError, match="an older version of Veneer wrote it"):
+        newest_checkpoint(tmp_path)
+    write_json(path / "state.json", read_json(path / "state.json") | {"format": 9})  # they do not agree: damage
+    assert newest_checkpoint(tmp_path)[0]["step"] == 1
+
+
+def test_other_things_in_the_folder_are_no_checkpoints(tmp_path):
+    """A copy that somebody made is neither gone on from nor counted nor removed."""
+    save(tmp_path, 1)
+    for name in ("step-00000001-keep", "step-best", "step-9", "step-00000007.old"):
+        shutil.copytree(tmp_path / "step-00000001", tmp_path / name)
+    (tmp_path / "step-x").write_text("a file")
+    for step in (2, 3, 4):
+        save(tmp_path, step)
+    assert whole(tmp_path) == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000001-keep", "step-00000003", "step-00000004", "step-00000007.old", "step-9", "step-best", "step-x"
+    ]  # fmt: skip
 
 
 def test_what_is_put_back_is_what_was_taken(tmp_path):

@@ -101,6 +101,59 @@ def test_wild_but_healthy_losses_are_no_jump():
     assert tiny.judge(0.3, 1.0) is None and tiny.judge(2.0, 1.0) == "spike"  # half a nat is where it starts to matter
 
 
+def test_a_loss_as_high_as_guessing_is_a_jump_where_the_model_knew_better():
+    guessing = math.log(49152)  # SmolLM2 says 2.9 on usual text: guessing is not four times as much
+    g = random.Random(0)
+    guard, blind = Guard(100, guessing=guessing), Guard(100)
+    for step in range(40):
+        loss = 2.9 * math.exp(g.gauss(0, 0.05))
+        for one in (guard, blind):
+            one.passed(step, loss)
+    assert guard.judge(10.8, 1.0) == "spike" and blind.judge(10.8, 1.0) is None
+    assert guard.judge(6.0, 1.0) is None  # a hard batch
+    guard.passed(40, 6.0)
+    assert guard.judge(10.2, 1.0) == "spike"  # it went up by and by
+    wild = Guard(100, guessing=guessing)  # single answers of a word or two
+    for step in range(500):
+        loss = min(12.0, 1.0 * math.exp(g.gauss(0, 0.9)))
+        assert wild.judge(loss, 1.0) is None
+        wild.passed(step, loss)
+    new = seen([guessing] * 20)
+    new.guessing = guessing
+    assert new.judge(1.05 * guessing, 1.0) is None  # it never knew better
+
+
+def test_single_hard_rows_do_not_use_up_the_learning_rate():
+    guard = seen([0.02] * 30)
+    for step in range(100, 1000, 60):
+        assert guard.judge(0.75, 1.0) == "spike"
+        guard.back("spike", step, step // 10 * 10, 0.75, 1.0)
+        guard.passed(step, 0.02)
+    assert guard.scale == 1
+    guard.back("spike", 1000, 1000, 9.0, 1.0)
+    guard.back("spike", 1005, 1000, 9.0, 1.0)
+    assert guard.scale == 0.5
+    for step in range(1005, 1106):
+        guard.passed(step, 0.02)
+    assert guard.scale == 1  # a hundred steps without one
+
+
+def test_without_the_guard_the_learning_rate_stays():
+    guard = Guard(100, on=False)
+    for step in (3, 4, 5):
+        guard.back("not-finite", step, step, math.nan, 1.0)
+    assert guard.scale == 1
+
+
+def test_a_longer_run_leaves_no_batch_for_another_that_it_will_come_to():
+    short = seen([1.0] * 20)
+    short.back("spike", 12, 10, 20.0, 1.0)
+    longer = Guard(300)
+    longer.load(short.state())
+    longer.back("spike", 40, 40, 20.0, 1.0)
+    assert longer.data_step(40) == 300 and longer.data_step(12) == 100
+
+
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, 1.0)])
 def test_what_is_not_finite_never_passes(loss, norm):
     assert Guard(100, on=False).judge(loss, norm) == "not-finite"
@@ -175,6 +228,39 @@ def test_full_fine_tuning_goes_back_to_a_checkpoint(tmp_path, tokenizer, command
                 learning_rate=1e-3)  # fmt: skip
     assert codes(found) == ["spike"] and "went back to step 24" in found["findings"][0]["what"]
     assert [row["step"] for row in log(tmp_path / "run") if "event" not in row] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("points", [[(23, 1)], [(24, 0)], [(25, 0)], [(25, 1)], [(24, 0), (25, 0)], [(1, 0)]])
+def test_full_fine_tuning_goes_back_to_the_same_one_after_an_interruption(
+    tmp_path, tokenizer, commands, monkeypatch, points
+):
+    """Told to stop in these batches of these steps; the loss of step 26 is wrong, the last good point is step 24."""
+    stops: list = []
+
+    def bad(run):
+        if stops and (run.done, len(run.losses)) == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return data_step(run) == 26
+
+    def go(out, resume=False):
+        model = base()
+        run(model, tokenizer, commands, tmp_path / out, resume, epochs=3, method="full", save_every=6, batch_size=2,
+            grad_accumulation=2, learning_rate=1e-3, keep_last=1)  # fmt: skip
+        return dict(model.named_parameters())
+
+    wrong_loss(monkeypatch, bad, 20.0)
+    whole = go("whole")
+    assert "went back to step 24" in log(tmp_path / "whole")[24]["what"]
+    stops += points
+    for number in range(len(points)):
+        with pytest.raises(SystemExit):
+            go("cut", resume=number > 0)
+        assert len([*(tmp_path / "cut/checkpoints").glob("step-*")]) <= 2
+    for name, value in go("cut", resume=True).items():
+        assert torch.equal(value, whole[name]), name
+    assert log(tmp_path / "whole") == log(tmp_path / "cut")
+    assert len([*(tmp_path / "cut/checkpoints").glob("step-*")]) == 1
 
 
 def test_nan_is_not_applied_and_too_often_stops(tmp_path, tokenizer, commands, monkeypatch):
@@ -271,7 +357,7 @@ HEALTHY = [
     {}, {"r": 1}, {"r": 16}, {"rslora": True}, {"dora": True}, {"adalora": True}, {"targets": "attention"},
     {"targets": "qv"}, {"dropout": 0.2}, {"alpha": 4}, {"lr": 0.001}, {"lr": 0.01}, {"batch_size": 1, "epochs": 2},
     {"batch_size": 16, "epochs": 12}, {"grad_accumulation": 3}, {"schedule": "constant"}, {"lora_plus": 16.0, "lr": 0.001},
-    {"method": "full", "lr": 0.001}, {"quantize": True}, {"weight_decay": 0.1}, {"seed": 5},
+    {"method": "full", "lr": 0.001}, {"quantize": True}, {"weight_decay": 0.1}, {"seed": 5}, {"max_steps": 1}, {"max_steps": 2},
 ]  # fmt: skip
 
 
@@ -316,6 +402,27 @@ def test_a_jump_in_a_real_run_costs_little(tmp_path, monkeypatch):
     assert codes(plain) == [] and codes(jumped) == ["spike"] and jumped["steps"] == plain["steps"]
     assert jumped["train_loss"] == pytest.approx(plain["train_loss"], rel=0.01)
     assert jumped["eval_loss"] == pytest.approx(plain["eval_loss"], rel=0.01)
+
+
+def test_a_learning_rate_that_is_far_too_high_is_gone_back_from(tmp_path, tokenizer, commands):
+    """No injection: a model that has learned these rows is driven off by its adapter, as the rate rises."""
+    model = make_model()
+    run(model, tokenizer, commands, tmp_path / "base", method="full", batch_size=8, learning_rate=0.01, epochs=30)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    losses, at = {}, 0
+    for guard in (True, False):
+        model = make_model()
+        model.load_state_dict(weights)
+        veneer.attach(model, veneer.LoraConfig(r=4), seed=1)
+        result = run(
+            model, tokenizer, commands, tmp_path / str(guard), guard=guard, epochs=3, learning_rate=0.1, schedule="constant",
+            warmup_steps=30,
+        )  # fmt: skip
+        losses[guard] = [row["loss"] for row in log(tmp_path / str(guard)) if "event" not in row]
+        assert ("spike" in codes(result)) == guard
+        if guard:
+            at = result["findings"][0]["step"] - 1
+    assert sum(losses[True][at : at + 6]) < sum(losses[False][at : at + 6]) / 2
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------

@@ -381,3 +381,323 @@ def test_a_checkpoint_of_another_making_is_refused_whole(tmp_path, tokenizer, co
     vouch(place)
     with pytest.raises(veneer.VeneerError, match="found no step and settings"):
         go(4, resume=True)
+
+
+# ---- what a run may meet when it goes on -----------------------------------------------------------------------------
+
+
+def stopping(patched, *points):
+    """SIGTERM in the batches (step, batches done) of the runs that follow, one a run."""
+    original, start, left, seen = loop.batch_loss, loop._Run.run, [*points], {}
+
+    def runs(self):
+        seen["run"] = self
+        return start(self)
+
+    def loss(model, batch, items):
+        there = seen["run"]
+        if model.training and left and (there.done, len(there.losses)) == left[0]:
+            left.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, batch, items)
+
+    patched.setattr(loop._Run, "run", runs)
+    patched.setattr(loop, "batch_loss", loss)
+
+
+def same(one, other):
+    return all(
+        torch.equal(value, adapter_parameters(other, "default")[name])
+        for name, value in adapter_parameters(one, "default").items()
+    )
+
+
+def test_a_step_that_is_cut_otherwise_begins_again(tmp_path, tokenizer, monkeypatch):
+    """max_length decides how many packed sequences a batch is: one that was done counts only where they are as they were."""
+    rows = [{"text": chr(97 + n) * 200} for n in range(32)]
+    monkeypatch.setattr("veneer.config.TOKEN_BUDGET", 512)
+    wide = {"model": {"max_position_embeddings": 8192}}
+
+    def go(out, length, resume=False):
+        model = fresh(**wide)
+        data = veneer.DataConfig(train="-", max_length=length)
+        run(model, tokenizer, rows, tmp_path / out, resume, data, batch_size=16, max_steps=2)
+        return model
+
+    whole = go("whole", 4096)
+    stopping(monkeypatch, (1, 1))
+    with pytest.raises(SystemExit):
+        go("cut", 512)
+    state = newest_checkpoint(tmp_path / "cut/checkpoints")[0]
+    assert state["step"] == 1 and len(state["losses"]) == 2
+    resumed = go("cut", 4096, resume=True)
+    for name, value in adapter_parameters(whole, "default").items():
+        torch.testing.assert_close(adapter_parameters(resumed, "default")[name], value, rtol=1e-3, atol=1e-5)
+    assert lines(tmp_path / "cut")[1]["loss"] == pytest.approx(lines(tmp_path / "whole")[1]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("points", [[(25, 1)], [(27, 0)], [(25, 0), (26, 1)], [(24, 1)]])
+def test_a_jump_after_an_interruption_is_gone_back_from_as_without_it(
+    tmp_path, tokenizer, commands, monkeypatch, points
+):
+    """Checkpoints at 25, which no good point falls together with by itself; the loss of step 27 is wrong."""
+    original = loop.batch_loss
+
+    def go(out, *stops, resume=False):
+        model = fresh(dropout=0.2, model={"initializer_range": 0.14})
+        with monkeypatch.context() as patched:
+            seen = {}
+            start = loop._Run.run
+
+            def runs(self):
+                seen["run"] = self
+                return start(self)
+
+            def loss(model, batch, items):
+                value = original(model, batch, items)
+                there = seen["run"]
+                return 20 * value if model.training and there.guard.data_step(there.done) == 27 else value
+
+            patched.setattr(loop, "batch_loss", loss)
+            patched.setattr(loop._Run, "run", runs)
+            stopping(patched, *stops)
+            run(model, tokenizer, commands, tmp_path / out, resume, batch_size=2, grad_accumulation=2, epochs=4, save_every=25,
+                learning_rate=0.005)  # fmt: skip
+        return model
+
+    whole = go("whole")
+    assert any("went back to step 25" in row.get("what", "") for row in lines(tmp_path / "whole"))
+    for number, point in enumerate(points):
+        with pytest.raises(SystemExit):
+            go("cut", point, resume=number > 0)
+    assert same(whole, go("cut", resume=True)) and lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_killed_after_a_checkpoint_and_then_a_jump(tmp_path, tokenizer, commands, monkeypatch):
+    """The point to go back to is the checkpoint itself, though it was written before the kill."""
+    original = loop.batch_loss
+
+    def go(out, kill=None, resume=False):
+        model = fresh(model={"initializer_range": 0.14})
+        with monkeypatch.context() as patched:
+            start = loop._Run.run
+            seen = {}
+
+            def runs(self):
+                seen["run"] = self
+                return start(self)
+
+            def loss(model, batch, items):
+                there = seen["run"]
+                if model.training and there.done == kill:
+                    raise ConnectionError("killed")
+                value = original(model, batch, items)
+                return 20 * value if model.training and there.guard.data_step(there.done) == 27 else value
+
+            patched.setattr(loop, "batch_loss", loss)
+            patched.setattr(loop._Run, "run", runs)
+            run(model, tokenizer, commands, tmp_path / out, resume, epochs=4, save_every=25, learning_rate=0.005)
+        return model
+
+    whole = go("whole")
+    with pytest.raises(ConnectionError):
+        go("cut", kill=26)
+    assert same(whole, go("cut", resume=True)) and lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_a_signal_in_the_last_batch_is_one_checkpoint_and_a_signal_at_the_end_is_heard(
+    tmp_path, tokenizer, commands, monkeypatch
+):
+    data = veneer.DataConfig(train=str(commands), eval=0.2)
+    asked = {"max_steps": 6, "save_every": 3, "eval_every": 3, "batch_size": 2, "grad_accumulation": 2}
+    whole, cut = fresh(), fresh()
+    run(whole, tokenizer, None, tmp_path / "whole", data_config=data, **asked)
+    saves = []
+    original = loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *a, **k: saves.append(a[0].name) or original(*a, **k))
+    with monkeypatch.context() as patched:
+        stopping(patched, (3, 1))
+        with pytest.raises(SystemExit):
+            run(fresh(), tokenizer, None, tmp_path / "cut", data_config=data, **asked)
+    assert saves == ["best", "checkpoints"]  # of step 3's evaluation, and of the signal; none of step 3 itself
+    run(cut, tokenizer, None, tmp_path / "cut", True, data, **asked)
+    assert same(whole, cut) and lines(tmp_path / "whole") == lines(tmp_path / "cut")
+    with monkeypatch.context() as patched:
+        stopping(patched, (5, 1))
+        with pytest.raises(SystemExit) as ended:
+            run(fresh(), tokenizer, None, tmp_path / "last", data_config=data, **asked)
+    assert ended.value.code == 143 and not (tmp_path / "last/adapter").exists()
+    with monkeypatch.context() as patched:
+        written = loop.AdapterWeights.save
+        patched.setattr(loop.AdapterWeights, "save", lambda *a: (os.kill(os.getpid(), signal.SIGTERM), written(*a))[1])
+        with pytest.raises(SystemExit) as ended:
+            run(fresh(), tokenizer, None, tmp_path / "last", True, data, **asked)
+    assert ended.value.code == 143 and (tmp_path / "last/adapter/adapter_model.safetensors").is_file()
+
+
+def test_an_evaluation_that_is_broken_off_is_made_again(tmp_path, tokenizer, commands, monkeypatch):
+    data = veneer.DataConfig(train=str(commands), eval=0.2)
+    asked = {"max_steps": 6, "eval_every": 3}
+    whole, cut = fresh(), fresh()
+    run(whole, tokenizer, None, tmp_path / "whole", data_config=data, **asked)
+    original, first = loop.evaluation_loss, []
+
+    def slow(*given):
+        if len(given[1]) < 10 and not first:  # the held-out rows, not the general text
+            first.append(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        return original(*given)
+
+    assert len(loop.guards.GENERAL_TEXT) < 10 and original is loop.evaluation_loss
+    monkeypatch.setattr("veneer.training.signals.PATIENCE", 0.1)
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, "_general_loss", lambda self: None)
+        patched.setattr(loop, "evaluation_loss", slow)
+        began = time.monotonic()
+        with pytest.raises(SystemExit):
+            run(fresh(), tokenizer, None, tmp_path / "cut", data_config=data, **asked)
+    assert first and time.monotonic() - began < 10
+    assert newest_checkpoint(tmp_path / "cut/checkpoints")[0]["pending"]["row"]["step"] == 3
+    run(cut, tokenizer, None, tmp_path / "cut", True, data, **asked)
+    assert same(whole, cut) and lines(tmp_path / "whole") == lines(tmp_path / "cut")
+
+
+def test_a_second_signal_does_not_wait(tmp_path, tokenizer, commands, monkeypatch):
+    original = loop.batch_loss
+
+    def slow(model, batch, items):
+        if model.training:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            time.sleep(20)
+        return original(model, batch, items)
+
+    monkeypatch.setattr(loop, "batch_loss", slow)
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended:  # the first one's exit code
+        run(fresh(), tokenizer, commands, tmp_path / "run")
+    assert ended.value.code == 143 and time.monotonic() - began < 10
+
+
+def test_when_nobody_reads_what_is_told_the_run_goes_on(tmp_path, tokenizer, commands, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stderr", pipe)
+        result = veneer.train(
+            fresh(), tokenizer, commands, veneer.TrainConfig(max_steps=2, batch_size=4), out=tmp_path / "run"
+        )
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            pipe.flush()
+        with pytest.raises(BrokenPipeError):
+            pipe.close()
+    assert result["steps"] == 2
+
+
+def test_checkpoints_that_are_there_need_no_more_space(tmp_path, tokenizer, commands, monkeypatch):
+    run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=6)
+    there = sum(file.stat().st_size for file in (tmp_path / "run/checkpoints").rglob("*.safetensors"))
+    wanted = []
+    monkeypatch.setattr(loop, "require_disk_space", lambda path, needed, what: wanted.append(needed))
+    run(fresh(), tokenizer, commands, tmp_path / "run", True, max_steps=7)
+    run(fresh(), tokenizer, commands, tmp_path / "new", max_steps=1)
+    assert wanted[1] - wanted[0] == there > 0
+
+
+def test_damaged_best_weights_are_told_and_the_last_ones_written(tmp_path, tokenizer, commands, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.6, 1.0])
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *a: {"loss": next(losses), "tokens": 1})
+    data = veneer.DataConfig(train=str(commands), eval=0.2)
+    asked = {"epochs": 9, "eval_every": 2, "early_stopping": 2, "guard": False}
+    run(fresh(), tokenizer, None, tmp_path / "run", data_config=data, **asked)
+    file = next((tmp_path / "run/checkpoints/best").glob("step-*/state.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    checkpoint._whole.clear()
+    result = run(fresh(), tokenizer, None, tmp_path / "run", True, data, **asked)
+    assert result["steps"] == 8 and "the best weights are lost" in result["notes"][-1]
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_another_base_of_the_same_shapes_is_refused(tmp_path, tokenizer, commands, quantize):
+    run(fresh(quantize), tokenizer, commands, tmp_path / "run", max_steps=2)
+    other = make_model(seed=5)
+    if quantize:
+        quantize_model(other)
+    veneer.attach(other, veneer.LoraConfig(r=4), seed=1)
+    with pytest.raises(veneer.RefusedError, match=r"base \(sha256"):
+        run(other, tokenizer, commands, tmp_path / "run", True, max_steps=4)
+    assert run(fresh(quantize), tokenizer, commands, tmp_path / "run", True, max_steps=4)["steps"] == 4
+
+
+def test_other_held_out_rows_are_not_compared_with_the_earlier_ones(tmp_path, tokenizer, commands, monkeypatch):
+    """Else the second half would look like overfitting, or be left for the first half's best."""
+    rows = [json.loads(line) for line in commands.read_text().splitlines()]
+    for name, some in (("a", rows[:6]), ("b", rows[6:12])):
+        (tmp_path / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    losses = iter([1.0, 0.9, 1.5, 1.6])
+    monkeypatch.setattr(loop, "evaluation_loss", lambda *a: {"loss": next(losses), "tokens": 1})
+    monkeypatch.setattr(loop._Run, "_general_loss", lambda self: None)
+    results = []
+    for name, steps in (("a", 2), ("b", 4)):
+        data = veneer.DataConfig(train=str(commands), eval=str(tmp_path / f"{name}.jsonl"))
+        results.append(
+            run(
+                fresh(),
+                tokenizer,
+                None,
+                tmp_path / "run",
+                name == "b",
+                data,
+                max_steps=steps,
+                eval_every=1,
+                learning_rate=1e-4,
+            )
+        )
+    assert results[1]["steps"] == 4 and results[1]["findings"] == [] and results[1]["eval_loss"] == 1.6
+    assert any("other rows are held out" in note for note in results[1]["notes"])
+
+
+def test_a_merged_adapter_is_not_trained(tmp_path, tokenizer, commands):
+    model = fresh()
+    veneer.hot_merge(model)
+    with pytest.raises(veneer.VeneerError, match=r"merged into the weights(.|\n)*unmerge"):
+        run(model, tokenizer, commands, tmp_path / "run")
+    veneer.unmerge(model)
+    assert run(model, tokenizer, commands, tmp_path / "run", max_steps=1)["findings"] == []
+
+
+def test_a_run_folder_is_one_processs(tmp_path, tokenizer, commands, monkeypatch):
+    original = loop._Run._step
+    refused = []
+
+    def step(self, stop):
+        if not refused:
+            with pytest.raises(veneer.VeneerError, match="another process writes into it"):
+                run(fresh(), tokenizer, commands, tmp_path / "run", True)
+            refused.append(1)
+        return original(self, stop)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    assert run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=2)["steps"] == 2
+    assert run(fresh(), tokenizer, commands, tmp_path / "run", True, max_steps=3)["steps"] == 3
+
+
+def test_out_of_memory_is_said_in_words(tmp_path, tokenizer, commands, monkeypatch):
+    def out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(loop, "batch_loss", out)
+    monkeypatch.setattr(loop._Run, "_general_loss", lambda self: None)
+    with pytest.raises(veneer.VeneerError, match=r"step 1: out of memory: CUDA(.|\n)*batch_size"):
+        run(fresh(), tokenizer, commands, tmp_path / "run")
+
+
+def test_a_model_that_is_broken_in_the_end_has_forgotten(tmp_path, tokenizer, commands, monkeypatch):
+    found = iter([2.0, float("nan")])
+    monkeypatch.setattr(loop._Run, "_general_loss", lambda self: next(found))
+    result = run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=1)
+    assert [x["code"] for x in result["findings"]] == ["forgetting"]
+    assert result["general_loss"] == {"before": 2.0, "after": "nan"} and json.dumps(result, allow_nan=False)

@@ -7,8 +7,8 @@ import veneer
 from veneer.adapters.attach import adapter_parameters
 from veneer.config import IGNORED
 from veneer.models.fuse import batch_loss, fuse
+from veneer.training.batches import batches
 from veneer.training.data import Sample
-from veneer.training.loop import batches
 from veneer.training.packing import Order, collate_packed, collate_padded, pack
 
 

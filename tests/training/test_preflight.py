@@ -256,6 +256,16 @@ def test_control_tokens_in_a_row():
     assert codes(report) == ["control-tokens"] and "line 4" in report.warnings[0].found
 
 
+def test_tags_that_the_tokenizer_has_as_tokens_are_noted():
+    """Not special, as <think> of Qwen3: they are broken up in a row's text as all added tokens are."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    rows = [{**row, "completion": f"<think>hm</think>{row['completion']}"} for row in pairs()]
+    model = attached(make_model(vocab_size=272))
+    report = look(model, data=rows, tokenizer=tokenizer)
+    assert codes(report) == [] and "control-tokens" in codes(report, "note")
+
+
 def test_rows_that_a_template_was_applied_to():
     rows = [{"text": f"<|im_start|>user\nlamp {n}<|im_end|>\n<|im_start|>assistant\non<|im_end|>"} for n in range(48)]
     report = look(data=rows)
@@ -303,6 +313,9 @@ def test_a_template_that_changes_the_answer():
     report = look(data=rows, tokenizer=with_template(template))
     assert codes(report) == ["answer-changed"]
     assert codes(look(data=rows)) == []
+    tokenizer = with_template(template)
+    tokenizer.unk_token = tokenizer.eos_token  # as GPT-2's: what is learned ends with it
+    assert codes(look(data=rows, tokenizer=tokenizer)) == ["answer-changed"]
 
 
 def test_answers_that_never_end():
@@ -381,7 +394,15 @@ def test_tokenizer_and_model_that_do_not_belong_together():
     model = make_model()
     with torch.no_grad():
         model.lm_head.weight.mul_(60)
+    assert codes(look(model, method="full")) == ["high-loss"]
     assert codes(look(attached(model))) == ["high-loss"]
+
+
+def test_numbers_that_are_not_finite_in_full_fine_tuning():
+    model = make_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    assert codes(look(model, method="full")) == ["not-finite"]
 
 
 @pytest.mark.parametrize("where", ["base", "gradient"])

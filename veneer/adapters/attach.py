@@ -261,8 +261,8 @@ def _modules(model: nn.Module, paths: list[str]) -> Iterator[tuple[str, nn.Modul
         yield from model.get_submodule(path).named_modules(prefix=path)
 
 
-def freeze_base(model: nn.Module) -> None:
-    """No base parameter is trained and no dropout is active in the base, even after `model.train()`."""
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those that are of no adapter."""
     own = {
         id(p)
         for layer in lora_layers(model).values()
@@ -271,9 +271,13 @@ def freeze_base(model: nn.Module) -> None:
     }
     own |= {id(p) for adapter in adapters(model).values() for p in adapter.replaced.values()}
     own |= {id(p) for rows in token_rows(model).values() for p in rows.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if id(parameter) not in own]
+
+
+def freeze_base(model: nn.Module) -> None:
+    """No base parameter is trained and no dropout is active in the base, even after `model.train()`."""
+    for parameter in base_parameters(model):
+        parameter.requires_grad_(False)
     for module in model.modules():
         if isinstance(module, LoraLayer):
             continue

@@ -253,7 +253,10 @@ def _forward(
     """The experts' sum for hidden (T, D), experts and weights of each token (T, k): as transformers' `grouped_mm` has it."""
     k = top_k_index.shape[-1]
     expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    ends = torch.bincount(expert, minlength=base.num_experts).cumsum(0).tolist()
+    if hidden.is_meta:  # a plan: as many rows for each
+        ends = [len(expert) * (e + 1) // base.num_experts for e in range(base.num_experts)]
+    else:
+        ends = torch.bincount(expert, minlength=base.num_experts).cumsum(0).tolist()
 
     def linear(x: Tensor, key: str) -> Tensor:
         part, weight = active.get(key), getattr(base, key)

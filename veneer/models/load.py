@@ -58,6 +58,7 @@ _HUB_FILES: dict[str, Any] = {
     "allow_patterns": ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
     "ignore_patterns": ["*/*", "consolidated*"],
 }
+_SMALL_FILES = {**_HUB_FILES, "ignore_patterns": [*_HUB_FILES["ignore_patterns"], "*.safetensors"]}
 _OTHER_MODEL = "the weights are of another model than config.json"
 
 
@@ -144,7 +145,12 @@ def stored_quantization(name: str | Path, revision: str | None = None) -> str | 
 
 def stored_dtype(name: str | Path, revision: str | None = None) -> Dtype:
     """The type that a model's config says its weights are stored in, as `load` takes it; bfloat16 where it says nothing."""
-    found = str(read_config(resolve(str(name), revision))[0].dtype).removeprefix("torch.")
+    return dtype_of(read_config(resolve(str(name), revision))[0])
+
+
+def dtype_of(config: Any) -> Dtype:
+    """As `stored_dtype`, of a config that is read."""
+    found = str(config.dtype).removeprefix("torch.")
     return found if found in get_args(Dtype) else "bfloat16"  # type: ignore[return-value]
 
 
@@ -296,6 +302,13 @@ def config_folder(name: str) -> Path:
                 f"model {name}: its config.json is not in the local cache, and was not fetched: {_in_a_line(error)}",
                 hint=f"go online once, or give a local folder or a known model: {', '.join(MODELS)}",
             ) from error
+
+
+def tokenizer_folder(name: str, revision: str | None = None) -> Path:
+    """As `resolve`, but of a hub id only the small files are fetched: config and tokenizer, no weights."""
+    if _is_hub_id(name) and not Path(name).exists():
+        return _snapshot(name, revision, True, _SMALL_FILES)
+    return resolve(name, revision)
 
 
 def _is_hub_id(name: str) -> bool:
@@ -545,10 +558,10 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _snapshot(name: str, revision: str | None, download: bool) -> Path:
+def _snapshot(name: str, revision: str | None, download: bool, files: dict[str, Any] = _HUB_FILES) -> Path:
     """The folder of a hub id in the hub's cache, fetched first where that can be done."""
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=not download, **_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, local_files_only=not download, **files))
     except Exception as error:  # network layers raise many kinds
         partial = getattr(error, "snapshot_path", None)
         if partial is not None:  # offline, and not all of it was fetched once: what is there may be all we need

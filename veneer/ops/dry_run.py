@@ -8,6 +8,7 @@ is no second description of it that could be wrong. What torch's own kernels use
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -40,6 +41,9 @@ class DryRun(TorchDispatchMode):
         self.places = arena.Places(1 << 62)
         self.beside = self.most = self._lately = 0
         self._known: dict[int, Any] = {}  # storages that were seen, by their address
+        self._results: dict[
+            Any, tuple[Any, ...]
+        ] = {}  # shape, strides and dtype of what operations give, by what they are given
         self._device = torch.device("meta")
         for tensor in there:
             self._see(tensor, 0 if cpu else tensor.untyped_storage().nbytes())
@@ -67,12 +71,28 @@ class DryRun(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.overloadpacket in FACTORIES:
             kwargs = {**kwargs, "device": self._device}
-        out = func(*args, **kwargs)
+        out = self._out(func, args, kwargs)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._see(leaf, leaf.untyped_storage().nbytes())
         if func.overloadpacket in AS_LARGE_INSIDE:
             self._see(torch.empty_like(args[0]), args[0].nbytes)
+        return out
+
+    def _out(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives. Many of the meta device's are Python, and take longer than the real ones: what was asked
+        before is not asked again, and what changes a tensor in place is not done at all."""
+        kind = _kind(func)
+        if kind == "in place" and _asked(args[0]) is not None:  # else a step counter, which is a real number
+            return args[0] if func._schema.returns else None
+        if kind != "new" or (asked := _asked((args, kwargs))) is None:
+            return func(*args, **kwargs)
+        if (found := self._results.get((func, asked))) is not None:
+            shape, strides, dtype = found
+            return torch.empty_strided(shape, strides, dtype=dtype, device=self._device)
+        out = func(*args, **kwargs)
+        if out.is_meta and not out.storage_offset():
+            self._results[func, asked] = out.shape, out.stride(), out.dtype
         return out
 
     def _see(self, tensor: Tensor, size: int) -> None:
@@ -122,6 +142,34 @@ class DryRun(TorchDispatchMode):
     def _given_back(self, key: int, block: Any, _: Any) -> None:
         del self._known[key]
         self.blocks.give_back(block)
+
+
+# In place, with nothing else to them. Others of these names may change a tensor's shape, as squeeze_ does.
+_IN_PLACE = re.compile(
+    r"aten::(_foreach_\w+|add|sub|mul|div|copy|zero|fill|addcmul|addcdiv|lerp|sqrt|clamp_min|clamp_max)_"
+)
+
+
+@functools.cache
+def _kind(func: Any) -> str:
+    """Of an operation: "in place"; "new", which gives one tensor that no other shares its memory with; or "other"."""
+    schema = func._schema
+    if _IN_PLACE.fullmatch(schema.name):
+        return "in place"
+    shared = any(part.alias_info is not None for part in (*schema.arguments, *schema.returns))
+    return "new" if not shared and [str(part.type) for part in schema.returns] == ["Tensor"] else "other"
+
+
+def _asked(value: Any) -> Any:
+    """Arguments, with what their tensors look like in their place; None: one is not on the meta device."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.is_meta else None
+    if isinstance(value, dict):
+        value = [item for pair in value.items() for item in pair]
+    if isinstance(value, list | tuple):
+        found = tuple(("none",) if item is None else _asked(item) for item in value)
+        return None if None in found else found
+    return type(value), value
 
 
 class _Attention(torch.autograd.Function):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from veneer.adapters.attach import attach, lora_layers
 from veneer.adapters.starts import OF_WEIGHTS
-from veneer.config import ROUND_TO, TOKEN_BUDGET, LoraConfig, Method, Quantization
+from veneer.config import EVALUATED, ROUND_TO, TOKEN_BUDGET, LoraConfig, Method, Quantization, pass_budget
+from veneer.errors import VeneerError
 from veneer.models.fuse import batch_loss, fuse, set_recompute
 from veneer.ops import native
 from veneer.ops.blocks import Recompute
@@ -32,7 +33,6 @@ SVD = 8  # tensors of a layer's size in fp32 that a start of weights (PiSSA, Lof
 # In segments of torch's allocator: cuBLAS' own, of the thread that goes forward and the one that goes back. Of Hopper; before it 8 MB.
 WORKSPACES = 2 * (32 << 20)
 COMPARED = 300  # tokens of the texts that a merged model is compared on
-EVALUATED = 16  # rows of a pass of evaluation, as `training.loop.evaluation_loss` takes them
 # What libraries and malloc keep, over import: in training at all, and for each of so many tokens. Fitted, with bf16 instructions
 # (an Intel processor) and without (an AMD one): the same for all models and methods (C12).
 LIBRARIES, A_TOKEN, TOKENS = {True: 50_000_000, False: 38_000_000}, {True: 25_000, False: 11_000}, 2048
@@ -40,9 +40,10 @@ LOADED, LOADED_QUANTIZED = 82_000_000, 32_000_000  # after loading; a quantised 
 
 
 class Run(NamedTuple):
-    """What decides the memory of a fine-tune, besides the model. seq_len: tokens of the longest row; rows: tokens of all rows
-    of the largest forward pass, where they are known (left out: as many of the longest as there can be); stored: the type
-    of the weights in their files (left out: that which is asked for)."""
+    """What decides the memory of a fine-tune, besides the model. seq_len: tokens of the longest row. Where the data is known,
+    rows: tokens of all rows of the largest forward pass, passes: of the largest step, held_out: tokens of the longest row that
+    is held out (left out: as many passes, of as many of the longest rows, as there can be). stored: the type of the weights in
+    their files (left out: that which is asked for)."""
 
     method: Method = "lora"
     quantize: Quantization | None = None
@@ -56,6 +57,8 @@ class Run(NamedTuple):
     packing: bool = True
     evaluate: bool = True
     rows: tuple[int, ...] = ()
+    passes: int | None = None
+    held_out: int | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     stored: torch.dtype | None = None
     guard: bool = True
@@ -286,13 +289,13 @@ def rows_of(run: Run, packs: bool) -> tuple[list[int], int]:
     """Tokens of the rows of the largest forward pass, as `training.packing` makes it, and how many passes a step has."""
     rows = list(run.rows) or [run.seq_len] * run.batch_size
     if run.packing and packs and not run.rows:
-        rows = rows[: max(1, max(TOKEN_BUDGET, run.seq_len) // run.seq_len)]
-    return rows, run.grad_accumulation * (1 if run.rows else -(-run.batch_size // len(rows)))
+        rows = rows[: max(1, pass_budget(run.seq_len) // run.seq_len)]
+    return rows, run.passes or run.grad_accumulation * -(-run.batch_size // len(rows))
 
 
 def _evaluated(run: Run, packs: bool) -> list[int]:
-    """Tokens of the rows of a forward pass of evaluation: up to 16 rows, packed ones in a sequence."""
-    longest = max(run.rows, default=run.seq_len)
+    """Tokens of the rows of a forward pass of evaluation: up to EVALUATED rows, packed ones in a sequence."""
+    longest = run.held_out or max(run.rows, default=run.seq_len)
     return [longest] * min(EVALUATED, max(1, TOKEN_BUDGET // longest) if run.packing and packs else EVALUATED)
 
 
@@ -324,11 +327,29 @@ def _inputs(run: Run, rows: list[int], packs: bool) -> dict[str, Any]:
     return batch | ends
 
 
+class CannotPlanError(VeneerError):
+    """A model whose step does not go through without numbers, as where it decides by them what to do."""
+
+
 def estimate(skeleton: Any, run: Run) -> Estimate:
-    """Of a skeleton, which is changed."""
+    """Of a skeleton, which is changed.
+
+    Raises:
+        VeneerError: the adapter's settings do not fit the model.
+        CannotPlanError: the model's code cannot run without memory.
+    """
     architecture = type(skeleton).__name__
     model = prepared(skeleton, run)
-    weights, step = weights_of(model, run), dry_step(model, run)
+    try:
+        weights, step = weights_of(model, run), dry_step(model, run)
+    except VeneerError:
+        raise
+    except Exception as error:  # whatever a model's own code stumbles over
+        why = (str(error).splitlines() or [""])[0]
+        raise CannotPlanError(
+            f"the memory of a {architecture} cannot be planned: {type(error).__name__}: {why}",
+            hint="its code looks at numbers while it runs; veneer train starts without a plan: begin with a small batch",
+        ) from error
     masters = FP32 * weights.rounded
     inside = step.peak - step.gradients
     activations = min(step.activations, inside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 from veneer.config import Dtype, LoraConfig, Quantization, Recipe
 from veneer.errors import VeneerError
 from veneer.machine import available_bytes, current_bytes
-from veneer.models.load import stored_dtype, stored_quantization, uses_gpu
+from veneer.models.load import uses_gpu
 from veneer.ops.blocks import Recompute
 from veneer.planning.machines import MACHINES
 from veneer.planning.memory import Run, estimate
-from veneer.planning.shapes import shape_text, skeleton_maker
+from veneer.planning.shapes import shape_text, skeleton_maker, stored_as
 from veneer.planning.speed import measure
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -27,14 +28,15 @@ HOST_LIBRARIES = (
 Kind = Literal["full", "lora", "qlora"]
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
-LIMIT = 1 << 40  # of a batch, a length or a rank that is asked for or looked for
+LIMITS = {"batch_size": 1 << 20, "seq_len": 1 << 24, "rank": 1 << 16, "grad_accumulation": 1 << 20}
+TOKENS = 1 << 31  # of a padded pass: batch_size times seq_len
 WORTH_IT = 0.99  # of the memory before: a change that leaves more is none
 LEAST_RANK, LEAST_LENGTH = 8, 256  # below these nothing smaller is proposed
 LARGEST = {"batch": "batch_size", "length": "seq_len", "rank": "rank"}
 
 
 def plan(
-    model: str | dict[str, int],
+    model: str | Path | dict[str, int],
     *,
     method: Kind = "qlora",
     batch_size: int = 1,
@@ -65,8 +67,10 @@ def plan(
         device: "cpu", "cuda", which need not be here, or "auto": what `budget` names has, else this machine.
         budget: bytes, a text as "24GB" (10^9) or "24GiB" (2^30), or one of `planning.machines`, as "rtx-4090"; left out: what
             is free on this machine now.
-        largest: "batch", "length" or "rank": the largest that fits is looked for, the rest being as it is.
-        time: also measure some layers of the model's shapes on this machine, some seconds long.
+        largest: "batch", "length" or "rank": the largest that fits is looked for, the rest being as it is. A batch is one
+            padded pass, as packed rows go through the model a few at a time, however many there are.
+        time: also measure some layers of the model's shapes on this machine, some seconds long. Where that cannot be done a
+            note says why.
 
     Returns:
         peak_bytes: the most in any phase of the run, over a process that has imported the library, on a GPU of its memory;
@@ -76,6 +80,7 @@ def plan(
 
     Raises:
         VeneerError: no such model, or settings that cannot be; all at once.
+        CannotPlanError: the model's code does not run without numbers.
     """
     if problems := _problems(locals()):
         raise VeneerError(problems)
@@ -85,20 +90,25 @@ def plan(
         getattr(torch, dtype), config, batch_size, seq_len, grad_accumulation, recompute, packing, evaluate,
         device=_device(device, budget), guard=guard,
     )  # fmt: skip
-    found = planned(model, run, budget, largest)
-    return {**found, **timed(model, run, found["trainable_parameters"])} if time else found
+    named = str(model) if isinstance(model, Path) else model
+    found = planned(named, run, budget, largest)
+    if time:
+        add_time(found, named, run)
+    return found
 
 
-def timed(model: str | dict[str, int], run: Run, trained: int, supervised: float = 1.0) -> dict[str, Any]:
-    """Seconds of a step and tokens a second, measured here; of a forward pass the seconds of a token.
-
-    Raises:
-        VeneerError: it is planned for a GPU, and there is none here.
-    """
+def add_time(found: dict[str, Any], model: str | dict[str, int], run: Run, supervised: float = 1.0) -> None:
+    """Put the seconds of a step into a plan, the tokens a second, and of a forward pass the seconds of a token, measured here;
+    or a note on why they were not."""
     if run.device == "cuda" and not torch.cuda.is_available():
-        raise VeneerError("time: is measured, and this machine has no GPU", hint="plan the memory alone")
-    speed = measure(skeleton_maker(model)[0](), run, trained, supervised)
-    return {
+        found["notes"].append("time: it is measured, and this machine has no GPU")
+        return
+    try:
+        speed = measure(skeleton_maker(model)[0](), run, found["trainable_parameters"], supervised)
+    except VeneerError as error:
+        found["notes"] += [f"time: not measured: {problem}" for problem in error.problems]
+        return
+    found |= {
         "seconds_per_step": speed.seconds, "tokens_per_second": speed.tokens / speed.seconds,
         "forward_seconds_per_token": speed.forward,
     }  # fmt: skip
@@ -109,12 +119,7 @@ def planned(
 ) -> dict[str, Any]:
     """`plan` of a `Run`, without its time."""
     make, notes = skeleton_maker(model)
-    if isinstance(model, str) and not notes and Path(model).is_dir():
-        stored = stored_quantization(model)
-        if stored is not None:
-            run = run._replace(quantize=cast(Any, stored)) if run.method == "lora" else run
-        else:
-            run = run._replace(stored=getattr(torch, stored_dtype(model)))
+    run = _as_stored(model, run)
     own = current_bytes() if run.device == "cpu" else CONTEXT
     room, host = _room(run.device, budget)
     found = estimate(make(), run)
@@ -141,6 +146,21 @@ def planned(
         }  # fmt: skip
         result["fits"] = fits and enough
     return result
+
+
+def _as_stored(model: str | dict[str, int], run: Run) -> Run:
+    """With what the model's files say of its weights."""
+    if (found := stored_as(model)) is None:
+        return run
+    quantization, dtype = found
+    if quantization is None:
+        return run._replace(stored=getattr(torch, dtype))
+    if run.method == "full":
+        raise VeneerError(
+            f"method full: {model} is stored in {quantization}, and such weights cannot be trained",
+            hint="take the model in 16 bits, or method lora",
+        )
+    return run._replace(quantize=cast(Any, quantization))
 
 
 def _device(device: Device, budget: str | int | None) -> Literal["cpu", "cuda"]:
@@ -174,24 +194,29 @@ def _room(device: str, budget: str | int | None) -> tuple[int, int | None]:
     return torch.cuda.mem_get_info()[0] + CONTEXT, available_bytes() + current_bytes()
 
 
-def run_of(recipe: Recipe, rows: tuple[int, ...], passes: int) -> Run:
-    """A recipe's, on data whose largest forward pass has rows of these lengths, and whose largest step so many passes."""
+def run_of(recipe: Recipe, rows: tuple[int, ...], passes: int, held_out: int, budget: str | int | None = None) -> Run:
+    """A recipe's, on data whose `training.batches.LargestPass` this is, on the device that a budget's machine has."""
     train = recipe.train
+    device = _device(cast(Any, recipe.device), budget) if budget is not None else None
     return Run(
         recipe.method, recipe.quantize, recipe.double_quant, getattr(torch, recipe.dtype), recipe.lora,
-        train.batch_size, max(rows), passes, train.recompute, recipe.data.packing, recipe.data.eval is not None, rows,
-        "cuda" if uses_gpu(recipe.device) else "cpu", guard=train.guard,
+        train.batch_size, max(rows), train.grad_accumulation, train.recompute, recipe.data.packing,
+        recipe.data.eval is not None, rows, passes, held_out or None,
+        device or ("cuda" if uses_gpu(recipe.device) else "cpu"), guard=train.guard,
     )  # fmt: skip
 
 
 def changes(make: Callable[[], Any], run: Run, room: int) -> list[dict[str, Any]]:
     """Each change that alone makes a run fit into `room` bytes, the cheapest first; if none does, several together."""
 
-    def peak(changed: Run) -> int:
-        return estimate(make(), changed).peak
+    def peak(changed: Run) -> int | float:
+        try:
+            return estimate(make(), changed).peak
+        except VeneerError:  # as NF4, of a model without linear layers
+            return math.inf
 
     alone = [(change, peak(change.run)) for change in _smaller(run)]
-    if fitting := [_told([change], size) for change, size in alone if size <= room]:
+    if fitting := [_told([change], int(size)) for change, size in alone if size <= room]:
         return fitting
     together: dict[str, Change] = {}  # of one setting the last
     now, least = run, peak(run)
@@ -203,7 +228,7 @@ def changes(make: Callable[[], Any], run: Run, room: int) -> list[dict[str, Any]
                 break
         else:
             return []
-    return [_told(list(together.values()), least)]
+    return [_told(list(together.values()), int(least))]
 
 
 class Change(NamedTuple):
@@ -222,11 +247,15 @@ def _told(together: list[Change], peak: int) -> dict[str, Any]:
 
 def _smaller(run: Run) -> Iterator[Change]:
     """One step less each, the cheapest first."""
+    if not run.packing:  # takes no less where the model's attention does not take packed rows
+        changed = run._replace(packing=True, rows=(), passes=None, seq_len=max(run.rows, default=run.seq_len))
+        yield Change("packing", "packing", "the same rows, faster", changed)
     if run.batch_size > 1:
-        half = run.batch_size // 2
-        more = run.grad_accumulation * -(-run.batch_size // half)
-        fewer = run.rows[: -(-len(run.rows) // 2)] if not run.packing else _shorter(run.rows, sum(run.rows) // 2)
-        changed = run._replace(batch_size=half, grad_accumulation=more, rows=fewer)
+        half = next(size for size in range(run.batch_size // 2, 0, -1) if run.batch_size % size == 0)
+        more = run.grad_accumulation * (run.batch_size // half)
+        fewer = tuple(sorted(run.rows, reverse=True)[:half])  # of a packed pass that has no more rows all stay
+        passes = None if run.passes is None else run.passes * (run.batch_size // half)
+        changed = run._replace(batch_size=half, grad_accumulation=more, rows=fewer, passes=passes)
         yield Change(
             "batch", f"batch_size {half}, grad_accumulation {more}", "the same steps, a little slower", changed
         )
@@ -247,24 +276,21 @@ def _smaller(run: Run) -> Iterator[Change]:
     if run.seq_len > LEAST_LENGTH:
         half = run.seq_len // 2
         cost = "longer rows lose the start of their prompt"
-        changed = run._replace(seq_len=half, rows=tuple(min(row, half) for row in run.rows))
+        held_out = run.held_out and min(run.held_out, half)
+        changed = run._replace(seq_len=half, rows=tuple(min(row, half) for row in run.rows), held_out=held_out)
         yield Change("length", f"max_length {half}", cost, changed)
     if run.method == "full":
         yield Change("method", "method lora", "an adapter in place of every weight", run._replace(method="lora"))
 
 
-def _shorter(rows: tuple[int, ...], tokens: int) -> tuple[int, ...]:
-    """The first of the rows, as many as have so many tokens, at least one."""
-    count = next((n for n in range(len(rows), 1, -1) if sum(rows[:n]) <= tokens), 1)
-    return rows[:count]
-
-
 def find_largest(make: Callable[[], Any], run: Run, what: str, room: int) -> int:
-    """The largest batch_size, seq_len or rank with which a run fits into `room` bytes; 0: none does."""
+    """The largest batch_size (rows in one padded pass, without an evaluation), seq_len or rank with which a run fits into
+    `room` bytes; 0: none does."""
+    most = min(LIMITS[what], TOKENS // run.seq_len if what == "batch_size" else LIMITS[what])
 
     def fits(value: int) -> bool:
         changed = {
-            "batch_size": lambda: run._replace(batch_size=value, packing=False),
+            "batch_size": lambda: run._replace(batch_size=value, packing=False, evaluate=False),
             "seq_len": lambda: run._replace(seq_len=value),
             "rank": lambda: run._replace(lora=run.lora.model_copy(update={"r": value})),
         }[what]()
@@ -276,7 +302,7 @@ def find_largest(make: Callable[[], Any], run: Run, what: str, room: int) -> int
     if not fits(1):
         return 0
     low, high = 1, 2
-    while high < LIMIT and fits(high):
+    while high < most and fits(high):
         low, high = high, 2 * high
     while high - low > max(1, low // 64):  # within 2%
         middle = (low + high) // 2
@@ -289,7 +315,7 @@ def bytes_of(budget: str | int) -> int:
     if (named := MACHINES.get(str(budget).lower())) is not None:
         return named.vram or named.ram
     found = _SIZE.fullmatch(str(budget))
-    if isinstance(budget, bool) or found is None or float(found[1]) <= 0:
+    if isinstance(budget, bool) or found is None or not 0 < float(found[1]) < 1e30:
         raise VeneerError(
             f"budget: found {budget!r}, expected a size like 24GB, 24GiB or 24000000000, or a machine",
             hint=f"machines: {', '.join(MACHINES)}",
@@ -306,10 +332,17 @@ def _problems(given: dict[str, Any]) -> list[str]:
     ):  # fmt: skip
         if given[name] not in kinds:
             problems.append(f"{name}: found {given[name]!r}, expected {', '.join(kinds)}")
-    if given["largest"] is not None and given["largest"] not in LARGEST:
-        problems.append(f"largest: found {given['largest']!r}, expected {', '.join(LARGEST)}")
-    for name in ("batch_size", "seq_len", "rank", "grad_accumulation"):
+    largest = given["largest"]
+    if largest is not None and largest not in [*LARGEST]:
+        problems.append(f"largest: found {largest!r}, expected {', '.join(LARGEST)}")
+    elif largest == "rank" and given["method"] == "full":
+        problems.append("largest: found rank, but full fine-tuning has none; expected batch or length")
+    for name, most in LIMITS.items():
         value = given[name]
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LIMIT:
-            problems.append(f"{name}: found {value!r}, expected a whole number from 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            problems.append(f"{name}: found {value!r}, expected a whole number from 1 to {most:,}")
+    if not problems and given["batch_size"] * given["seq_len"] > TOKENS:
+        problems.append(
+            f"batch_size times seq_len: found {given['batch_size'] * given['seq_len']:,} tokens, expected at most {TOKENS:,}"
+        )
     return problems

@@ -12,7 +12,7 @@ from transformers import CONFIG_MAPPING
 from veneer.config import nearest
 from veneer.errors import VeneerError
 from veneer.models.known import MODELS
-from veneer.models.load import EMBEDDED, config_folder, skeleton_of, skeletons
+from veneer.models.load import EMBEDDED, config_folder, dtype_of, read_config, skeleton_of, skeletons
 from veneer.storage import read_json
 
 # By the name here: Llama's own name, what other configs call it, and the most that is taken for a size.
@@ -36,11 +36,8 @@ def skeleton_maker(model: str | Mapping[str, int]) -> tuple[Callable[[], Any], l
     """
     if not isinstance(model, str):
         return functools.partial(skeleton_of, "llama", **_llama(dict(model), {}, "shape")), ["a Llama of these sizes"]
-    if (model in MODELS and not Path(model).exists()) or model == EMBEDDED or model.endswith(".gguf"):
-        return skeletons(model), []
-    file = config_folder(model) / "config.json"
-    if not file.is_file():
-        return skeletons(model), []  # says what is wrong
+    if not _has_config(model) or not (file := config_folder(model) / "config.json").is_file():
+        return skeletons(model), []  # where there should be one it says what is wrong
     raw = read_json(file)
     kind = raw.get("model_type")
     text = raw["text_config"] if isinstance(raw.get("text_config"), dict) else raw
@@ -51,6 +48,23 @@ def skeleton_maker(model: str | Mapping[str, int]) -> tuple[Callable[[], Any], l
     sizes = _llama(found, text, str(file))
     note = f"{file}: model_type {kind!r} is not known to transformers: planned as a Llama of its sizes"
     return functools.partial(skeleton_of, "llama", **sizes), [note]
+
+
+def stored_as(model: str | Mapping[str, int]) -> tuple[str | None, str] | None:
+    """What the files of a model are: quantised how, and the type of the rest; None where they do not say, as of a known model."""
+    if not isinstance(model, str) or not _has_config(model):
+        return None
+    folder = config_folder(model)
+    if read_json(folder / "config.json").get("model_type") not in CONFIG_MAPPING:
+        return None
+    config, quantization = read_config(folder)
+    return quantization, dtype_of(config)
+
+
+def _has_config(model: str) -> bool:
+    """Whether a name is that of a folder or a hub id."""
+    known = model in MODELS and not Path(model).exists()
+    return not (known or model == EMBEDDED or model.endswith(".gguf"))
 
 
 def shape_of(text: str) -> dict[str, int]:
@@ -92,8 +106,13 @@ def _llama(found: dict[str, Any], raw: dict[str, Any], where: str) -> dict[str, 
     ]
     if not problems:
         heads, kv_heads = found["heads"], found.get("kv_heads") or found["heads"]
+        width = found.get("head_dim") or found["hidden"] // heads
         if found.get("head_dim") is None and found["hidden"] % heads:
             problems.append(f"{where}: hidden: found {found['hidden']}, expected a multiple of heads ({heads})")
+        elif width % 2:
+            problems.append(
+                f"{where}: head_dim: found {width}, expected an even number: positions turn pairs of numbers"
+            )
         if heads % kv_heads:
             problems.append(f"{where}: kv_heads: found {kv_heads}, expected a divisor of heads ({heads})")
     if problems:
@@ -108,9 +127,10 @@ def _llama(found: dict[str, Any], raw: dict[str, Any], where: str) -> dict[str, 
 def _require_sizes(kind: Any, raw: dict[str, Any], file: Path) -> list[str]:
     """Raise VeneerError for sizes of a known architecture that cannot be; says which are transformers' own, being missing."""
     problems, notes = [], []
+    values: dict[str, Any] = {}
     for ours, (name, _, most) in NAMES.items():
         key = getattr(kind, "attribute_map", {}).get(name, name)
-        value = raw.get(key, raw.get(name))
+        value = values[ours] = raw.get(key, raw.get(name))
         if value is not None and not isinstance(value, list) and (problem := _not_a_size(value, most)):
             problems.append(f"{file}: {key}: {problem}")
         elif value is None and ours in ("layers", "hidden", "heads", "vocab"):
@@ -118,6 +138,9 @@ def _require_sizes(kind: Any, raw: dict[str, Any], file: Path) -> list[str]:
                 problems.append(f"{file}: {key}: found null, expected a whole number from 1")
             else:
                 notes.append(f"{file}: {key} is missing: transformers' own for {kind.model_type} is taken")
+    heads, kv_heads = values["heads"], values["kv_heads"]
+    if not problems and isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        problems.append(f"{file}: num_key_value_heads: found {kv_heads}, expected a divisor of the heads ({heads})")
     if problems:
         raise VeneerError(problems)
     return notes

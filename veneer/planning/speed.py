@@ -16,9 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from veneer.config import IGNORED
+from veneer.errors import VeneerError
+from veneer.machine import available_bytes
 from veneer.models.fuse import batch_loss
 from veneer.ops import arena
-from veneer.planning.memory import Optimizer, Run, layout, prepared, rounded, rows_of
+from veneer.planning.memory import (
+    ADAM,
+    FP32,
+    Optimizer,
+    Run,
+    dry_step,
+    layout,
+    prepared,
+    rounded,
+    rows_of,
+    weights_of,
+)
 
 WEIGHTS, LAYERS = (
     64 << 20,
@@ -52,21 +65,43 @@ def measure(skeleton: Any, run: Run, trained: int, supervised: float = 1.0) -> S
 
     Args:
         trained: numbers that the whole model trains. supervised: the share of the tokens that is learned.
+
+    Raises:
+        VeneerError: these few layers alone take more memory than is free.
     """
-    layers, vocabulary = _layers(skeleton), skeleton.get_output_embeddings().weight.shape[0]
-    count = len(layers)
-    kept = min(count, LAYERS, max(1, math.ceil(WEIGHTS / _nbytes(layers[0], run))))
-    _shorten(skeleton, kept, min(vocabulary, VOCABULARY))
-    model = filled(prepared(skeleton, run), torch.device(run.device))
-    parts = _timed(model, run, supervised)
+    model = prepared(skeleton, run)
+    layers = _layers(model)
+    count, first = len(layers), _first_trained(model)
+    kept = min(count - first, LAYERS, max(1, math.ceil(WEIGHTS / _nbytes(layers[first], run))))
+    wider = _shorten(model, [first + i * (count - first) // kept for i in range(kept)])
+    _require_room(model, run)
+    parts = _timed(filled(model, torch.device(run.device)), run, supervised)
     rows, passes = rows_of(run, "attention" in model.veneer_parts)
     mine = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    scale, wider = count / kept, max(1.0, vocabulary / VOCABULARY)
-    once = scale * (parts.forward + parts.backward) + wider * parts.head
+    forward = parts.forward * count / kept
+    once = forward + parts.backward * (count - first) / kept + wider * parts.head
     once += parts.rest * (wider if run.method == "full" else 1)  # the embedding's gradient
     tokens = sum(rows)
     seconds = passes * once + parts.optimizer * trained / mine
-    return Speed(seconds, passes * tokens, (scale * parts.forward + wider * parts.head / 2) / tokens)
+    return Speed(seconds, passes * tokens, (forward + wider * parts.head / 2) / tokens)
+
+
+def _first_trained(model: Any) -> int:
+    """The first layer that the way back goes through; all of them where something before them is trained."""
+    if any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+        return 0
+    trained = [any(p.requires_grad for p in layer.parameters()) for layer in _layers(model)]
+    return trained.index(True) if True in trained else len(trained) - 1
+
+
+def _require_room(model: Any, run: Run) -> None:
+    """Before it is given memory."""
+    weights = weights_of(model, run)
+    needed = weights.base + weights.adapter + 2 * FP32 * weights.rounded + ADAM * weights.trained
+    needed += dry_step(model, run._replace(evaluate=False)).peak
+    free = torch.cuda.mem_get_info()[0] if run.device == "cuda" else available_bytes()
+    if needed > free:
+        raise VeneerError(f"the layers that would be timed take {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} are free")
 
 
 def filled(model: Any, device: torch.device) -> Any:
@@ -104,16 +139,25 @@ def _nbytes(layer: nn.Module, run: Run) -> int:
     return int(numbers * {None: run.dtype.itemsize, "int8": 1}.get(run.quantize, 0.5))
 
 
-def _shorten(model: Any, layers: int, vocabulary: int) -> None:
-    """Leave the first layers and the first tokens."""
-    del _layers(model)[layers:]
-    model.config.get_text_config().num_hidden_layers = layers
+def _shorten(model: Any, places: list[int]) -> float:
+    """Leave these layers, and the first tokens where embedding and head have no adapter; how many times as many they were."""
+    layers = _layers(model)
+    for place in sorted({*range(len(layers))} - {*places}, reverse=True):
+        del layers[place]
+    model.config.get_text_config().num_hidden_layers = len(places)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    vocabulary = ends[1].weight.shape[0]
+    plain = type(ends[0]) is nn.Embedding and type(ends[1]) is nn.Linear and not any(m._forward_hooks for m in ends)
+    if vocabulary <= VOCABULARY or not plain:
+        return 1.0
     seen: dict[int, nn.Parameter] = {}
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for module in ends:
         weight = module.weight
-        module.weight = seen.setdefault(id(weight), nn.Parameter(weight[:vocabulary]))
+        fewer = nn.Parameter(weight[:VOCABULARY], requires_grad=weight.requires_grad)
+        module.weight = seen.setdefault(id(weight), fewer)
         if getattr(module, "bias", None) is not None:
-            module.bias = nn.Parameter(module.bias[:vocabulary])
+            module.bias = nn.Parameter(module.bias[:VOCABULARY], requires_grad=module.bias.requires_grad)
+    return float(vocabulary / VOCABULARY)
 
 
 class _Clock:

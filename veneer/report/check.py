@@ -6,14 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from veneer.adapters.attach import attach
 from veneer.config import Recipe
 from veneer.errors import VeneerError, printable
-from veneer.models.load import load, resolve
+from veneer.models.load import load, load_tokenizer, resolve, skeleton, tokenizer_folder
 from veneer.models.merging import REPORT_FILE
-from veneer.report.plan import duration, plan_recipe, size
+from veneer.planning.memory import CannotPlanError, Run, prepared
+from veneer.report.plan import duration, plan_recipe, size, too_large
 from veneer.training.advice import Finding, errors_first
-from veneer.training.loop import LOOKED_AT, start_batches
+from veneer.training.batches import LOOKED_AT, start_batches
+from veneer.training.loop import require_new_run, require_trainable
 from veneer.training.preflight import Preflight, preflight
 
 WIDTH = 40  # characters of the longest bar
@@ -24,21 +28,31 @@ _COLOURS = {"error": "31", "warning": "33", "note": "2", "learned": "32", "not l
 def check_recipe(recipe: Recipe) -> dict[str, Any]:
     """Everything that can be said of a run before step 1: findings (errors first), how many of each kind, facts, the plan.
 
-    What `train` would refuse as bad input is a finding `bad-input` here; nothing that needs it is looked at then.
+    What `train` would refuse as bad input is a finding `bad-input` here; nothing that needs it is looked at then. Of a run that
+    does not fit into memory neither the model is loaded nor a batch tried.
     """
-    report, plan = Preflight(), None
+    report, plan = Preflight(_output(recipe)), None
     try:
-        plan = plan_recipe(recipe, force=True, time=True)
-        if not plan["fits"]:
-            report.findings.append(_too_large(plan))
-        model, tokenizer = load_for(recipe)
+        try:
+            plan = plan_recipe(recipe, force=True, time=True)
+        except CannotPlanError as error:
+            report.findings.append(Finding("warning", "not-planned", error.problems[0], str(error.hint)))
+        fits = plan is None or plan["fits"]
+        if plan is not None and not fits:
+            report.findings.append(Finding("error", "memory", *too_large(plan)))
+        model, tokenizer = load_for(recipe) if fits else _without_weights(recipe)
         found = preflight(
-            model, tokenizer, None, recipe.train, method=recipe.method, data_config=recipe.data, reload=True
-        )
+            model, tokenizer, None, recipe.train, method=recipe.method, data_config=recipe.data, reload=True, trial=fits,
+        )  # fmt: skip
         report = Preflight([*report.findings, *found.findings, *_base(recipe)], found.facts)
+        if fits and not report.errors:
+            require_trainable(model, tokenizer, recipe, report.facts["rows"]["train"])
     except VeneerError as error:
         hint = error.hint or "mend it in the recipe"
         report.findings += [Finding("error", "bad-input", problem, hint) for problem in error.problems]
+    except (torch.OutOfMemoryError, MemoryError):
+        advice = "a smaller train.batch_size or data.max_length, or train.recompute: full"
+        report.findings.append(Finding("error", "memory", "one batch did not fit into memory", advice))
     findings = errors_first(report.findings)
     return {
         "model": recipe.model,
@@ -83,15 +97,23 @@ def load_for(recipe: Recipe) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _too_large(plan: dict[str, Any]) -> Finding:
-    needed = plan["peak_bytes"] + plan["process_bytes"]
-    ways = "; or ".join(f"{change['change']} ({change['cost']})" for change in plan["changes"][:3])
-    return Finding(
-        "error",
-        "memory",
-        f"the run does not fit into memory: {size(needed)} needed, {size(plan['budget_bytes'])} free",
-        f"change {ways}" if ways else "take a smaller model",
-    )
+def _without_weights(recipe: Recipe) -> tuple[Any, Any]:
+    """As `load_for`, of the config alone: enough to look at rows and settings."""
+    folder = tokenizer_folder(recipe.model, recipe.revision)
+    run = Run(recipe.method, recipe.quantize, recipe.double_quant, getattr(torch, recipe.dtype), recipe.lora)
+    return prepared(skeleton(str(folder)), run), load_tokenizer(folder)
+
+
+def _output(recipe: Recipe) -> list[Finding]:
+    """Whether there is a place for the result."""
+    if recipe.train.out is None:
+        advice = "set it, or give --set train.out=runs/first to veneer train"
+        return [Finding("note", "output", "train.out is missing: the result has no place yet", advice)]
+    try:
+        require_new_run(Path(recipe.train.out))
+    except VeneerError as error:
+        return [Finding("error", "output", problem, str(error.hint)) for problem in error.problems]
+    return []
 
 
 def _base(recipe: Recipe) -> list[Finding]:
@@ -115,8 +137,8 @@ def describe(report: dict[str, Any], *, colours: bool = False) -> str:
     """Findings, errors first; the first rows with what is learned in green, or in [brackets]; lengths as bars; the rest."""
     paint = _painter(colours)
     lines = [
-        f"{paint(finding['severity'], finding['severity']):>7}  {finding['code']}: {finding['found']}\n"
-        f"         {finding['advice']}"
+        f"{paint(finding['severity'], finding['severity']):>7}  {finding['code']}: {printable(finding['found'])}\n"
+        f"         {printable(finding['advice'])}"
         for finding in report["findings"]
     ]
     facts = report["facts"]
@@ -125,10 +147,10 @@ def describe(report: dict[str, Any], *, colours: bool = False) -> str:
         lines += [*_batch(facts["batch"], facts["batch_seconds"])]
     if (plan := report["plan"]) is not None:
         needed = plan["peak_bytes"] + plan["process_bytes"]
-        lines.append(
-            f"planned memory: {size(needed)}, of {size(plan['budget_bytes'])} free; time: {duration(plan['seconds'])}, "
-            f"{plan['seconds_per_step']:.2f} s a step"
+        time = (
+            f"; time: {duration(plan['seconds'])}, {plan['seconds_per_step']:.2f} s a step" if "seconds" in plan else ""
         )
+        lines.append(f"planned memory: {size(needed)}, of {size(plan['budget_bytes'])} free{time}")
     if facts:
         advised = facts["recommended"]
         said = [

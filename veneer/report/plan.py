@@ -7,19 +7,20 @@ import math
 from pathlib import Path
 from typing import Any
 
-from veneer.config import Recipe
+from veneer.config import EVALUATED, Recipe
 from veneer.errors import RefusedError
 from veneer.models.fuse import fuse
-from veneer.models.load import load_tokenizer, resolve, skeleton
+from veneer.models.load import load_tokenizer, skeleton, tokenizer_folder
 from veneer.planning.memory import Run
-from veneer.planning.plan import planned, run_of, timed
+from veneer.planning.plan import add_time, planned, run_of
 from veneer.report.adapter import figure_of
 from veneer.storage import atomic_file
+from veneer.training.batches import largest_pass
 from veneer.training.data import prepare_data
-from veneer.training.loop import largest_pass
-from veneer.training.packing import Order
+from veneer.training.packing import Order, computed, passes
 
 WIDTH = 60  # characters of the bar
+STEPS = 200  # that the run's tokens are counted in
 LONG_RUN = 200  # steps from which on `train` spends some seconds to say how long they will take
 FILLS = "█▓▒░▞▚▙▟▤▦▨"  # of the parts, one after the other
 
@@ -37,16 +38,18 @@ def plan_recipe(
         RefusedError: it does not fit into what is free here.
         VeneerError: what the model's config, the adapter's settings or the data have wrong.
     """
-    folder = resolve(recipe.model, recipe.revision)
+    folder = tokenizer_folder(recipe.model, recipe.revision)
     tokenizer = load_tokenizer(folder)
     packs = "attention" in fuse(skeleton(str(folder)))
-    rows, passes = largest_pass(tokenizer, recipe.data, recipe.train, packs)
-    run = run_of(recipe, rows, passes)
+    run = run_of(recipe, *largest_pass(tokenizer, recipe.data, recipe.train, packs), budget)
     found = {**planned(str(folder), run, budget), "model": recipe.model}
     if not found["fits"] and not force:
-        raise _refused(found)
-    if time is not False:
-        found |= _time(recipe, str(folder), run, found["trainable_parameters"], tokenizer, least=int(time))
+        what, hint = too_large(found)
+        raise RefusedError(what, hint=f"{hint}, or start it all the same with --force")
+    if time is not False and not found["fits"]:
+        found["notes"].append("time: not measured, as it does not fit")
+    elif time is not False:
+        _add_time(found, recipe, str(folder), run, tokenizer, packs, least=int(time))
     return found
 
 
@@ -58,36 +61,47 @@ def while_training(plan: dict[str, Any]) -> int:
     return int(plan["phases"]["train"] - plan["parts"]["fragmentation"])
 
 
-def _refused(plan: dict[str, Any]) -> RefusedError:
+def too_large(plan: dict[str, Any]) -> tuple[str, str]:
+    """What a run that does not fit lacks, and what to change."""
     ways = "; or ".join(f"{x['change']} ({x['cost']})" for x in plan["changes"][:3])
     where, on = plan, "on the GPU" if plan["device"] == "cuda" else "free"
     if plan["device"] == "cuda" and plan["peak_bytes"] + plan["process_bytes"] <= plan["budget_bytes"]:
         where, on = plan["host"], "free in main memory"
-    return RefusedError(
+    what = (
         f"this run does not fit into memory: found {size(where['budget_bytes'])} {on}, expected "
-        f"{size(where['peak_bytes'] + where['process_bytes'])}",
-        hint=f"{'change ' + ways + ', or ' if ways else ''}start it all the same with --force",
+        f"{size(where['peak_bytes'] + where['process_bytes'])}"
     )
+    return what, f"change {ways}" if ways else "take a smaller model or a larger machine"
 
 
-def _time(recipe: Recipe, folder: str, run: Run, trained: int, tokenizer: Any, least: int) -> dict[str, Any]:
-    """How long the run takes: its tokens at the speed that is measured, and the evaluations."""
-    train, held_out, _ = prepare_data(None, recipe.data, tokenizer, recipe.train.seed)
+def _add_time(
+    plan: dict[str, Any], recipe: Recipe, folder: str, run: Run, tokenizer: Any, packs: bool, least: int
+) -> None:
+    """How long the run takes: what its passes compute at the speed that is measured, and the evaluations."""
+    config, packing = recipe.train, packs and recipe.data.packing
+    train, held_out, _ = prepare_data(None, recipe.data, tokenizer, config.seed)
     samples = train.samples
-    per_step = recipe.train.batch_size * recipe.train.grad_accumulation
-    order = Order(len(samples), per_step, recipe.train.seed)
-    steps, _ = order.steps(recipe.train)
+    order = Order(len(samples), config.batch_size * config.grad_accumulation, config.seed)
+    steps, _ = order.steps(config)
     if steps < least:
-        return {}
-    tokens = sum(len(sample.input_ids) for sample in samples)
-    learned = sum(sample.supervised for sample in samples) / tokens
-    speed = timed(folder, run, trained, learned)
-    seconds = steps * tokens / order.steps_per_epoch / speed["tokens_per_second"]
+        return
+    learned = sum(sample.supervised for sample in samples) / sum(len(sample.input_ids) for sample in samples)
+    add_time(plan, folder, run, learned)
+    if "tokens_per_second" not in plan:
+        return
+    tokens, looked_at = 0, min(STEPS, order.steps_per_epoch)
+    for step in range(looked_at):
+        rows = [samples[i] for i in order.step(step)]
+        tokens += sum(
+            computed(some, packing) for some in passes(rows, config.batch_size, packing, recipe.data.max_length)
+        )
+    seconds = steps * tokens / looked_at / plan["tokens_per_second"]
     if held_out is not None:
-        times = math.ceil(steps / (recipe.train.eval_every or order.steps_per_epoch))
-        read = sum(len(sample.input_ids) for sample in held_out.samples)
-        seconds += times * read * speed["forward_seconds_per_token"]
-    return {**speed, "steps": steps, "seconds": seconds}
+        times = math.ceil(steps / (config.eval_every or order.steps_per_epoch))
+        groups = passes(held_out.samples, EVALUATED, packing, recipe.data.max_length)
+        read = sum(computed(some, packing) for some in groups)
+        seconds += times * read * plan["forward_seconds_per_token"]
+    plan |= {"steps": steps, "seconds": seconds}
 
 
 def describe(plan: dict[str, Any]) -> str:
@@ -109,7 +123,10 @@ def describe(plan: dict[str, Any]) -> str:
         "",
         *_verdict(plan),
     ]
-    lines += [f"the largest {what} that fits: {value:,}" for what, value in plan.get("largest", {}).items()]
+    lines += [
+        f"the largest {what} that fits: {value:,}" + (" rows in one padded pass" if what == "batch" else "")
+        for what, value in plan.get("largest", {}).items()
+    ]
     if "seconds_per_step" in plan:
         whole = f"; {plan['steps']:,} steps: {duration(plan['seconds'])}" if "seconds" in plan else ""
         lines.append(

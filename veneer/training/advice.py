@@ -79,7 +79,8 @@ def recommend(task: Task, method: Method = "lora") -> dict[str, Any]:
         return {"learning_rate": rate, "why": why}
     small = task.width < 1024
     if task.rows < ROWS_A_RANK * 16:
-        rank, reason = 8, f"{task.rows:,} rows are few, a higher rank learns them by heart"
+        rank = min(8, _rank_for(task.rows))
+        reason = f"{task.rows:,} rows are few, a higher rank learns them by heart"
     elif task.rows < 1000:
         rank, reason = 16, "the usual one"
     elif small:
@@ -98,6 +99,11 @@ def recommend(task: Task, method: Method = "lora") -> dict[str, Any]:
             **why,
         },
     }
+
+
+def _rank_for(rows: int) -> int:
+    """The highest power of two that so many rows are enough for."""
+    return int(2 ** int(math.log2(max(1, rows // ROWS_A_RANK))))
 
 
 def _scaling(lora: LoraConfig) -> list[Finding]:
@@ -169,7 +175,7 @@ def _layers(kinds: frozenset[str]) -> list[Finding]:
 def _rank(task: Task, lora: LoraConfig) -> list[Finding]:
     found = []
     if task.rows < ROWS_A_RANK * lora.r:
-        rank = max(1, 2 ** int(math.log2(max(1, task.rows // ROWS_A_RANK))))
+        rank = _rank_for(task.rows)
         found.append(
             Finding(
                 "warning",

@@ -4,7 +4,7 @@ Each is a folder `step-00000050` (steps done; `step-00000050-0003`: and three ba
 
     state.safetensors   parameter/NAME, optimizer/KIND/NAME, buffer/NAME, gradient/NAME, rng; good/...: the point to go back to
     state.json          the run's state; `format`
-    manifest.json       bytes and sha256 of each of the two
+    manifest.json       `format` again, bytes and sha256 of each of the two
 
 A folder is made under another name and renamed when all of it is on the disk. What a manifest does not vouch for is damaged:
 it is named, and the checkpoint before it is used.
@@ -13,6 +13,7 @@ it is named, and the checkpoint before it is used.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from veneer.storage import (
 from veneer.training.weights import Masters
 
 TENSORS, STATE, MANIFEST = "state.safetensors", "state.json", "manifest.json"
-FORMAT = 2  # of what is written here; 1 had no manifest
+FORMAT = 3  # of what is written here; 1 had no manifest, 2 no format in it
+_NAME = re.compile(r"step-\d{8,}(-\d{4,})?")
 _whole: dict[Path, tuple[int, ...]] = {}  # checkpoints that were looked through here, and what their files were then
 
 
@@ -66,12 +68,22 @@ def captured(weights: Masters, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep_last: int, *, batches: int = 0
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    keep_last: int,
+    *,
+    batches: int = 0,
+    spare: bool = False,
 ) -> Path:
     """Write the checkpoint of `step` steps and `batches` batches of the next one, then keep it and the `keep_last` - 1 whole
     ones before it.
 
     Later ones are removed too: they are of a run that was resumed before them.
+
+    Args:
+        spare: keep the newest one that is a point to go back to as well (`state` of others has `interrupted`).
 
     Raises:
         VeneerError: the disk is too small, or full; the checkpoints that were there are as they were.
@@ -86,7 +98,7 @@ def save_checkpoint(
             digests[STATE] = sha256(temporary / STATE)
             (temporary / MANIFEST).write_text(_manifest(temporary, digests), encoding="utf-8")
         _whole[path] = _stamp(path)
-        _prune(path, keep_last)
+        _prune(path, keep_last, spare)
     except OSError as error:
         raise VeneerError(
             f"the checkpoint of step {step} could not be written: {error.strerror or error}",
@@ -98,13 +110,33 @@ def save_checkpoint(
 def _manifest(path: Path, digests: dict[str, str]) -> str:
     """The one text that says what the files are: another is damaged, even where it would be read as the same."""
     files = {name: {"bytes": (path / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
-    return json.dumps({"files": files}, indent=2, sort_keys=True) + "\n"
+    return json.dumps({"files": files, "format": FORMAT}, indent=2, sort_keys=True) + "\n"
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
     """What changes when a file of a checkpoint does."""
     found = [(path / name).stat() for name in (TENSORS, STATE, MANIFEST)]
     return tuple(number for one in found for number in (one.st_ino, one.st_size, one.st_mtime_ns))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Those in a folder, the newest first."""
+    found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=lambda path: [int(part) for part in path.name.split("-")[1:]], reverse=True)
+
+
+def _require_format(path: Path) -> None:
+    """Raise RefusedError for a checkpoint of another version of Veneer: its manifest and its state say so, both."""
+    try:
+        found = {read_json(path / name).get("format", 2) for name in (MANIFEST, STATE)}
+    except (VeneerError, OSError):
+        return
+    if len(found) == 1 and isinstance(kind := found.pop(), int) and kind != FORMAT:
+        raise RefusedError(
+            f"{path}: found a checkpoint of format {kind}, expected {FORMAT}: {'a newer' if kind > FORMAT else 'an older'} "
+            "version of Veneer wrote it",
+            hint="update Veneer" if kind > FORMAT else "go on with the version that wrote it, or start the run again",
+        )
 
 
 def require_whole(path: Path) -> None:
@@ -133,47 +165,56 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _prune(newest: Path, keep_last: int) -> None:
+def _prune(newest: Path, keep_last: int, spare: bool) -> None:
     """Keep `newest` and the whole ones before it, `keep_last` in all; what is older goes, and what is later.
 
     A damaged one does not count: so many that can be resumed from are always there.
     """
-    there = sorted(newest.parent.glob("step-*"), reverse=True)
     kept = 0
-    for path in there:
-        if path.name > newest.name or kept >= keep_last:
+    earlier = False
+    for path in checkpoints(newest.parent):
+        earlier = earlier or path == newest
+        wanted = earlier and (kept < keep_last or (spare and _is_good(path)))
+        if not wanted:
             _whole.pop(path, None)
             remove_folder(path)
         elif _is_whole(path):
-            kept += 1
+            kept, spare = kept + 1, spare and not _is_good(path)
 
 
-def newest_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | None:
+def _is_good(path: Path) -> bool:
+    """Whether a checkpoint is a point to go back to: whole, and a loss was seen of it."""
+    return _is_whole(path) and not read_json(path / STATE).get("interrupted")
+
+
+def newest_checkpoint(
+    folder: Path, *, interrupted: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor], list[str]] | None:
     """State and tensors of the newest undamaged checkpoint, and what was wrong with newer ones; None: there is none.
 
+    Args:
+        interrupted: False: not of those that an interruption left, which no loss has shown to be good.
+
     Raises:
-        VeneerError: there are some, and none of them can be read.
-        RefusedError: a newer version of Veneer wrote it.
+        VeneerError: there are some, and none of them can be read; not where only some are asked for.
+        RefusedError: another version of Veneer wrote it.
     """
     problems: list[str] = []
-    found = sorted(folder.glob("step-*"), reverse=True)
-    for path in found:
+    for path in checkpoints(folder):
         try:
+            _require_format(path)
             require_whole(path)
             state = read_json(path / STATE)
-            if isinstance(kind := state.get("format"), int) and kind > FORMAT:
-                raise RefusedError(
-                    f"{path}: found a checkpoint of format {kind}, expected {FORMAT}: a newer version of Veneer wrote it",
-                    hint="update Veneer",
-                )
             if not isinstance(state.get("step"), int) or not isinstance(state.get("settings"), dict):
                 raise VeneerError(f"{path / STATE}: found no step and settings, as a checkpoint has them")
+            if state.get("interrupted") and not interrupted:
+                continue
             return state, read_tensors(path / TENSORS), problems
         except RefusedError:
             raise
         except (VeneerError, OSError) as error:
             problems.append(str(error).splitlines()[0] if isinstance(error, VeneerError) else f"{path}: {error}")
-    if found:
+    if problems and interrupted:
         raise VeneerError(problems, hint="no checkpoint of this run can be read; start it again in another folder")
     return None
 

@@ -1,7 +1,7 @@
 """What goes wrong while a run trains, how it is seen, and what to do about it.
 
     spike, not-finite   the loss jumps, or loss or gradient is NaN or Inf: the run goes back to the last good point, leaves
-                        the batch out and goes on; where it happens again, at half the learning rate
+                        the batch out and goes on; where it soon happens again, at half the learning rate for some time
     overfitting         the held-out loss rises: the run stops, and the best adapter is what is written
     dead-adapter        factors whose gradient is exactly zero in every step so far
     exploding-scale     an update that is larger than the weight it is added to
@@ -32,7 +32,11 @@ FAR = 5.0  # times the spread of the losses' logarithms
 LEAST_SPREAD = 0.1
 ABOVE = 4.0  # times the largest of them
 LEAST_JUMP = 0.5  # nats: near zero a loss may be many times the one before and mean nothing
-AGAIN = 100  # steps after going back within which another jump halves the learning rate
+LOST, KNEW = 0.9, 0.6  # of the loss of guessing: a jump above the one, where the median was below the other
+AGAIN, CALM = (
+    20,
+    100,
+)  # steps: a second jump so soon after one halves the learning rate; so many without one double it again
 TRIES = 5  # jumps at one place before a run gives up
 WATCHED = 20  # steps in which each factor has to get a gradient once
 LARGE = 1.0  # update over weight
@@ -60,23 +64,27 @@ class Guard:
     Args:
         steps: of the run. A step whose batch is left out takes one that the run would not come to: all others stay as they are.
         on: whether jumps are looked for; what is not finite never passes.
+        guessing: the loss of a model that knows nothing, ln of the vocabulary.
     """
 
-    def __init__(self, steps: int, on: bool = True) -> None:
-        self.on = on
+    def __init__(self, steps: int, on: bool = True, guessing: float = math.inf) -> None:
+        self.on, self.guessing = on, guessing
         self.spare = steps  # the next step's worth of the data, as `Order` counts them, that no step takes
         self.losses: list[float] = []
         self.instead: list[list[int]] = []  # a step, and which it takes in place of its own
         self.scale = 1.0
+        self.slowed = 0  # the step at which it last changed
         self.events: list[dict[str, Any]] = []  # each time the run went back
         self.furthest = self.tries = 0  # the step that was not passed yet, and how often it was tried
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {key: value for key, value in vars(self).items() if key != "on"} | {"losses": [*self.losses]}
+        return {key: value for key, value in vars(self).items() if key not in _GIVEN} | {"losses": [*self.losses]}
 
     def load(self, state: dict[str, Any]) -> None:
-        vars(self).update({key: value for key, value in state.items() if key in vars(self) and key != "on"})
+        spare = self.spare  # the run may be longer now
+        vars(self).update({key: value for key, value in state.items() if key in vars(self) and key not in _GIVEN})
+        self.spare = max(spare, self.spare)
 
     def data_step(self, step: int) -> int:
         """Which step's worth of the data step `step` takes."""
@@ -85,8 +93,9 @@ class Guard:
     def judge(self, loss: float, norm: float) -> str | None:
         """What is wrong with a step before it is applied: "not-finite", "spike" or None.
 
-        A jump is a loss whose logarithm is FAR times further above the median of the last WINDOW than these lie apart, ABOVE
-        times the largest of them, and LEAST_JUMP above the median: what rows of different kinds do alone is hardly ever that.
+        A jump is a loss whose logarithm is FAR times further above the median of the last WINDOW than these lie apart, and
+        LEAST_JUMP above it: and either ABOVE times the largest of them, which rows of different kinds alone hardly ever are, or
+        as high as guessing, where the model knew better.
         """
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return "not-finite"
@@ -95,15 +104,18 @@ class Guard:
         logs = [math.log(max(x, 1e-12)) for x in self.losses]
         middle = statistics.median(logs)
         spread = max(LEAST_SPREAD, 1.4826 * statistics.median(abs(x - middle) for x in logs))
-        far = math.log(loss) - middle > FAR * spread
-        jump = loss > ABOVE * max(self.losses) and loss > statistics.median(self.losses) + LEAST_JUMP
-        return "spike" if far and jump else None
+        usual = statistics.median(self.losses)
+        far = math.log(loss) - middle > FAR * spread and loss > usual + LEAST_JUMP
+        lost = loss > LOST * self.guessing and usual < KNEW * self.guessing
+        return "spike" if far and (loss > ABOVE * max(self.losses) or lost) else None
 
     def passed(self, step: int, loss: float) -> None:
         """A step that was applied."""
         self.losses = [*self.losses, loss][-WINDOW:]
         if step >= self.furthest:
             self.tries = 0
+        if self.scale < 1 and step - self.slowed >= CALM:
+            self.scale, self.slowed = min(1.0, 2 * self.scale), step
 
     def back(self, kind: str, step: int, good: int, loss: float, norm: float) -> dict[str, Any]:
         """Step `step` was not good and the run goes back to `good`: leave out its batch, learn slower if this is not the
@@ -120,17 +132,21 @@ class Guard:
                 f"loss {loss:g}, gradient {norm:g}",
                 hint=f"lower train.learning_rate (it was halved {-int(math.log2(self.scale))} times here), or look at the data",
             )
-        again = bool(self.events) and step + 1 - self.events[-1]["step"] < AGAIN
+        again = self.on and bool(self.events) and step + 1 - self.events[-1]["step"] < AGAIN
         self.instead = [*(pair for pair in self.instead if pair[0] != step), [step, self.spare]]
         self.spare += 1
         if again:
             self.scale /= 2
+        self.slowed = step
         what = f"loss {loss:.4g}" if kind == "spike" else f"loss {loss:g}, gradient {norm:g}"
         slower = f", at {self.scale:g} of the learning rate" if self.scale != 1 else ""
         where = f"went back to step {good}" if good < step else "it was not applied"
         found = finding(kind, step + 1, f"{what}: {where}, left its batch out{slower}") | {"back_to": good}
         self.events.append(found)
         return found
+
+
+_GIVEN = ("on", "guessing")  # by the run, not by its past
 
 
 class Gradients:
@@ -153,9 +169,10 @@ class Gradients:
 
 def overfitting(losses: list[float], step: int) -> dict[str, Any] | None:
     """Of the held-out losses so far: whether the last two rose, to more than OVERFIT times the best."""
-    if len(losses) < 3 or not losses[-3] < losses[-2] < losses[-1] or losses[-1] <= OVERFIT * min(losses):
+    best = min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+    if len(losses) < 3 or not losses[-3] < losses[-2] < losses[-1] or losses[-1] <= OVERFIT * best:
         return None
-    return finding("overfitting", step, f"held-out loss {min(losses):.4f}, then {losses[-2]:.4f} and {losses[-1]:.4f}")
+    return finding("overfitting", step, f"held-out loss {best:.4f}, then {losses[-2]:.4f} and {losses[-1]:.4f}")
 
 
 def exploding(shares: Iterable[tuple[str, float]], step: int) -> dict[str, Any] | None:
@@ -171,7 +188,7 @@ def exploding(shares: Iterable[tuple[str, float]], step: int) -> dict[str, Any] 
 
 def forgetting(before: float, after: float, step: int) -> dict[str, Any] | None:
     """Of the losses on general text before and after a run."""
-    if not after > FORGOT * before:
+    if after <= FORGOT * before:  # NaN is not
         return None
     return finding("forgetting", step, f"loss on general text {before:.3f} before, {after:.3f} after")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.adapters.attach import count_parameters
-from veneer.config import IGNORED, TOKEN_BUDGET, DataConfig, Method, TrainConfig
+from veneer.config import IGNORED, DataConfig, Method, Recipe, TrainConfig, pass_budget
 from veneer.errors import RefusedError, VeneerError
 from veneer.machine import current_bytes, peak_bytes, release_memory, reset_peak
 from veneer.models.fuse import batch_loss, set_recompute
@@ -25,8 +26,15 @@ from veneer.ops import arena
 from veneer.ops.blocks import Recompute
 from veneer.optim.schedule import default_learning_rate, lr_factor
 from veneer.quant.linear import quantized_layers
-from veneer.storage import atomic_file, remove_leftovers, require_disk_space, require_empty_folder
+from veneer.storage import (
+    atomic_file,
+    lock_folder,
+    remove_leftovers,
+    require_disk_space,
+    require_empty_folder,
+)
 from veneer.training import guard as guards
+from veneer.training.batches import batches, evaluation_loss
 from veneer.training.checkpoint import (
     captured,
     checkpoint_bytes,
@@ -39,13 +47,11 @@ from veneer.training.checkpoint import (
 )
 from veneer.training.data import Sample, prepare_data
 from veneer.training.guard import Gradients, Guard
-from veneer.training.packing import Order, collate_packed, collate_padded, pack
+from veneer.training.packing import Order
 from veneer.training.progress import Metrics, Progress, drop_metrics_after, number
 from veneer.training.signals import StopNow, StopSignals
 from veneer.training.weights import AdapterWeights, FullWeights, trained_weights
 
-START_TOKENS = 16_384  # that EVA looks at, in whole rows
-LOOKED_AT = 2_000  # rows, for the size of the largest batch before a run
 GOOD_EVERY = 10  # steps between points that a run can go back to
 # Settings that a resumed run may change. Rows a step are compared whole, so a step may be cut in other micro-batches.
 MAY_CHANGE = {
@@ -139,10 +145,11 @@ class _Run:
             fused=fused,
         )
         self.done = 0
+        self.lock: int | None = None
         self.losses: list[Tensor] = []  # of the batches of the step that is under way
-        self.guard = Guard(self.steps, config.guard)
+        self.guard = Guard(self.steps, config.guard, math.log(model.get_input_embeddings().weight.shape[0]))
         self.good: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # state and tensors to go back to
-        self.saved = 0  # the step of the newest checkpoint
+        self.saved: int | None = None  # the step of the newest checkpoint
         self.finished = False  # nothing more is to be saved
         self.gradients = Gradients(self.parameters)
         self.keeps_best = config.early_stopping is not None or (config.guard and self.weights.small)
@@ -150,30 +157,47 @@ class _Run:
             "settings": self._settings(), "steps": self.steps, "tokens": 0, "seconds": 0.0, "loss_sum": 0.0,
             "loss_steps": 0, "skipped": 0, "eval_loss": None, "eval_losses": [], "best_loss": None, "bad_evaluations": 0,
             "overfits": False, "findings": [], "general_loss": None, "pending": None,
+            "held_out": None if self.eval_set is None else self.eval_set.fingerprint(),
         }  # fmt: skip
-        # one more of each kind while the newest is written
-        count = config.keep_last + 1 + (2 if self.keeps_best and self.eval_set is not None else 0)
-        keep = (count - 1) * checkpoint_bytes(self.weights) + checkpoint_bytes(self.weights, within_a_step=True)
-        keep += self.weights.output_bytes()
-        require_disk_space(out, keep, f"{count} checkpoints and the {self.weights.what}")
-        if not (resume and self._resume()):
-            torch.manual_seed(config.seed)  # dropout
-        for folder in (out, self.checkpoints, self.checkpoints / "best"):
-            remove_leftovers(folder)
+        require_disk(out, self.weights, config, self.eval_set is not None)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if recipe is not None:
-            with atomic_file(out / "recipe.yaml") as temporary:
-                temporary.write_text(recipe, encoding="utf-8")
-        self.metrics = Metrics(out)
+        self.lock = lock_folder(self.checkpoints)
+        try:
+            if not (resume and self._resume()):
+                torch.manual_seed(config.seed)  # dropout
+            for folder in (out, self.checkpoints, self.checkpoints / "best"):
+                remove_leftovers(folder)
+            if recipe is not None:
+                with atomic_file(out / "recipe.yaml") as temporary:
+                    temporary.write_text(recipe, encoding="utf-8")
+            self.metrics = Metrics(out, self.done)
+        except BaseException as error:
+            self._unlock()
+            if isinstance(error, OSError):
+                raise VeneerError(f"{out} could not be written: {error.strerror or error}") from error
+            raise
+
+    def _unlock(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def run(self) -> dict[str, Any]:
+        try:
+            return self._run()
+        finally:
+            self._unlock()
+
+    def _run(self) -> dict[str, Any]:
         say = self._start()
         started, before = time.monotonic(), self.state["seconds"]
         with _training(self.model, self.weights, self.config.recompute), StopSignals() as stop:
             try:
                 if self.config.guard and self.state["general_loss"] is None:
                     with stop.breakable():
-                        self.state["general_loss"] = self._general_loss()
+                        before_it = self._general_loss()
+                    if before_it is not None and math.isfinite(before_it):
+                        self.state["general_loss"] = before_it
                 while True:
                     if self.state["pending"] is not None:
                         self._conclude(say, stop)
@@ -194,10 +218,14 @@ class _Run:
                     else:
                         self._go_back(row, say)
                 self._checkpoint()
-                return self._finish(say, stop)
+                result = self._finish(say, stop)
+                if stop.asked:
+                    say.line("asked to stop, but all was done")
+                    stop.leave()
+                return result
             except StopNow:
                 if not self.finished:
-                    self._checkpoint()
+                    self._checkpoint(interrupted=True)
                 more = f" and {len(self.losses)} batches" if self.losses else ""
                 say.line(f"stopped after step {self.done}{more}; go on with --resume")
                 stop.leave()
@@ -216,7 +244,7 @@ class _Run:
         state["pending"] = None
         if "eval_loss" in row:
             self._keep_best(state["eval_loss"], say)
-        if config.guard and self.done == min(guards.WATCHED, self.steps):
+        if config.guard and self.done == min(guards.WATCHED, self.steps) > 1:  # B was zero in the first step
             self._found(self.gradients.found(self.done), say)
         if self._log_due(row):
             self.metrics.write(row, {**speed, "memory_bytes": current_bytes(self.device)})
@@ -226,16 +254,14 @@ class _Run:
 
     def _finish(self, say: Progress, stop: StopSignals) -> dict[str, Any]:
         state, self.finished = self.state, True
-        if self._stopped() and (best := newest_checkpoint(self.checkpoints / "best")) is not None:
-            restore(best[1], self.weights, self.optimizer)
-            self.weights.changed()
-            state["eval_loss"] = best[0]["best_loss"]
+        if self._stopped():
+            self._take_best(say)
         self._look_at_scale(say)
         general = None
         if state["general_loss"] is not None:
             with stop.breakable():
                 general = self._general_loss()
-        if general is not None:
+        if general is not None and state["general_loss"] is not None:
             self._found(guards.forgetting(state["general_loss"], general, self.done), say)
         written = self.weights.save(self.out)
         self.metrics.close()
@@ -244,8 +270,8 @@ class _Run:
             **written,
             "steps": self.done,
             "train_loss": state["loss_sum"] / max(1, state["loss_steps"]),
-            "eval_loss": state["eval_loss"],
-            "general_loss": None if general is None else {"before": state["general_loss"], "after": general},
+            "eval_loss": None if state["eval_loss"] is None else number(state["eval_loss"]),
+            "general_loss": None if general is None else {"before": state["general_loss"], "after": number(general)},
             "tokens_per_second": state["tokens"] / max(1e-9, state["seconds"]),
             "peak_bytes": peak_bytes(self.device),
             "seconds": state["seconds"],
@@ -257,6 +283,23 @@ class _Run:
             "rows": len(self.train_set.samples),
             "notes": self.notes,
         }
+
+    def _take_best(self, say: Progress) -> None:
+        """The weights with the lowest held-out loss, at the end of a run that stopped early."""
+        say.line(f"stopped early after step {self.done}: the held-out loss does not get better")
+        try:
+            best = newest_checkpoint(self.checkpoints / "best")
+        except VeneerError as error:
+            self.notes += [
+                f"the best weights are lost, these are the last ones: {problem}" for problem in error.problems
+            ]
+            say.line(f"note: {self.notes[-1]}")
+            return
+        if best is not None:
+            restore(best[1], self.weights, self.optimizer)
+            self.weights.changed()
+            self.state["eval_loss"] = best[0]["best_loss"]
+            say.line(f"the best weights are those of step {best[0]['step']}, held-out loss {best[0]['best_loss']:.4f}")
 
     # ---- one step ---------------------------------------------------------------------------------------------
 
@@ -277,6 +320,8 @@ class _Run:
             self.optimizer.zero_grad(set_to_none=True)
             self.began = random_states(self.device)
         self._forward_and_backward(samples, items, stop)
+        if stop.asked:  # before more is written than one checkpoint
+            raise StopNow
         loss = sum(float(part) for part in self.losses)  # read last: a GPU goes on with the next batch meanwhile
         self.losses = []
         without = [name for name, p in self.parameters.items() if p.grad is None]
@@ -321,6 +366,11 @@ class _Run:
                 with stop.breakable():
                     part = batch_loss(self.model, batch, items)
                     part.backward()  # type: ignore[no-untyped-call]
+            except torch.OutOfMemoryError as error:
+                raise VeneerError(
+                    f"step {self.done + 1}: out of memory: {str(error).splitlines()[0]}",
+                    hint="--resume with a smaller train.batch_size (and more train.grad_accumulation), or train.recompute: full",
+                ) from error
             except StopNow:  # the gradients are of half a batch: the step has to begin again
                 self.losses = []
                 self.optimizer.zero_grad(set_to_none=True)
@@ -331,10 +381,11 @@ class _Run:
     def _keep_point(self) -> None:
         """Before the update of every GOOD_EVERY-th step, and where a checkpoint is due: the loss has just shown that what is
         trained is good, so this is what can be gone back to."""
-        save = self.done % self.config.save_every == 0 and self.done not in (0, self.saved)
-        if not save and self.done % GOOD_EVERY:
+        first = self.done == 0 and self.config.guard and not self.weights.small  # there is no copy in memory
+        due = first or (self.done % self.config.save_every == 0 and self.done > 0)
+        if not due and self.done % GOOD_EVERY:
             return
-        if save:
+        if due and self.saved != self.done:
             self._checkpoint(random=self.began, good=False)
             self.saved = self.done
         if self.config.guard and self.weights.small:
@@ -352,7 +403,7 @@ class _Run:
     def _go_back(self, row: dict[str, Any], say: Progress) -> None:
         """Put the last good point back, without the batch of the step that was not good."""
         good = self.good
-        if good is None and (found := newest_checkpoint(self.checkpoints)) is not None:
+        if good is None and (found := newest_checkpoint(self.checkpoints, interrupted=False)) is not None:
             good = (found[0], found[1])
         to = self.done if good is None or not self.config.guard else int(good[0]["step"])
         event = self.guard.back(row["fault"], self.done, to, float(row["loss"]), float(row["grad_norm"]))
@@ -375,7 +426,7 @@ class _Run:
     def _batches(self, samples: list[Sample], size: int) -> Iterator[dict[str, Any]]:
         for start in range(0, len(samples), size):
             rows = samples[start : start + size]
-            yield from batches(rows, self.packing, self.tokenizer, max(TOKEN_BUDGET, self.data.max_length), self.device)
+            yield from batches(rows, self.packing, self.tokenizer, pass_budget(self.data.max_length), self.device)
 
     # ---- around the steps ---------------------------------------------------------------------------------------
 
@@ -408,14 +459,15 @@ class _Run:
         self.model.eval()
         found = evaluation_loss(self.model, samples, self.packing, self.tokenizer)["loss"]
         self.model.train(training)
-        return found if math.isfinite(found) else None
+        return found
 
     def _settings(self) -> dict[str, Any]:
         """All that changes the numbers of a run, by the name the user knows; equal again after JSON."""
         train = self.config.model_dump(mode="json", exclude=MAY_CHANGE)
         layers = list(quantized_layers(self.model).values())
         return {
-            "model": self.model.name_or_path,
+            "model": os.path.realpath(name) if os.path.isdir(name := self.model.name_or_path) else name,
+            "base (sha256 of the beginning of each tensor)": self.weights.base_fingerprint(),
             "quantize": layers[0].kind if layers else None,
             "double_quant": layers[0].double_quant if layers else None,
             "dtype": str(self.model.dtype),
@@ -458,8 +510,20 @@ class _Run:
         if state["steps"] != self.steps:
             self.notes.append(f"{self.steps} steps instead of {state['steps']}: the learning rate follows the new end")
         self.gradients.silent = set(state["silent"])
+        held_out = self.state["held_out"]
         self.state = {**_run_state(state), "steps": self.steps}
-        self.saved = self.done
+        if state.get("held_out") != held_out:
+            self.notes.append(
+                "other rows are held out than before: their losses are not compared with the earlier ones"
+            )
+            self.state |= {
+                "held_out": held_out,
+                "eval_losses": [],
+                "best_loss": None,
+                "bad_evaluations": 0,
+                "overfits": False,
+            }
+        self.saved = None if state["interrupted"] else self.done
         drop_metrics_after(self.out, self.done, len(self.guard.events))
         self.notes.append(f"resumed after step {self.done}" + (f" and {len(self.losses)} batches" * bool(self.losses)))
         return True
@@ -477,7 +541,7 @@ class _Run:
 
     def _cut(self) -> list[Any]:
         """What decides how a step is cut into batches."""
-        return [self.config.batch_size, self.packing]
+        return [self.config.batch_size, self.packing, pass_budget(self.data.max_length)]
 
     def _checkpoint(
         self,
@@ -486,26 +550,32 @@ class _Run:
         *,
         random: dict[str, Tensor] | None = None,
         good: bool = True,
+        interrupted: bool = False,
     ) -> None:
         """Write all that a run needs to go on as if it had not stopped, also in the middle of a step.
 
         Args:
             random: the random states, where they are not the present ones.
             good: also write the point to go back to; False: this is one.
+            interrupted: it is none, and a full fine-tune's newest one is kept beside it.
         """
+        self.metrics.sync()
         tensors = captured(self.weights, self.optimizer) | (random or random_states(self.device))
         if self.losses:
             tensors |= {f"gradient/{name}": p.grad for name, p in self.parameters.items() if p.grad is not None}
             tensors |= {f"began/{name}": x for name, x in self.began.items()}
         state = self._position() | {
             "losses": [float(loss) for loss in self.losses], "cut": self._cut(), "good": None,
-            "silent": sorted(self.gradients.silent),
+            "silent": sorted(self.gradients.silent), "interrupted": interrupted,
         }  # fmt: skip
         if good and self.good is not None and self.done < self.steps:
             state["good"] = self.good[0]
             tensors |= {f"good/{name}": x for name, x in self.good[1].items()}
         keep = self.config.keep_last if keep_last is None else keep_last
-        save_checkpoint(folder or self.checkpoints, self.done, tensors, state, keep, batches=len(self.losses))
+        spare = interrupted and not self.weights.small
+        save_checkpoint(
+            folder or self.checkpoints, self.done, tensors, state, keep, batches=len(self.losses), spare=spare
+        )
 
     def _evaluation_due(self) -> bool:
         if self.eval_set is None:
@@ -548,78 +618,37 @@ class _Run:
 
 def _run_state(state: dict[str, Any]) -> dict[str, Any]:
     """What the loop counts, of a checkpoint's state."""
-    own = ("step", "batches", "format", "guard", "good", "losses", "cut", "silent")
+    own = ("step", "batches", "format", "guard", "good", "losses", "cut", "silent", "interrupted")
     return {key: value for key, value in state.items() if key not in own}
+
+
+def require_disk(out: Path, weights: AdapterWeights | FullWeights, config: TrainConfig, held_out: bool) -> None:
+    """Raise VeneerError when the disk has no room for a run's checkpoints and result; what is there already counts."""
+    best = held_out and (config.early_stopping is not None or (config.guard and weights.small))
+    count = config.keep_last + 1 + 2 * best  # one more of each kind while the newest is written
+    needed = (count - 1) * checkpoint_bytes(weights) + checkpoint_bytes(weights, within_a_step=True)
+    needed += weights.output_bytes()
+    there = sum(file.stat().st_size for file in (out / "checkpoints").rglob("*.safetensors"))
+    require_disk_space(out, max(0, needed - there), f"{count} checkpoints and the {weights.what}")
+
+
+def require_trainable(model: Any, tokenizer: Any, recipe: Recipe, rows: int) -> None:
+    """What `train` would refuse of a model with its adapter, a recipe and so many rows, besides what `preflight` finds.
+
+    Raises:
+        VeneerError: it is in no state to be trained, the adapter is for another number of steps, the disk is too small.
+    """
+    config = recipe.train
+    weights = trained_weights(recipe.method, model, tokenizer)
+    weights.begin(Order(rows, config.batch_size * config.grad_accumulation, config.seed).steps(config)[0])
+    if config.out is not None:
+        require_disk(Path(config.out), weights, config, recipe.data.eval is not None)
 
 
 def require_new_run(out: Path) -> None:
     """Raise VeneerError when `out` cannot become a run's folder; one that holds a run can be gone on with."""
     there = (out / "checkpoints").is_dir()
     require_empty_folder(out, instead="--resume goes on with the run in it; else " if there else "")
-
-
-def batches(
-    samples: list[Sample], packing: bool, tokenizer: Any, budget: int, device: torch.device
-) -> Iterator[dict[str, Any]]:
-    """Samples as model inputs: packed sequences of at most `budget` tokens, or one padded batch."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    made = [collate_packed(group) for group in pack(samples, budget)] if packing else [collate_padded(samples, pad)]
-    for batch in made:
-        yield {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def start_batches(model: Any, tokenizer: Any, config: DataConfig, seed: int) -> list[dict[str, Any]]:
-    """For `attach(..., data=...)` with init eva: the first rows that a run of this seed trains on, as batches."""
-    samples = prepare_data(None, config, tokenizer, seed)[0].samples
-    packing = config.packing and "attention" in getattr(model, "veneer_parts", ())
-    rows: list[Sample] = []
-    for i in Order(len(samples), len(samples), seed).step(0):
-        if sum(len(row.input_ids) for row in rows) >= START_TOKENS:
-            break
-        rows.append(samples[i])
-    device = next(model.parameters()).device
-    size = len(rows) if packing else 16
-    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [b for group in groups for b in batches(group, packing, tokenizer, TOKEN_BUDGET, device)]
-
-
-def largest_pass(
-    tokenizer: Any, data: DataConfig, config: TrainConfig, packs: bool, steps: int = 200
-) -> tuple[tuple[int, ...], int]:
-    """Tokens of each row of the largest forward pass in the first steps of a run, and the most passes of a step.
-
-    packs: whether the model's attention takes packed rows. For the planner: only the first LOOKED_AT rows are read.
-    """
-    limit = min(data.limit or LOOKED_AT, LOOKED_AT)
-    samples = prepare_data(None, data.model_copy(update={"limit": limit}), tokenizer, config.seed)[0].samples
-    order = Order(len(samples), config.batch_size * config.grad_accumulation, config.seed)
-    largest: tuple[int, ...] = ()
-    most = 1
-    for step in range(min(steps, order.steps_per_epoch)):
-        rows, passes = order.step(step), 0
-        for start in range(0, len(rows), config.batch_size):
-            some = [samples[i] for i in rows[start : start + config.batch_size]]
-            groups = pack(some, max(TOKEN_BUDGET, data.max_length)) if packs and data.packing else [some]
-            passes += len(groups)
-            for group in groups:
-                sizes = [len(sample.input_ids) for sample in group]
-                sizes = sizes if packs and data.packing else [max(sizes)] * len(sizes)
-                largest = max(largest, tuple(sizes), key=sum)
-        most = max(most, passes)
-    return largest, most
-
-
-@torch.no_grad()
-def evaluation_loss(model: Any, samples: list[Sample], packing: bool, tokenizer: Any) -> dict[str, float]:
-    """Mean cross-entropy over learned tokens, and how many there are."""
-    device = next(model.parameters()).device
-    total, tokens = 0.0, 0
-    for start in range(0, len(samples), 16):
-        rows = samples[start : start + 16]
-        for batch in batches(rows, packing, tokenizer, TOKEN_BUDGET, device):
-            total += float(batch_loss(model, batch, 1))
-        tokens += sum(sample.supervised for sample in rows)
-    return {"loss": total / tokens, "tokens": tokens}
 
 
 @contextmanager

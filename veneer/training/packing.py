@@ -6,13 +6,13 @@ The order is a function of (seed, epoch) alone, so a resumed run asks for step k
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from veneer.config import IGNORED, ROUND_TO, TOKEN_BUDGET, TrainConfig
+from veneer.config import IGNORED, ROUND_TO, TOKEN_BUDGET, TrainConfig, pass_budget
 from veneer.training.data import Sample
 
 
@@ -56,6 +56,19 @@ def pack(samples: Sequence[Sample], budget: int = TOKEN_BUDGET) -> list[list[Sam
             bins[place].append(sample)
             room[place] -= size
     return bins
+
+
+def passes(samples: Sequence[Sample], batch_size: int, packing: bool, max_length: int) -> Iterator[list[Sample]]:
+    """The samples of each forward pass of a step."""
+    for start in range(0, len(samples), batch_size):
+        some = list(samples[start : start + batch_size])
+        yield from pack(some, pass_budget(max_length)) if packing else [some]
+
+
+def computed(samples: Sequence[Sample], packing: bool) -> int:
+    """Tokens of a pass with its padding."""
+    sizes = [len(sample.input_ids) for sample in samples]
+    return -(-sum(sizes) // ROUND_TO) * ROUND_TO if packing else max(sizes) * len(sizes)
 
 
 def collate_packed(samples: Sequence[Sample], pad_id: int = 0) -> dict[str, Any]:

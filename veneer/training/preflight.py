@@ -19,18 +19,18 @@ from torch import nn
 from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, lora_layers
 from veneer.adapters.lora import LoraLayer
 from veneer.adapters.targets import resolve_targets
-from veneer.config import IGNORED, ROUND_TO, TOKEN_BUDGET, DataConfig, LoraConfig, Method, TrainConfig
+from veneer.config import IGNORED, DataConfig, LoraConfig, Method, TrainConfig
 from veneer.errors import VeneerError
 from veneer.training.advice import Finding, Task, advise, errors_first, recommend
 from veneer.training.data import Encoded, Sample, control_tokens, encode_as, read_data
-from veneer.training.packing import Order, pack
+from veneer.training.packing import Order, computed, passes
 from veneer.training.rows import BadRow, Row
 from veneer.training.trial import try_batch
 
 MOST = 0.5  # of the rows: with a fault in so many the run is not worth its time
 MANY = 0.05  # of the rows, duplicates or truncated: fewer are a note
 SHARED = 0.01  # of the held-out rows, trained on too: fewer are a note
-LOOKED_AT = 200  # steps that packing is worked out for; rows whose answer is read back from its tokens
+STEPS, READ = 200, 200  # steps that packing is worked out for; rows whose answer is read back from its tokens
 VIEWED = 3  # rows shown as they are learned
 
 
@@ -60,12 +60,14 @@ def preflight(
     data_config: DataConfig | None = None,
     looked_at: int | None = None,
     reload: bool = True,
+    trial: bool = True,
 ) -> Preflight:
     """Check what `train` would do with the same arguments. Model, gradients, modes and random states stay as they are.
 
     Args:
         looked_at: rows that are turned into tokens, the first ones; left out, all. Duplicates are looked for in all.
         reload: also save the adapter to a temporary folder, load it again and compare.
+        trial: False: no batch goes through the model, which may then be without memory (on the meta device).
 
     Raises:
         VeneerError: data that cannot be read, or nothing in it to learn, as `train` would say it.
@@ -91,8 +93,10 @@ def preflight(
         report.findings.append(Finding("note", "no-held-out", "no rows are held out", advice))
     report.facts["data_seconds"] = round(time.monotonic() - began, 3)
     began = time.monotonic()
-    found, report.facts["batch"] = try_batch(
-        model, tokenizer, encoded.samples, config, method, packing=packing, reload=reload
+    found, report.facts["batch"] = (
+        try_batch(model, tokenizer, encoded.samples, config, method, packing=packing, reload=reload)
+        if trial
+        else ([], {})
     )
     report.facts["batch_seconds"] = round(time.monotonic() - began, 3)
     report.findings = errors_first([*report.findings, *found])
@@ -148,17 +152,17 @@ def _overlap(rows: list[Row], held: list[Row], keys: Counter[str], facts: dict[s
 
 def _control_tokens(rows: list[Row], tokenizer: Any, facts: dict[str, Any]) -> Iterator[Finding]:
     """Special tokens written out in the text: never tokens there, and mostly left over from a template."""
-    kinds = tokenizer.added_tokens_decoder
-    special = [re.escape(text) for text, i in control_tokens(tokenizer).items() if kinds[i].special]
-    pattern = re.compile("|".join(special) or "(?!)")
+    kinds, tokens = tokenizer.added_tokens_decoder, control_tokens(tokenizer)
+    pattern = re.compile("|".join(map(re.escape, tokens)) or "(?!)")
     texts = ("\n".join(turn["content"] for turn in row.messages) or row.text for row in rows)
     hits = [(row, hit[0]) for row, text in zip(rows, texts, strict=True) if (hit := pattern.search(text))]
     facts["rows"]["with_control_tokens"] = len(hits)
     if not hits:
         return
-    first, special_token = hits[0]
-    found = f"{len(hits):,} of {len(rows):,} rows hold {special_token} or the like as text ({_place(first)})"
-    if len(hits) >= MOST * len(rows):
+    special = [hit for hit in hits if kinds[tokens[hit[1]]].special]
+    first, token = (special or hits)[0]
+    found = f"{len(hits):,} of {len(rows):,} rows hold {token} or the like as text ({_place(first)})"
+    if len(special) >= MOST * len(rows):
         yield Finding(
             "error",
             "rendered-already",
@@ -167,7 +171,7 @@ def _control_tokens(rows: list[Row], tokenizer: Any, facts: dict[str, Any]) -> I
         )
     else:
         yield Finding(
-            "warning",
+            "warning" if special else "note",
             "control-tokens",
             found,
             "it is learned letter by letter, never as the token; remove what is left over from a template",
@@ -286,10 +290,11 @@ def _stop_tokens(model: Any) -> set[int]:
 def _answers_kept(tokenizer: Any, encoded: Encoded, max_length: int) -> Iterator[Finding]:
     """Whether what is learned reads as the row's answer: some templates leave a part of it out."""
     looked, other = 0, []
-    for row, sample in list(zip(encoded.rows, encoded.samples, strict=True))[:LOOKED_AT]:
+    for row, sample in list(zip(encoded.rows, encoded.samples, strict=True))[:READ]:
         ids = [label for label in sample.labels if label != IGNORED]
         whole = len(sample.input_ids) < max_length  # else it may be truncated
-        if not row.messages or not whole or tokenizer.unk_token_id in ids:
+        unknown = tokenizer.unk_token_id
+        if not row.messages or not whole or (unknown in ids and unknown != tokenizer.eos_token_id):
             continue
         looked += 1
         if _plain(row.completion) not in _plain(_decode(ids, tokenizer)):
@@ -373,15 +378,11 @@ def _packing(samples: list[Sample], on: bool, data: DataConfig, train: TrainConf
     """The share of the tokens that are computed which are of rows, packed and padded, in the run's first steps."""
     order = Order(len(samples), train.batch_size * train.grad_accumulation, train.seed)
     tokens = packed = padded = 0
-    for step in range(min(LOOKED_AT, order.steps_per_epoch)):
-        rows = order.step(step)
-        for start in range(0, len(rows), train.batch_size):
-            some = [samples[i] for i in rows[start : start + train.batch_size]]
-            sizes = [len(sample.input_ids) for sample in some]
-            tokens += sum(sizes)
-            padded += max(sizes) * len(sizes)
-            groups = pack(some, max(TOKEN_BUDGET, data.max_length))
-            packed += sum(-(-sum(len(s.input_ids) for s in group) // ROUND_TO) * ROUND_TO for group in groups)
+    for step in range(min(STEPS, order.steps_per_epoch)):
+        rows = [samples[i] for i in order.step(step)]
+        tokens += sum(len(row.input_ids) for row in rows)
+        padded += sum(computed(group, False) for group in passes(rows, train.batch_size, False, data.max_length))
+        packed += sum(computed(group, True) for group in passes(rows, train.batch_size, True, data.max_length))
     return {
         "on": on,
         "efficiency": tokens / (packed if on else padded),

@@ -6,7 +6,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from veneer.errors import VeneerError
 from veneer.machine import current_bytes
-from veneer.storage import atomic_file
+from veneer.storage import atomic_file, fsync
 
 
 class Progress:
@@ -26,8 +27,15 @@ class Progress:
 
     def line(self, text: str) -> None:
         if self.on:
-            print(("\n" if self.pending else "") + text, file=sys.stderr, flush=True)
+            self._print(("\n" if self.pending else "") + text + "\n")
             self.pending = False
+
+    def _print(self, text: str) -> None:
+        """Where nobody listens any more (a closed pipe) the run goes on in silence."""
+        try:
+            print(text, file=sys.stderr, end="", flush=True)
+        except OSError:
+            self.on = False
 
     def step(self, done: int, row: dict[str, Any], tokens_per_second: float) -> None:
         self.first = self.first or done - 1
@@ -42,7 +50,7 @@ class Progress:
         )
         text += f"  held-out loss {shown(row['eval_loss'])}" if "eval_loss" in row else ""
         keep = not self.live or "eval_loss" in row or done == self.steps
-        print(f"\r\x1b[K{text}" if self.live else text, file=sys.stderr, end="\n" if keep else "", flush=True)
+        self._print((f"\r\x1b[K{text}" if self.live else text) + ("\n" if keep else ""))
         self.pending = not keep
 
 
@@ -78,14 +86,14 @@ class Metrics:
     `out`/speed.jsonl what is not: seconds, tokens per second, memory.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, done: int = 0) -> None:
         self.out = out
         self.board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             return
-        self.board = SummaryWriter(str(out / "tensorboard"))
+        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=done + 1)
 
     def write(self, row: dict[str, Any], speed: dict[str, Any]) -> None:
         _append(self.out / METRICS, row)
@@ -99,19 +107,30 @@ class Metrics:
         """The run went back to step `step`, for the `event`-th time."""
         _append(self.out / METRICS, row)
 
+    def sync(self) -> None:
+        """What was written is on the disk: before a checkpoint that counts on it."""
+        if (path := self.out / METRICS).is_file():
+            with _disk(path):
+                fsync(path)
+
     def close(self) -> None:
         if self.board is not None:
             self.board.close()
 
 
-def _append(path: Path, row: dict[str, Any]) -> None:
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
     try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        yield
     except OSError as error:
         raise VeneerError(
             f"{path} could not be written: {error.strerror}", hint="free some space; then --resume"
         ) from error
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with _disk(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def drop_metrics_after(out: Path, step: int, events: int = 0) -> None:
@@ -127,7 +146,7 @@ def drop_metrics_after(out: Path, step: int, events: int = 0) -> None:
                     lines.append(line)
             except (ValueError, KeyError):
                 continue  # cut off in the middle of a line
-        with atomic_file(path) as temporary:
+        with _disk(path), atomic_file(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 

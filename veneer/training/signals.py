@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM while a run trains: a checkpoint first, then the exit code of the signal.
 
-The run stops between two batches. Where none ends within PATIENCE seconds, what waits for it is broken off: nothing of the
-step was applied yet, so the start of the step is what is saved.
+The run stops between two batches. Where none ends within PATIENCE seconds, or a second signal comes, what waits for it is
+broken off: nothing of the step was applied yet, so the start of the step is what is saved.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before:
+        if self._before and self.asked:
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -65,9 +65,11 @@ class StopSignals:
         raise KeyboardInterrupt
 
     def _came(self, number: int, _: object) -> None:
+        if self.asked:
+            return self._late()
         self.number = number
         signal.setitimer(signal.ITIMER_REAL, PATIENCE, 0.5)  # again, as an exception is lost where nobody can raise one
 
     def _late(self, *_: object) -> None:
-        if self._breakable:
+        if self._breakable and self.asked:
             raise StopNow

@@ -33,8 +33,8 @@ from veneer.models.fuse import batch_loss, set_recompute
 from veneer.ops import all_finite, arena
 from veneer.quant.linear import quantized_layers
 from veneer.training.advice import Finding
+from veneer.training.batches import batches
 from veneer.training.data import Sample
-from veneer.training.loop import batches
 from veneer.training.packing import Order
 from veneer.training.progress import number
 
@@ -74,6 +74,9 @@ def try_batch(
         warnings.simplefilter("ignore")  # what attach warned of
         set_recompute(model, config.recompute)
         if method == "full":
+            found += _loss(_logits(model, batch), batch, facts)
+            if any(finding.severity == "error" for finding in found):
+                return found, facts
             for parameter in model.parameters():
                 parameter.requires_grad_(True)
             return [*found, *_gradients(model, batch, dict(model.named_parameters()), facts)], facts
@@ -163,29 +166,13 @@ def _wrong_state(model: Any) -> Iterator[Finding]:
 def _start(model: Any, batch: dict[str, Any], name: str, facts: dict[str, Any]) -> Iterator[Finding]:
     """Whether the adapted model is the base at step 0."""
     adapted = _logits(model, batch)
-    labels = batch["labels"][:, 1:]
-    learned = labels != IGNORED
-    loss = float(F.cross_entropy(adapted[:, :-1][learned].float(), labels[learned]))
-    facts["loss"] = number(loss)
     set_adapter(model, None)
     base = _logits(model, batch)
     set_adapter(model, name)
     apart, facts["start"] = _apart(adapted, base)
-    if not math.isfinite(loss):
-        yield Finding(
-            "error",
-            "not-finite",
-            f"the loss of the first batch is {loss} before any training",
-            "the base's weights are damaged, or its type is too narrow: load it in bfloat16 or float32",
-        )
+    yield from _loss(adapted, batch, facts)
+    if isinstance(facts["loss"], str):  # NaN or Inf
         return
-    if loss > HIGH_LOSS * (guessing := math.log(base.shape[-1])):
-        yield Finding(
-            "warning",
-            "high-loss",
-            f"the loss of the first batch is {loss:.2f}, that of guessing {guessing:.2f}",
-            "see whether tokenizer and model belong together, and whether the rows are what they should be",
-        )
     own_base = any(name in layer.bases for layer in lora_layers(model).values())
     if own_base and quantized_layers(model):
         facts["start"]["note"] = f"with init {adapters(model)[name].config.init} it starts nearer to the 16-bit base"
@@ -198,6 +185,28 @@ def _start(model: Any, batch: dict[str, Any], name: str, facts: dict[str, Any]) 
             "start-differs",
             f"at step 0 the adapted model's logits are {apart:.2g} of the largest away from the base's",
             "an adapter starts as nothing: some layer does not compute what it stands for",
+        )
+
+
+def _loss(logits: Tensor, batch: dict[str, Any], facts: dict[str, Any]) -> Iterator[Finding]:
+    """Whether the loss before any training is that of a model which knows this language."""
+    labels = batch["labels"][:, 1:]
+    learned = labels != IGNORED
+    loss = float(F.cross_entropy(logits[:, :-1][learned].float(), labels[learned]))
+    facts["loss"] = number(loss)
+    if not math.isfinite(loss):
+        yield Finding(
+            "error",
+            "not-finite",
+            f"the loss of the first batch is {loss} before any training",
+            "the base's weights are damaged, or its type is too narrow: load it in bfloat16 or float32",
+        )
+    elif loss > HIGH_LOSS * (guessing := math.log(logits.shape[-1])):
+        yield Finding(
+            "warning",
+            "high-loss",
+            f"the loss of the first batch is {loss:.2f}, that of guessing {guessing:.2f}",
+            "see whether tokenizer and model belong together, and whether the rows are what they should be",
         )
 
 

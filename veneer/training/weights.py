@@ -7,6 +7,7 @@ from them after each step. An fp32 weight, as an adapter's factor is, is its own
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,21 @@ from torch import Tensor, nn
 
 from veneer.adapters import starts
 from veneer.adapters.adalora import Allocator
-from veneer.adapters.attach import active_adapter, adapter_parameters, adapters, freeze_base, lora_layers
+from veneer.adapters.attach import (
+    active_adapter,
+    adapter_parameters,
+    adapters,
+    base_parameters,
+    freeze_base,
+    lora_layers,
+)
 from veneer.adapters.files import save_adapter
 from veneer.config import Method, TrainConfig
 from veneer.errors import VeneerError
 from veneer.models.load import save_model
 from veneer.ops import all_finite
 from veneer.optim.groups import parameter_groups
-from veneer.quant.linear import QuantizedLinear
+from veneer.quant.linear import QuantizedLinear, quantized_layers
 from veneer.training.guard import update_share
 
 
@@ -39,6 +47,7 @@ def trained_weights(method: Method, model: nn.Module, tokenizer: Any) -> Adapter
     return FullWeights(model, tokenizer) if method == "full" else AdapterWeights(model)
 
 
+SAMPLED = 4096  # bytes of a weight
 _OF_STARTS = ("svd_niter", "loftq_iterations", "eva_rho")  # all that is left of them are weights and a base
 
 
@@ -96,6 +105,11 @@ class AdapterWeights(Masters):
 
     def __init__(self, model: nn.Module) -> None:
         name = active_adapter(model)
+        if model.__dict__.get("veneer_merged"):
+            raise VeneerError(
+                "the adapter is merged into the weights: training would change nothing that is computed",
+                hint="veneer.unmerge(model) first",
+            )
         if name is None:
             raise VeneerError(
                 "this model has no active adapter to train",
@@ -158,6 +172,16 @@ class AdapterWeights(Masters):
     def output_bytes(self) -> int:
         return sum(4 * p.numel() for p in self.parameters.values())
 
+    @torch.no_grad()
+    def base_fingerprint(self) -> str | None:
+        """sha256 of the first bytes of every frozen weight: another base of the same shapes differs in them."""
+        digest = hashlib.sha256()
+        layers = quantized_layers(self.model).values()
+        for weight in [*base_parameters(self.model), *(layer.weight for layer in layers)]:
+            some = weight.detach().flatten()[: SAMPLED // weight.element_size()]
+            digest.update(some.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def save(self, out: Path) -> dict[str, str | None]:
         return {"adapter": str(save_adapter(self.model, out / "adapter", self.name, replace=True)), "model": None}
 
@@ -199,6 +223,10 @@ class FullWeights(Masters):
 
     def output_bytes(self) -> int:
         return sum(p.nbytes for p in self.model.parameters())
+
+    def base_fingerprint(self) -> str | None:
+        """None: all of it is in the checkpoint."""
+        return None
 
     def save(self, out: Path) -> dict[str, str | None]:
         bad = [name for name, p in self.parameters.items() if not all_finite(p)]

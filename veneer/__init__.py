@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from veneer.models.load import load, save_model
     from veneer.planning.plan import plan
     from veneer.training.loop import train
+    from veneer.training.preflight import preflight
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "plan",
+    "preflight",
     "remove_adapter",
     "save_adapter",
     "save_model",
@@ -78,6 +80,7 @@ _HOMES = {
     "veneer.models.load": ("load", "save_model"),
     "veneer.planning.plan": ("plan",),
     "veneer.training.loop": ("train",),
+    "veneer.training.preflight": ("preflight",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -114,8 +114,10 @@ def _exchange(one: Path, other: Path) -> bool:
 def remove_folder(path: Path) -> None:
     """Remove a folder so that at no time a part of it is under its name."""
     gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-    path.replace(gone)
-    shutil.rmtree(gone)
+    try:
+        path.replace(gone)
+    finally:
+        shutil.rmtree(gone, ignore_errors=True)  # what stays is under a temporary name
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +73,25 @@ class Counted:
             file = opened(path, mode, *args, **kwargs)
             return Written(file, self)
 
+        def half_written(path, text, **kwargs):
+            write_text(path, text[: len(text) // 2], **kwargs)
+            self.tick()
+            return write_text(path, text, **kwargs)
+
+        def counted(function):
+            return lambda *args, **kwargs: (self.tick(), function(*args, **kwargs))[1]
+
+        if monkeypatch:  # a kill hears of these from `sys.audit`
+            write_text = Path.write_text
+            put(Path, "write_text", half_written)
+            for owner, name in (
+                (tempfile, "mkstemp"),
+                (tempfile, "mkdtemp"),
+                (Path, "replace"),
+                (Path, "chmod"),
+                (Path, "mkdir"),
+            ):
+                put(owner, name, counted(getattr(owner, name)))
         put(storage, "open", open_, **({"raising": False} if monkeypatch else {}))
         put(os, "fsync", lambda number: (self.tick(), fsync(number))[1])
         put(storage, "_exchange", lambda one, other: (self.tick(), exchange(one, other), self.tick())[1])
@@ -171,11 +192,13 @@ def test_every_truncation_and_every_turned_bit_is_seen(tmp_path, name):
     save(tmp_path, 1)
     path = save(tmp_path, 2)
     content, g = (path / name).read_bytes(), random.Random(0)
-    for cut in {0, 1, len(content) - 1, *(g.randrange(len(content)) for _ in range(61))}:
+    cuts = {0, 1, len(content) - 1, *g.sample(range(2, len(content) - 1), min(61, len(content) - 3))}
+    assert len(cuts) == min(64, len(content))
+    for cut in cuts:
         (path / name).write_bytes(content[:cut])
         damaged(tmp_path, name)
-    for _ in range(200):
-        at, bit = g.randrange(len(content)), g.randrange(8)
+    for place in g.sample(range(8 * len(content)), 200):
+        at, bit = divmod(place, 8)
         turned = bytearray(content)
         turned[at] ^= 1 << bit
         (path / name).write_bytes(turned)
@@ -222,7 +245,7 @@ def test_a_full_disk_at_every_operation_leaves_the_old_checkpoints(tmp_path, mon
         else:  # all was written, and the folder that holds it could not be synced
             assert whole(folder) == 3
         assert not [path for path in folder.iterdir() if not path.name.startswith("step-")]
-    assert errors > 5 and whole(folder) == 3
+    assert errors > 20 and whole(folder) == 3
 
 
 def test_a_small_disk(tmp_path):

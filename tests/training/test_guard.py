@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from conftest import make_model
+from training.test_loop import data_step, wrong_loss
 
 import veneer
 from veneer.adapters.attach import adapter_parameters
@@ -43,27 +44,6 @@ def log(out):
 
 def codes(result):
     return [finding["code"] for finding in result["findings"]]
-
-
-def wrong_loss(monkeypatch, bad, factor):
-    """The loss of every batch for which bad(run) holds, times `factor`: in training alone."""
-    original, seen = loop.batch_loss, {}
-    start = loop._Run.run
-
-    def runs(self):
-        seen["run"] = self
-        return start(self)
-
-    def loss(model, batch, items):
-        value = original(model, batch, items)
-        return value * factor if model.training and bad(seen["run"]) else value
-
-    monkeypatch.setattr(loop._Run, "run", runs)
-    monkeypatch.setattr(loop, "batch_loss", loss)
-
-
-def data_step(run):
-    return run.guard.data_step(run.done)
 
 
 # ---- what is a jump -------------------------------------------------------------------------------------------------
@@ -465,6 +445,7 @@ def test_sigterm_in_a_batch_that_takes_too_long_saves_the_start_of_the_step(tmp_
                 grad_accumulation=2,
             )
     assert ended.value.code == 143 and time.monotonic() - began < 10
+    assert signals.PATIENCE <= 10 / 2  # whoever sends SIGTERM waits ten seconds, and the checkpoint is written after it
     state = loop.newest_checkpoint(tmp_path / "cut/checkpoints")[0]
     assert (state["step"], state["losses"]) == (3, [])
     again = fresh(dropout=0.2)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -36,6 +37,32 @@ def run(model, tokenizer, data, out, resume=False, data_config=None, method="lor
 
 def lines(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_of(patched, change):
+    """Every loss of training is what change(run, loss) makes of it, where loss() is the real one."""
+    original, start, seen = loop.batch_loss, loop._Run.run, {}
+
+    def runs(self):
+        seen["run"] = self
+        return start(self)
+
+    def changed(model, batch, items):
+        if not model.training:
+            return original(model, batch, items)
+        return change(seen["run"], lambda: original(model, batch, items))
+
+    patched.setattr(loop._Run, "run", runs)
+    patched.setattr(loop, "batch_loss", changed)
+
+
+def wrong_loss(patched, bad, factor):
+    """The loss of every batch for which bad(run) holds, times `factor`: in training alone."""
+    loss_of(patched, lambda run, loss: loss() * (factor if bad(run) else 1))
+
+
+def data_step(run):
+    return run.guard.data_step(run.done)
 
 
 def test_it_learns_and_writes_what_it_says(tmp_path, tokenizer, commands):
@@ -388,21 +415,14 @@ def test_a_checkpoint_of_another_making_is_refused_whole(tmp_path, tokenizer, co
 
 def stopping(patched, *points):
     """SIGTERM in the batches (step, batches done) of the runs that follow, one a run."""
-    original, start, left, seen = loop.batch_loss, loop._Run.run, [*points], {}
+    left = [*points]
 
-    def runs(self):
-        seen["run"] = self
-        return start(self)
-
-    def loss(model, batch, items):
-        there = seen["run"]
-        if model.training and left and (there.done, len(there.losses)) == left[0]:
+    def told(run):
+        if left and (run.done, len(run.losses)) == left[0]:
             left.pop(0)
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, batch, items)
 
-    patched.setattr(loop._Run, "run", runs)
-    patched.setattr(loop, "batch_loss", loss)
+    loss_of(patched, lambda run, loss: told(run) or loss())
 
 
 def same(one, other):
@@ -441,25 +461,11 @@ def test_a_jump_after_an_interruption_is_gone_back_from_as_without_it(
     tmp_path, tokenizer, commands, monkeypatch, points
 ):
     """Checkpoints at 25, which no good point falls together with by itself; the loss of step 27 is wrong."""
-    original = loop.batch_loss
 
     def go(out, *stops, resume=False):
         model = fresh(dropout=0.2, model={"initializer_range": 0.14})
         with monkeypatch.context() as patched:
-            seen = {}
-            start = loop._Run.run
-
-            def runs(self):
-                seen["run"] = self
-                return start(self)
-
-            def loss(model, batch, items):
-                value = original(model, batch, items)
-                there = seen["run"]
-                return 20 * value if model.training and there.guard.data_step(there.done) == 27 else value
-
-            patched.setattr(loop, "batch_loss", loss)
-            patched.setattr(loop._Run, "run", runs)
+            wrong_loss(patched, lambda run: data_step(run) == 27, 20)
             stopping(patched, *stops)
             run(model, tokenizer, commands, tmp_path / out, resume, batch_size=2, grad_accumulation=2, epochs=4, save_every=25,
                 learning_rate=0.005)  # fmt: skip
@@ -475,27 +481,17 @@ def test_a_jump_after_an_interruption_is_gone_back_from_as_without_it(
 
 def test_killed_after_a_checkpoint_and_then_a_jump(tmp_path, tokenizer, commands, monkeypatch):
     """The point to go back to is the checkpoint itself, though it was written before the kill."""
-    original = loop.batch_loss
 
     def go(out, kill=None, resume=False):
         model = fresh(model={"initializer_range": 0.14})
+
+        def bad(run):
+            if run.done == kill:
+                raise ConnectionError("killed")
+            return data_step(run) == 27
+
         with monkeypatch.context() as patched:
-            start = loop._Run.run
-            seen = {}
-
-            def runs(self):
-                seen["run"] = self
-                return start(self)
-
-            def loss(model, batch, items):
-                there = seen["run"]
-                if model.training and there.done == kill:
-                    raise ConnectionError("killed")
-                value = original(model, batch, items)
-                return 20 * value if model.training and there.guard.data_step(there.done) == 27 else value
-
-            patched.setattr(loop, "batch_loss", loss)
-            patched.setattr(loop._Run, "run", runs)
+            wrong_loss(patched, bad, 20)
             run(model, tokenizer, commands, tmp_path / out, resume, epochs=4, save_every=25, learning_rate=0.005)
         return model
 
@@ -701,3 +697,25 @@ def test_a_model_that_is_broken_in_the_end_has_forgotten(tmp_path, tokenizer, co
     result = run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=1)
     assert [x["code"] for x in result["findings"]] == ["forgetting"]
     assert result["general_loss"] == {"before": 2.0, "after": "nan"} and json.dumps(result, allow_nan=False)
+
+
+@pytest.mark.parametrize("which", ["metrics.jsonl", "recipe.yaml", "old log"])
+def test_a_full_disk_is_said_in_words_wherever_a_run_writes(tmp_path, tokenizer, commands, monkeypatch, which):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "run"
+    if which == "old log":
+        run(fresh(), tokenizer, commands, out, max_steps=3)
+        monkeypatch.setattr("veneer.training.progress.atomic_file", full)
+    elif which == "recipe.yaml":
+        monkeypatch.setattr(loop, "atomic_file", full)
+    else:
+        monkeypatch.setattr("veneer.training.progress.open", full, raising=False)
+    with pytest.raises(veneer.VeneerError, match="could not be written: No space left"):
+        veneer.train(
+            fresh(), tokenizer, commands, veneer.TrainConfig(max_steps=4, batch_size=4, learning_rate=0.01, save_every=3),
+            out=out, recipe="model: x", resume=which == "old log", progress=False,
+        )  # fmt: skip
+    monkeypatch.undo()
+    assert run(fresh(), tokenizer, commands, out, which == "old log" or out.exists(), max_steps=4)["steps"] == 4

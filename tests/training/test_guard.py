@@ -365,7 +365,7 @@ def test_a_jump_in_a_real_run_costs_little(tmp_path, monkeypatch):
     """SmolLM2 in NF4 on Python's own language reference, the loss of one batch times 20. What is left of it is that another
     batch stands in its place: a run that jumped is, bit for bit, the run that had that one there (above)."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    rows = [{"text": text[at : at + 200]} for at in range(0, len(text) - 200, 200)]
+    rows = [{"text": text[at : at + 100]} for at in range(0, len(text) - 100, 100)]
     rows = random.Random(0).sample(rows, 150)
     results = []
     for jumps in (False, True):

@@ -41,9 +41,13 @@ def compare(tmp_path, data, points, steps, **more):
 
 
 def test_forty_of_forty_points_of_a_run(tmp_path, commands):
-    """Every step of 40, with dropout, shuffling, accumulation over 3 batches of one or two packed sequences, in its first to
-    fifth sequence."""
-    compare(tmp_path, commands, [(step, step % 5) for step in range(40)], 40, budget=64)
+    """Every step of 40, with dropout, shuffling, accumulation over 3 batches and packing, in its first, second or third batch."""
+    compare(tmp_path, commands, [(step, step % 3) for step in range(40)], 40)
+
+
+def test_batches_of_several_packed_sequences(tmp_path, commands):
+    """In the first to fifth sequence of a step; the second and fourth are in the middle of a batch."""
+    compare(tmp_path, commands, [(step, step % 5) for step in range(1, 7)], 9, budget=64)
 
 
 @pytest.mark.parametrize("kind", [{"adalora": True}, {"dora": True}])

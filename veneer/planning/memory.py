@@ -35,7 +35,7 @@ WORKSPACES = 2 * (32 << 20)
 COMPARED = 300  # tokens of the texts that a merged model is compared on
 # What libraries and malloc keep, over import: in training at all, and for each of so many tokens. Fitted, with bf16 instructions
 # (an Intel processor) and without (an AMD one): the same for all models and methods (C12).
-LIBRARIES, A_TOKEN, TOKENS = {True: 50_000_000, False: 38_000_000}, {True: 25_000, False: 11_000}, 2048
+LIBRARIES, A_TOKEN, TOKENS = {True: 50_000_000, False: 42_000_000}, {True: 25_000, False: 10_000}, 2048
 LOADED, LOADED_QUANTIZED = 82_000_000, 32_000_000  # after loading; a quantised base's loader gives free memory back
 
 

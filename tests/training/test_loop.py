@@ -719,3 +719,33 @@ def test_a_full_disk_is_said_in_words_wherever_a_run_writes(tmp_path, tokenizer,
         )  # fmt: skip
     monkeypatch.undo()
     assert run(fresh(), tokenizer, commands, out, which == "old log" or out.exists(), max_steps=4)["steps"] == 4
+
+
+def test_on_a_slow_disk_nothing_is_waited_for(tmp_path, tokenizer, commands, monkeypatch):
+    """The next checkpoint will need all ten seconds."""
+    original = loop.batch_loss
+
+    def slow(model, batch, items):
+        if model.training and sleeping.run.done == 4:
+            sleeping.began = time.monotonic()
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(20)
+        return original(model, batch, items)
+
+    sleeping, start = type("", (), {})(), loop._Run.run
+    monkeypatch.setattr(loop._Run, "_saving", lambda self: 9.0)
+    monkeypatch.setattr(loop, "batch_loss", slow)
+    monkeypatch.setattr(loop._Run, "run", lambda self: (setattr(sleeping, "run", self), start(self))[1])
+    with pytest.raises(SystemExit):
+        run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=8)
+    assert time.monotonic() - sleeping.began < 3  # PATIENCE is 4
+    assert newest_checkpoint(tmp_path / "run/checkpoints")[0]["step"] == 4
+
+
+def test_how_long_a_checkpoint_takes_is_known_from_the_last_one(tmp_path, tokenizer, commands, monkeypatch):
+    runs, written = [], loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *a, **k: (time.sleep(0.2), written(*a, **k))[1])
+    start = loop._Run.run
+    monkeypatch.setattr(loop._Run, "run", lambda self: (runs.append(self), start(self))[1])
+    run(fresh(), tokenizer, commands, tmp_path / "run", max_steps=3)
+    assert 0.1 < runs[0]._saving() < 5

@@ -150,6 +150,7 @@ class _Run:
         self.guard = Guard(self.steps, config.guard, math.log(model.get_input_embeddings().weight.shape[0]))
         self.good: tuple[dict[str, Any], dict[str, Tensor]] | None = None  # state and tensors to go back to
         self.saved: int | None = None  # the step of the newest checkpoint
+        self.pace = 0.0  # seconds a byte of the last checkpoint that was written
         self.finished = False  # nothing more is to be saved
         self.gradients = Gradients(self.parameters)
         self.keeps_best = config.early_stopping is not None or (config.guard and self.weights.small)
@@ -191,7 +192,7 @@ class _Run:
     def _run(self) -> dict[str, Any]:
         say = self._start()
         started, before = time.monotonic(), self.state["seconds"]
-        with _training(self.model, self.weights, self.config.recompute), StopSignals() as stop:
+        with _training(self.model, self.weights, self.config.recompute), StopSignals(self._saving) as stop:
             try:
                 if self.config.guard and self.state["general_loss"] is None:
                     with stop.breakable():
@@ -573,9 +574,16 @@ class _Run:
             tensors |= {f"good/{name}": x for name, x in self.good[1].items()}
         keep = self.config.keep_last if keep_last is None else keep_last
         spare = interrupted and not self.weights.small
+        began = time.monotonic()
         save_checkpoint(
             folder or self.checkpoints, self.done, tensors, state, keep, batches=len(self.losses), spare=spare
         )
+
+        self.pace = (time.monotonic() - began) / max(1 << 20, sum(tensor.nbytes for tensor in tensors.values()))
+
+    def _saving(self) -> float:
+        """Seconds that a checkpoint will take, at most: the first one is small, and a disk takes small ones faster."""
+        return 1.5 * self.pace * checkpoint_bytes(self.weights)
 
     def _evaluation_due(self) -> bool:
         if self.eval_set is None:

@@ -1,20 +1,21 @@
 """Ctrl-C and SIGTERM while a run trains: a checkpoint first, then the exit code of the signal.
 
-The run stops between two batches. Where none ends within PATIENCE seconds, or a second signal comes, what waits for it is
-broken off: nothing of the step was applied yet, so the start of the step is what is saved.
+The run stops between two batches. Where none ends within PATIENCE seconds, or before the disk needs what is left of the time
+for the checkpoint, or a second signal comes, what waits for it is broken off: nothing of the step was applied yet, so the start of the step is what is saved.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from veneer.errors import EXIT_TERMINATED
 
-PATIENCE = 4.0  # seconds; whoever sent SIGTERM waits ten, and the checkpoint is still to be written
+PATIENCE = 4.0  # seconds at most; whoever sent SIGTERM waits WAITED, and the checkpoint is still to be written
+WAITED, LEAST, SPARE = 10.0, 0.05, 2.0  # SPARE: for the program to end
 
 
 class StopNow(BaseException):
@@ -22,9 +23,14 @@ class StopNow(BaseException):
 
 
 class StopSignals:
-    """A context: `asked` is true once one of the signals came. Outside the main thread nothing is caught."""
+    """A context: `asked` is true once one of the signals came. Outside the main thread nothing is caught.
 
-    def __init__(self) -> None:
+    Args:
+        saving: seconds that the checkpoint will take: on a slow disk nothing is waited for.
+    """
+
+    def __init__(self, saving: Callable[[], float] = lambda: 0.0) -> None:
+        self.saving = saving
         self.number: int | None = None
         self._breakable = False
         self._before: dict[int, Any] = {}
@@ -68,7 +74,8 @@ class StopSignals:
         if self.asked:
             return self._late()
         self.number = number
-        signal.setitimer(signal.ITIMER_REAL, PATIENCE, 0.5)  # again, as an exception is lost where nobody can raise one
+        patience = max(LEAST, min(PATIENCE, WAITED - SPARE - self.saving()))
+        signal.setitimer(signal.ITIMER_REAL, patience, 0.5)  # again, as an exception is lost where nobody can raise one
 
     def _late(self, *_: object) -> None:
         if self._breakable and self.asked:

@@ -100,7 +100,7 @@ def train(
         + (f" (planned: {result['planned_bytes'] / 1e9:.2f} GB)" if planned else "")
     )
     if (general := result["general_loss"]) is not None and result["steps"]:
-        print(f"loss on general text: {general['before']:.3f} before, {shown(general['after'])} after")
+        print(f"loss on general text: {general['before']:.4f} before, {shown(general['after'])} after")
     full = result["model"] is not None
     chat = ["veneer", "chat", *([result["model"]] if full else [settings.model, "--adapter", result["adapter"]])]
     if settings.quantize and (

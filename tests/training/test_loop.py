@@ -482,7 +482,7 @@ def test_a_jump_after_an_interruption_is_gone_back_from_as_without_it(
 def test_killed_after_a_checkpoint_and_then_a_jump(tmp_path, tokenizer, commands, monkeypatch):
     """The point to go back to is the checkpoint itself, though it was written before the kill."""
 
-    def go(out, kill=None, resume=False):
+    def go(out, *stops, kill=None, resume=False):
         model = fresh(model={"initializer_range": 0.14})
 
         def bad(run):
@@ -492,12 +492,16 @@ def test_killed_after_a_checkpoint_and_then_a_jump(tmp_path, tokenizer, commands
 
         with monkeypatch.context() as patched:
             wrong_loss(patched, bad, 20)
-            run(model, tokenizer, commands, tmp_path / out, resume, epochs=4, save_every=25, learning_rate=0.005)
+            stopping(patched, *stops)
+            run(model, tokenizer, commands, tmp_path / out, resume, epochs=4, save_every=25, learning_rate=0.005,
+                keep_last=1)  # fmt: skip
         return model
 
     whole = go("whole")
     with pytest.raises(ConnectionError):
         go("cut", kill=26)
+    with pytest.raises(SystemExit):  # and its checkpoint is the only one then
+        go("cut", (26, 0), resume=True)
     assert same(whole, go("cut", resume=True)) and lines(tmp_path / "whole") == lines(tmp_path / "cut")
 
 
